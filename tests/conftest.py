@@ -1,0 +1,18 @@
+"""Fixtures that every tier of tests shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The developers' folder beside the checkout (tokenizer, German corpus); tests that need it skip without it."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        pytest.skip("the developers' folder ../shared is not here")
+    return folder
