@@ -1,0 +1,36 @@
+# Each target sets up everything that it needs: only make and Python 3.10, 3.11 or 3.12 must be there.
+#   make demo    German text -> tokenizer -> training, killed and resumed -> Hugging Face model, with proofs, on the CPU
+#   make test    every test that this machine can run
+#   make check   ruff, formatting, mypy, layers and repository rules
+#   make format  puts the code into ruff's form
+# PYTHON=python3.12 picks the interpreter that makes the environment.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check format
+
+setup: .venv/ready
+
+# ready is younger than what it was made from: a change of the dependencies is installed by the next target.
+.venv/ready: setup.py requirements.txt constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else "Python 3.10, 3.11 or 3.12 is needed, this is %d.%d; make PYTHON=... picks another" % v)'
+	@$(PYTHON) -m venv .venv || { echo "python -m venv failed: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest --timeout 600
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layering.py tests/test_repository.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,43 @@
+"""The package `lit_gpt`. Its version stands in lit_gpt/__init__.py, its dependencies in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def requirements() -> list[str]:
+    """The lines of requirements.txt without their comments."""
+    lines = (line.split("#")[0].strip() for line in text("requirements.txt").splitlines())
+    return [line for line in lines if line]
+
+
+setup(
+    name="lit_gpt",
+    version=re.findall(r'__version__ = "(.+)"', text("lit_gpt/__init__.py"))[0],
+    description="LLäMmlein: pretraining of LLaMA models from scratch, with a record of every document and exact resume",
+    license="Apache-2.0",
+    license_files=["license.md"],
+    packages=["lit_gpt"],
+    python_requires=">=3.10,<3.13",
+    install_requires=requirements(),
+    extras_require={
+        "wandb": ["wandb>=0.19,<1"],
+        "evaluate": ["lm_eval>=0.4.8,<0.5"],
+        "gguf": ["gguf>=0.10,<1"],
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.17,<0.18",  # a formatter's output belongs to its release
+            "mypy>=2.4,<2.5",
+            "types-PyYAML>=6,<7",
+        ],
+    },
+)
