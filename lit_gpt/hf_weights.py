@@ -1,0 +1,253 @@
+"""Our weights <-> the weights and config.json of a Hugging Face LLaMA. One table; both directions are derived from it.
+
+A row block of one of our matrices is a matrix of its own there: q, k and v lie one after another in our `attn.qkv`,
+gate and up in our `mlp.gate_up`. Rotary positions have the half-split form on both sides, so no row is permuted.
+Our vocabulary matrices have `padded_vocab_size` rows; a folder may hold fewer (the padding cut off).
+
+Invariants: every name on either side is in the table exactly once; a name too many, a name too few or another shape is
+an error that says which. Converted tensors have the bits they had. Cost: one weight in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_gpt.cli import BadInput
+from lit_gpt.config import REGISTRY, Config
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Names of the command line for what a folder's weights are stored in."""
+
+SHAPE_FIELDS = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_query_groups": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "intermediate_size": "intermediate_size",
+}
+"""Fields that fix every shape but the vocabulary's, and their names in config.json."""
+
+_RECOMPUTED = ".rotary_emb.inv_freq"
+"""Old transformers stored the rotary frequencies; they follow from rope_theta and are skipped."""
+
+
+class Weight(NamedTuple):
+    """One weight of ours and the Hugging Face weights that are its row blocks, in order."""
+
+    name: str
+    parts: dict[str, int]
+    """Hugging Face name -> rows."""
+    columns: int | None
+    """None: a vector."""
+    of_vocabulary: bool = False
+    """One row for each id, so that a folder may leave the padding out."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(self.parts.values())
+        return (rows,) if self.columns is None else (rows, self.columns)
+
+
+def weights(config: Config) -> Iterator[Weight]:
+    """The table, in the order in which a forward pass needs the weights."""
+    width, hidden, vocabulary = config.n_embd, config.intermediate_size, config.padded_vocab_size
+    queries, keys = config.n_head * config.head_size, config.n_query_groups * config.head_size
+    yield Weight("transformer.wte.weight", {"model.embed_tokens.weight": vocabulary}, width, of_vocabulary=True)
+    for i in range(config.n_layer):
+        lit, hf = f"transformer.h.{i}", f"model.layers.{i}"
+        qkv = {
+            f"{hf}.self_attn.q_proj.weight": queries,
+            f"{hf}.self_attn.k_proj.weight": keys,
+            f"{hf}.self_attn.v_proj.weight": keys,
+        }
+        gate_up = {f"{hf}.mlp.gate_proj.weight": hidden, f"{hf}.mlp.up_proj.weight": hidden}
+        yield Weight(f"{lit}.norm_1.weight", {f"{hf}.input_layernorm.weight": width}, None)
+        yield Weight(f"{lit}.attn.qkv.weight", qkv, width)
+        yield Weight(f"{lit}.attn.proj.weight", {f"{hf}.self_attn.o_proj.weight": width}, queries)
+        yield Weight(f"{lit}.norm_2.weight", {f"{hf}.post_attention_layernorm.weight": width}, None)
+        yield Weight(f"{lit}.mlp.gate_up.weight", gate_up, width)
+        yield Weight(f"{lit}.mlp.down.weight", {f"{hf}.mlp.down_proj.weight": width}, hidden)
+    yield Weight("transformer.ln_f.weight", {"model.norm.weight": width}, None)
+    yield Weight("lm_head.weight", {"lm_head.weight": vocabulary}, width, of_vocabulary=True)
+
+
+def hf_shapes(config: Config, vocabulary_rows: int) -> dict[str, tuple[int, ...]]:
+    """Every weight of a folder whose vocabulary matrices have `vocabulary_rows` rows, in the table's order."""
+    return {
+        name: ((vocabulary_rows if weight.of_vocabulary else rows), *weight.shape[1:])
+        for weight in weights(config)
+        for name, rows in weight.parts.items()
+    }
+
+
+def to_hf(config: Config, tensors: Iterable[tuple[str, Tensor]], vocabulary_rows: int) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's (name, tensor) out of ours, as they come; views, not copies."""
+    awaited = {weight.name: weight for weight in weights(config)}
+    for name, tensor in tensors:
+        if name not in awaited:
+            raise BadInput(f"weight {name!r} is unknown to, or twice in, a model of shape {config.name}")
+        weight = awaited.pop(name)
+        _require_shape(name, tensor, weight.shape)
+        if weight.of_vocabulary:
+            tensor = tensor[:vocabulary_rows]
+            yield from zip(weight.parts, [tensor], strict=True)
+        else:
+            yield from zip(weight.parts, tensor.split(list(weight.parts.values())), strict=True)
+    if awaited:
+        raise BadInput(f"weight {next(iter(awaited))!r} is missing ({len(awaited)} missing in all)")
+
+
+def to_lit(
+    config: Config, names: Collection[str], read: Callable[[str], Tensor], vocabulary_rows: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) in the table's order; `names` are all that the folder has, `read` gives one of them."""
+    shapes = hf_shapes(config, vocabulary_rows)
+    if missing := [name for name in shapes if name not in names]:
+        raise BadInput(f"weight {missing[0]!r} is missing ({len(missing)} missing in all)")
+    if unknown := sorted(name for name in names if name not in shapes and not name.endswith(_RECOMPUTED)):
+        raise BadInput(f"weight {unknown[0]!r} is unknown to a LLaMA ({len(unknown)} unknown in all)")
+    for weight in weights(config):
+        parts = []
+        for name in weight.parts:
+            tensor = read(name)
+            _require_shape(name, tensor, shapes[name])
+            parts.append(tensor)
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        yield weight.name, _pad_vocabulary(tensor, config, weight) if weight.of_vocabulary else tensor
+
+
+def _pad_vocabulary(tensor: Tensor, config: Config, weight: Weight) -> Tensor:
+    """`tensor` with rows for the ids that no token has, up to the multiple that our matrices are padded to.
+
+    The head's are the mean row: their logit is the mean logit, at most the mean in exp, so that k of them on V ids
+    raise no loss by more than log(1 + k / V) (0.0017 for the published vocabulary). A zero row has no such bound.
+    """
+    absent = config.padded_vocab_size - len(tensor)
+    if not absent:
+        return tensor
+    row = tensor.float().mean(0, keepdim=True) if weight.name == "lm_head.weight" else torch.zeros(1, config.n_embd)
+    return torch.cat([tensor, row.to(tensor.dtype).expand(absent, -1)])
+
+
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise BadInput(f"weight {name!r} has shape {tuple(tensor.shape)}, the model's shape needs {shape}")
+
+
+def hf_config(
+    config: Config, *, dtype: torch.dtype, vocabulary_rows: int, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
+    """config.json. rope_theta and torch_dtype are the names that transformers 4 and 5 both read."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary_rows,
+        **{hf: getattr(config, ours) for ours, hf in SHAPE_FIELDS.items()},
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_base,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": (2 / (5 * config.n_embd)) ** 0.5,
+        "use_cache": True,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def hf_generation_config(
+    *, vocab_size: int, vocabulary_rows: int, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
+    """generation_config.json: greedy, ends at the document's end, never gives an id that stands for no token."""
+    padding = list(range(vocab_size, vocabulary_rows))
+    return {
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": eos_id,
+        **({"suppress_tokens": padding} if padding else {}),
+    }
+
+
+def config_from_hf(facts: Mapping[str, Any], *, model_name: str | None, vocab_size: int | None) -> Config:
+    """Our shape for a config.json; BadInput where it is no LLaMA that this project trains.
+
+    The name is `model_name`, or the first registered model of that shape. `vocab_size` is the tokenizer's (None: no
+    tokenizer at hand): the matrices must have just so many rows, or as many as its padding gives.
+    """
+    stated = _stated(facts)
+    _require_supported(stated)
+    shape = {ours: stated[hf] for ours, hf in SHAPE_FIELDS.items()}
+    same = [name for name, entry in REGISTRY.items() if all(getattr(entry, key) == shape[key] for key in shape)]
+    if model_name is None and not same:
+        raise BadInput(f"no registered model has the folder's shape {shape}: add one to REGISTRY in lit_gpt/config.py")
+    entry = Config.from_name(model_name or same[0])
+    for key, value in shape.items():
+        if getattr(entry, key) != value:
+            right = ", ".join(same) or "none"
+            raise BadInput(
+                f"the folder is not a {entry.name}: its {key} is {value}, not {getattr(entry, key)}. "
+                f"Registered with the folder's shape: {right}"
+            )
+    rows = stated["vocab_size"]
+    config = replace(
+        entry,
+        block_size=stated["max_position_embeddings"],
+        norm_eps=stated["rms_norm_eps"],
+        rope_base=_rope(stated).base,
+        vocab_size=vocab_size or (entry.vocab_size if entry.padded_vocab_size == rows else rows),
+    )
+    if rows not in (config.vocab_size, config.padded_vocab_size):
+        raise BadInput(
+            f"vocabulary mismatch: the folder's matrices have {rows} rows, its tokenizer {config.vocab_size} ids "
+            f"({config.padded_vocab_size} with padding)"
+        )
+    return config
+
+
+def _stated(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that are not null; grouped heads are a later addition, without which keys have as many as queries."""
+    full_heads = {"num_key_value_heads": facts.get("num_attention_heads")}
+    return full_heads | {key: value for key, value in facts.items() if value is not None}
+
+
+class _Rope(NamedTuple):
+    kind: str
+    base: float
+
+
+def _rope(facts: Mapping[str, Any]) -> _Rope:
+    """transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling."""
+    parameters = facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta")} | facts.get("rope_scaling", {})
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    return _Rope(kind, float(parameters.get("rope_theta") or 10_000.0))
+
+
+def _require_supported(facts: Mapping[str, Any]) -> None:
+    """Refuse, by name and value, what our blocks do not compute."""
+    for key in ("model_type", "vocab_size", "max_position_embeddings", "rms_norm_eps", *SHAPE_FIELDS.values()):
+        if key not in facts:
+            raise BadInput(f"config.json has no {key}: not the folder of a LLaMA")
+    supported = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "head_dim": facts["hidden_size"] // facts["num_attention_heads"],
+        "rope_type": "default",
+    }
+    found = {"rope_type": _rope(facts).kind} | dict(facts)
+    for key, right in supported.items():
+        if (value := found.get(key, right)) != right:
+            raise BadInput(f"config.json: {key} is {value!r}; this project trains LLaMAs with {key} {right!r} only")
