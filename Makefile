@@ -16,7 +16,8 @@ setup: .venv/ready
 .venv/ready: setup.py requirements.txt constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else "Python 3.10, 3.11 or 3.12 is needed, this is %d.%d; make PYTHON=... picks another" % v)'
 	@$(PYTHON) -m venv .venv || { echo "python -m venv failed: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	@echo "Installing into .venv, which takes a minute or two ..."
+	@$(BIN)/pip install --quiet --quiet --constraint constraints-cpu.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup

@@ -1,5 +1,7 @@
 """The package `lit_gpt`. Its version stands in lit_gpt/__init__.py, its dependencies in requirements.txt."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
