@@ -1,0 +1,110 @@
+"""The repository tells the truth: what the documents name exists, and what the code imports is declared."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "pretrain/configs").glob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def tracked() -> list[Path]:
+    """The files that git keeps."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def commands() -> list[list[str]]:
+    """Every command in a bash block of README.md and CONTRIBUTING.md, split as a shell would."""
+    found = []
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for block in FENCED.findall(document.read_text(encoding="utf-8")):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [words for line in lines if (words := shlex.split(line, comments=True))]
+    return found
+
+
+def program_in(command: list[str]) -> str | None:
+    return next((word for word in command if re.fullmatch(r"(scripts|pretrain)/\w+\.py", word)), None)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_holds_settings_only(recipe: Path) -> None:
+    from lit_gpt.args import Settings
+
+    known = {field.name for field in dataclasses.fields(Settings)}
+    keys = set(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    assert keys <= known, f"{recipe.name} has keys that are no settings: {sorted(keys - known)}"
+
+
+def test_programs_in_the_documents_exist() -> None:
+    named = re.compile(r"\b(?:scripts|pretrain|lit_gpt|tests|docs|cluster)/[\w/.-]*\w")
+    for document in DOCUMENTS:
+        for path in named.findall(document.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for document in DOCUMENTS:
+        for target in re.findall(r"`make (\w+)`", document.read_text(encoding="utf-8")):
+            assert target in targets, f"{document.name} names make {target}"
+
+
+@pytest.mark.parametrize("program", sorted({program for command in commands() if (program := program_in(command))}))
+def test_flags_in_the_documents_exist(program: str) -> None:
+    helped = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
+    for command in commands():
+        if program in command:
+            flags = {word.split("=")[0] for word in command[command.index(program) :] if word.startswith("--")}
+            assert flags <= set(re.findall(r"--\w+", helped.stdout)), command
+
+
+def test_requirements_give_the_reason_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if name := re.match(r"[\w-]+", line):
+            assert f"| `{name[0]}`" in readme, f"README.md does not say why {name[0]} is needed"
+            assert "==" in line or (">=" in line and "<" in line), f"{name[0]} is not bounded on both sides"
+
+
+def test_imports_are_declared() -> None:
+    """Every third-party package that the product imports is in requirements.txt, in an extra, or an optional kernel."""
+    declared = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "setup.py")).lower()
+    optional_kernels = {"flash_attn", "flash_attn_interface", "xformers"}
+    own = {"lit_gpt"}
+    for path in [*ROOT.glob("lit_gpt/*.py"), *ROOT.glob("pretrain/*.py"), *ROOT.glob("scripts/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names} - own - optional_kernels - sys.stdlib_module_names:
+                package = {"yaml": "pyyaml"}.get(name, name)
+                assert re.search(rf"^\W*{package}\b", declared, re.MULTILINE), f"{path.name} imports {name}"
+
+
+def test_no_path_of_one_machine_and_no_secret() -> None:
+    home = re.compile(rb"(?<![\w.$}/])/(?:home|root|work|Users)/\w+")
+    secret = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|WANDB_API_KEY=\w|AKIA[0-9A-Z]{16}")
+    for path in tracked():
+        text = path.read_bytes()
+        assert not home.search(text), f"{path.name}: {home.search(text)}"
+        assert not secret.search(text), f"{path.name} holds what looks like a key"
+
+
+def test_continuous_integration_runs_what_contributors_run() -> None:
+    script = ROOT / ".ci/run"
+    assert re.findall(r"^make (\w+)$", script.read_text(encoding="utf-8"), re.MULTILINE) == ["check", "test", "demo"]
+    assert script.stat().st_mode & 0o111, ".ci/run is not executable"
