@@ -1,0 +1,136 @@
+"""Settings of a training run: every knob, its unit and its default. No torch, so `--help` is instant.
+
+Precedence: the defaults here < YAML files (`--config`) < command line. `check` refuses what can be refused without
+looking at data, devices or checkpoints; the rest is refused by the module that owns it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_gpt.cli import BadInput
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run."""
+
+    model_name: str = "LLaMmlein_1B"
+    """Shape of the model: a name from the registry in lit_gpt/config.py."""
+    vocab_size: int | None = None
+    """Ids of the tokenizer, if not the model's published vocabulary."""
+    block_size: int | None = None
+    """Tokens a row, if not the model's own."""
+
+    train_data_dir: str | None = None
+    """Folder with the training split that scripts/prepare_data.py wrote (required)."""
+    val_data_dir: str | None = None
+    """Folder with the validation split; without it nothing is validated."""
+    tokenizer_path: str | None = None
+    """Tokenizer folder; its fingerprint must be the one that the data was made with. Exports copy it."""
+    cross_document_attention: bool = False
+    """Let tokens attend across document boundaries inside a row, as TinyLlama and nanochat do."""
+    max_epochs: int = 1
+    """Passes over the training split before the run stops, whatever max_steps says."""
+
+    out_dir: str | None = None
+    """Run folder. Default: $MODEL_NAME if set, else out/<model_name>."""
+    resume: str | None = None
+    """A checkpoint to go on from, or "auto": the newest whole one of the run folder, or a fresh start."""
+
+    global_batch_size: int = 1024
+    """Rows per step, over all ranks."""
+    micro_batch_size: int = 8
+    """Rows per rank per forward pass; does not change the result."""
+    max_steps: int = 1_430_512
+    """Optimizer updates of the whole run, resumed parts included."""
+    learning_rate: float = 2.5e-4
+    """Peak learning rate."""
+    min_lr: float = 4e-6
+    """Learning rate at max_steps."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up from 0 to learning_rate."""
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to min_lr; wsd stays at the peak, then falls linearly over decay_steps; constant."""
+    decay_steps: int = 0
+    """Steps of the final decay; wsd only."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient average."""
+    beta2: float = 0.95
+    """AdamW's decay of the squared-gradient average."""
+    grad_clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    seed: int = 3407
+    """Seed of the initial weights and of the data order."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Kind of device; auto takes CUDA where there is one."""
+    devices: int | None = None
+    """Processes a node, one a device. Default: all GPUs of the node, or 1 on CPUs."""
+    num_nodes: int = 1
+    """Nodes of the run."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "bf16-mixed"
+    """bf16-mixed: fp32 weights and optimizer, bf16 computation; bf16-true: weights and optimizer in bf16 as well."""
+    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
+    """How weights, gradients and optimizer state are spread over ranks; HYBRID_SHARD shards inside a node."""
+    state_dict_type: Literal["auto", "sharded", "full"] = "auto"
+    """Checkpoints: each rank writes its part, or rank 0 one state.pth. auto: full on one process, else sharded."""
+    attention: Literal["auto", "fa3", "fa4", "fa2", "xformers", "torch"] = "auto"
+    """Attention kernel; auto takes the fastest that the device and the installed packages allow, and logs it."""
+    compile: bool | None = None
+    """torch.compile each block. Default: on GPUs."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: keep only each block's input for the backward pass, and compute the rest again."""
+
+    log_interval_steps: int = 10
+    """Steps between lines of metrics."""
+    save_interval_steps: int = 10_000
+    """Steps between checkpoints; the last step and a stop signal always save."""
+    keep_last_checkpoints: int = 2
+    """Checkpoints that stay when a new one is whole; 0 keeps all."""
+    eval_interval_steps: int = 1000
+    """Steps between validations; the last step always validates."""
+    eval_max_rows: int | None = None
+    """Rows of the validation split that a validation reads. Default: all."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run folder beside metrics.csv."""
+
+    def check(self) -> None:
+        """Refuse values that contradict themselves or each other; raises BadInput naming the value and the range."""
+        at_least_one = (
+            "global_batch_size micro_batch_size max_steps max_epochs num_nodes log_interval_steps "
+            "save_interval_steps eval_interval_steps"
+        )
+        for name in at_least_one.split():
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("devices", "eval_max_rows", "vocab_size", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"--{name} {value}: must be at least 1")
+        for name in ("warmup_steps", "decay_steps", "keep_last_checkpoints", "weight_decay", "grad_clip", "min_lr"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"--{name} {getattr(self, name)}: must not be negative")
+        if not self.learning_rate > 0:
+            raise BadInput(f"--learning_rate {self.learning_rate}: must be above 0")
+        if self.min_lr > self.learning_rate:
+            raise BadInput(
+                f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: the {self.lr_schedule} "
+                f"schedule would rise from {self.learning_rate} at step {self.warmup_steps} to {self.min_lr} at step {self.max_steps}"
+            )
+        if (self.lr_schedule == "wsd") != (self.decay_steps > 0):
+            raise BadInput(
+                f"--decay_steps {self.decay_steps} with --lr_schedule {self.lr_schedule}: wsd needs it, no other"
+            )
+        if self.warmup_steps + self.decay_steps > self.max_steps:
+            raise BadInput(
+                f"--warmup_steps {self.warmup_steps} and --decay_steps {self.decay_steps} "
+                f"do not fit in --max_steps {self.max_steps}"
+            )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise BadInput(f"--beta1 {self.beta1} --beta2 {self.beta2}: each must lie in [0, 1)")
+        if self.train_data_dir is None:
+            raise BadInput("--train_data_dir is missing: the folder DIR/train that scripts/prepare_data.py wrote")
