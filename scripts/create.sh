@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# A checkpoint of a training run -> a folder for Hugging Face, proved before it is published. Needs no GPU.
+#
+#   bash scripts/create.sh [CHECKPOINT] [FINAL_MODEL]       on a login node
+#   sbatch scripts/create.sh [CHECKPOINT] [FINAL_MODEL]     as a job, from the project's folder
+#
+# Without CHECKPOINT it takes the newest of the run folder. Settable from outside:
+#   OUT_DIR         run folder (default: $MODEL_NAME if that is a folder, else out/$MODEL_NAME)
+#   MODEL_NAME      with OUT_DIR: the registered model that the checkpoint must be; without: names the run folder
+#   ITERATION_NUM   step of the checkpoint instead of the newest
+#   TOKENIZER_PATH  tokenizer folder (default: the run's own)
+#   FINAL_MODEL     folder to write (default: <run folder>/huggingface/step-XXXXXXXX)
+#   CONTAINER_PATH  Apptainer image to run in
+#   PYTHON          interpreter (default: the project's .venv if there is one; python in the container)
+# Every other argument goes to convert_lit_checkpoint.py: --dtype fp32, --vocabulary cut, ...
+#SBATCH --job-name=llammlein-export
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=20G
+#SBATCH --time=02:00:00
+set -euo pipefail
+shopt -s inherit_errexit
+
+fail() {
+    echo "create.sh: error: $*" >&2
+    exit 2
+}
+
+# Slurm runs a copy of this file from its spool folder: there, the project is where sbatch was called.
+project_root() {
+    local here candidate
+    here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    for candidate in "$here" "${SLURM_SUBMIT_DIR:-$here}" "${SLURM_SUBMIT_DIR:-$here}/.."; do
+        if [[ -f $candidate/scripts/convert_lit_checkpoint.py ]]; then
+            (cd "$candidate" && pwd)
+            return
+        fi
+    done
+    fail "scripts/convert_lit_checkpoint.py is not beside this script: call sbatch from the project's folder"
+}
+
+run_folder() {
+    if [[ -n ${OUT_DIR:-} ]]; then
+        echo "$OUT_DIR"
+    elif [[ -z ${MODEL_NAME:-} ]]; then
+        fail "no checkpoint given: name CHECKPOINT, or set OUT_DIR or MODEL_NAME to the run's folder"
+    elif [[ -d $MODEL_NAME ]]; then
+        echo "$MODEL_NAME"
+    elif [[ -d out/$MODEL_NAME ]]; then
+        echo "out/$MODEL_NAME"
+    else
+        echo "$root/out/$MODEL_NAME"
+    fi
+}
+
+find_checkpoint() {
+    local folder path newest=
+    folder=$(run_folder)
+    [[ -d $folder ]] || fail "no run folder $folder"
+    if [[ -n ${ITERATION_NUM:-} ]]; then
+        [[ $ITERATION_NUM =~ ^[0-9]+$ ]] || fail "ITERATION_NUM=$ITERATION_NUM: must be a step, such as 10000"
+        printf '%s/iter-%08d-ckpt.pth\n' "$folder" "$((10#$ITERATION_NUM))"
+        return
+    fi
+    for path in "$folder"/iter-*-ckpt.pth; do # the shell sorts them, and the step has a fixed width
+        [[ -e $path ]] && newest=$path
+    done
+    [[ -n $newest ]] || fail "no checkpoint iter-XXXXXXXX-ckpt.pth in $folder"
+    echo "$newest"
+}
+
+root=$(project_root)
+positional=()
+while (($#)) && [[ $1 != --* ]]; do
+    positional+=("$1")
+    shift
+done
+((${#positional[@]} <= 2)) || fail "two arguments at most before the flags: [CHECKPOINT] [FINAL_MODEL]"
+
+checkpoint=${positional[0]:-}
+[[ -n $checkpoint ]] || checkpoint=$(find_checkpoint)
+[[ -e $checkpoint ]] || fail "no checkpoint $checkpoint"
+checkpoint=$(cd "$(dirname "$checkpoint")" && pwd)/$(basename "$checkpoint")
+step=$(basename "$checkpoint" | sed -n 's/^iter-\([0-9]*\)-ckpt\.pth$/\1/p')
+final_model=${positional[1]:-${FINAL_MODEL:-$(dirname "$checkpoint")/huggingface/step-${step:-unknown}}}
+
+arguments=(--checkpoint "$checkpoint" --destination_path "$final_model")
+[[ -z ${TOKENIZER_PATH:-} ]] || arguments+=(--tokenizer_path "$TOKENIZER_PATH")
+[[ -z ${OUT_DIR:-} || -z ${MODEL_NAME:-} || -d $MODEL_NAME ]] || arguments+=(--model_name "$MODEL_NAME")
+
+if [[ -n ${CONTAINER_PATH:-} ]]; then
+    [[ -e $CONTAINER_PATH ]] || fail "no container $CONTAINER_PATH"
+    engine=$(command -v apptainer || command -v singularity) || fail "CONTAINER_PATH is set, but apptainer is not here"
+    mkdir -p "$(dirname "$final_model")" || fail "cannot write $final_model"
+    binds=(--bind "$root" --bind "$PWD" --bind "$(dirname "$checkpoint")" --bind "$(cd "$(dirname "$final_model")" && pwd)")
+    [[ -z ${TOKENIZER_PATH:-} ]] || binds+=(--bind "$(cd "$TOKENIZER_PATH" && pwd)")
+    launcher=("$engine" exec "${binds[@]}" --pwd "$PWD" "$CONTAINER_PATH" "${PYTHON:-python}")
+elif [[ -n ${PYTHON:-} ]]; then
+    launcher=("$PYTHON")
+elif [[ -x $root/.venv/bin/python ]]; then
+    launcher=("$root/.venv/bin/python")
+else
+    launcher=(python3)
+fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "${launcher[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "$@"

@@ -1,0 +1,54 @@
+"""Continue a prompt with an exported model, through transformers alone: what a user of the published folder does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_gpt.cli import BadInput, Parser, run_program
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder that create.sh wrote")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens at most (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from so many likeliest tokens (default: 50)")
+    parser.add_argument("--seed", type=int, default=3407, help="of the draws (default: 3407)")
+    print(generate(parser.parse_args(argv)))
+
+
+def generate(arguments: argparse.Namespace) -> str:
+    if not (arguments.model / "config.json").is_file():
+        raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
+        if (value := getattr(arguments, name)) < least:
+            raise BadInput(f"--{name} {value}: must be at least {least}")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(device)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
+    prompt_tokens, context = inputs.input_ids.shape[1], model.config.max_position_embeddings
+    if not 0 < prompt_tokens <= context - arguments.max_new_tokens:
+        raise BadInput(
+            f"--prompt of {prompt_tokens} tokens and --max_new_tokens {arguments.max_new_tokens}: "
+            f"the prompt needs a token at least, and the model reads {context} in all"
+        )
+    set_seed(arguments.seed)
+    drawing = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
+    ids = model.generate(
+        **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+        max_new_tokens=arguments.max_new_tokens,
+        **(drawing if arguments.temperature else {"do_sample": False}),
+    )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    run_program(main)
