@@ -1,0 +1,108 @@
+"""How fast a run is: tokens/s, model FLOPs utilisation (MFU), and how long each step waited for data.
+
+A token counts if it is a valid target; padding and document ends do not. MFU follows PaLM (arXiv:2204.02311, appendix
+B): tokens/s times the model's FLOPs a token over the devices' peak, stated by both rules that the field uses:
+`mfu_palm` counts all weights, `mfu` leaves the embedding table out, which multiplies nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import NamedTuple
+
+import torch
+
+from lit_gpt.config import Config
+
+log = logging.getLogger(__name__)
+
+PEAK_BF16_FLOPS = {
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+}
+"""Dense 16-bit FLOP/s of NVIDIA's datasheets; the first entry that the device's name contains counts."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense 16-bit FLOP/s of one device; None if it is not in the table."""
+    return next((flops for name, flops in PEAK_BF16_FLOPS.items() if name in device_name), None)
+
+
+class Speed(NamedTuple):
+    """Averages since the last reading."""
+
+    tokens_per_s: float
+    """Valid targets a second, over all ranks."""
+    step_s: float
+    """Seconds a step."""
+    data_wait_s: float
+    """Of these, seconds that the slowest part of the loop waited for rows on this rank."""
+    mfu: float | None
+    """Share of the devices' peak by 6 (N - embedding) + 12 L d T; None on a device without a known peak."""
+    mfu_palm: float | None
+    """The same by 6 N + 12 L d T."""
+    memory_gib: float
+    """Most device memory allocated since the last reading; 0 on CPUs."""
+
+
+class SpeedMonitor:
+    """Counts steps and reads the clock only when asked; time spent outside steps is left out by `pause`."""
+
+    def __init__(self, config: Config, devices: int, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._peak = None
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            per_device = peak_flops(name)
+            if per_device is None:
+                log.warning("the peak FLOP/s of %r are not known: no MFU", name)
+            else:
+                self._peak = per_device * devices
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = time.perf_counter()
+        self._tokens = self._steps = 0
+        self._waited_s = 0.0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def count(self, tokens: int, data_wait_s: float) -> None:
+        """One step of `tokens` valid targets over all ranks."""
+        self._tokens += tokens
+        self._steps += 1
+        self._waited_s += data_wait_s
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out seconds that went into validation or saving."""
+        self._since += seconds
+
+    def read(self) -> Speed:
+        """Averages since the last reading; at least one step must have been counted."""
+        elapsed = time.perf_counter() - self._since
+        rate = self._tokens / elapsed
+        mfu, mfu_palm = (
+            None if self._peak is None else rate * self._config.flops_per_token(with_embedding=embedding) / self._peak
+            for embedding in (False, True)
+        )
+        memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
+        speed = Speed(rate, elapsed / self._steps, self._waited_s / self._steps, mfu, mfu_palm, memory)
+        self._restart()
+        return speed

@@ -1,0 +1,177 @@
+"""From settings to processes, devices and a model spread over them: the only reader of os.environ for launching.
+
+One process: a plain module. Several: FSDP2 (`fully_shard`) inside Fabric's ModelParallelStrategy, each block its own
+unit, over a mesh that the sharding strategy names. The launcher's world (srun, torchrun, or none) is compared with the
+settings before any process starts, because a mismatch would otherwise hang until the job's time limit.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from lit_gpt.args import Settings
+from lit_gpt.attention import choose_backend
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.model import GPT, initialize
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A collective that takes longer means a dead rank."""
+
+
+class World(NamedTuple):
+    """Who takes part in a run."""
+
+    accelerator: str
+    """cpu or cuda."""
+    nodes: int
+    devices: int
+    """Processes a node."""
+    environment: ClusterEnvironment
+    """How a process learns its rank."""
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.devices
+
+
+def default_run_name(model_name: str) -> str:
+    """The run folder when none is given: $MODEL_NAME, as the cluster scripts set it, else out/<model_name>."""
+    return os.environ.get("MODEL_NAME") or os.path.join("out", model_name)
+
+
+def find_world(settings: Settings) -> World:
+    """The launcher's world, checked against the settings; raises BadInput if they differ or the device is missing."""
+    accelerator = settings.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    elif accelerator == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--accelerator cuda: no CUDA device is visible. Valid here: cpu")
+    gpus = torch.cuda.device_count() if accelerator == "cuda" else None
+    environment, nodes, tasks = _launcher(settings)
+    devices = tasks or settings.devices or gpus or 1
+    if tasks and settings.devices not in (None, tasks):
+        raise BadInput(
+            f"--devices {settings.devices}, but the launcher started {tasks} processes a node: make them equal"
+        )
+    if tasks and settings.num_nodes not in (1, nodes):
+        raise BadInput(f"--num_nodes {settings.num_nodes}, but the launcher runs on {nodes} nodes: make them equal")
+    if gpus is not None and devices > gpus:
+        raise BadInput(f"{devices} processes on a node with {gpus} visible GPUs: at most one process a GPU")
+    return World(accelerator, nodes, devices, environment)
+
+
+def _launcher(settings: Settings) -> tuple[ClusterEnvironment, int, int | None]:
+    """(environment, nodes, processes a node or None where we start them ourselves)."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        per_node = int(env["LOCAL_WORLD_SIZE"])
+        return TorchElasticEnvironment(), int(env["WORLD_SIZE"]) // per_node, per_node
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env:
+        nodes, tasks = int(env["SLURM_NNODES"]), int(env["SLURM_NTASKS"])
+        if tasks % nodes:
+            raise BadInput(
+                f"srun started {tasks} tasks on {nodes} nodes: give every node the same, by --ntasks-per-node"
+            )
+        return SLURMEnvironment(auto_requeue=False), nodes, tasks // nodes
+    if int(env.get("SLURM_NTASKS", 1)) > 1:
+        raise BadInput(f"a Slurm job of {env['SLURM_NTASKS']} tasks, but this is no srun step: start it with srun")
+    return LightningEnvironment(), settings.num_nodes, None
+
+
+def launch(settings: Settings, world: World) -> Fabric:
+    """A launched Fabric: from here on this code runs in world.size processes."""
+    if world.size == 1:
+        device = torch.device("cuda", 0) if world.accelerator == "cuda" else torch.device("cpu")
+        fabric = Fabric(strategy=SingleDeviceStrategy(device), accelerator=world.accelerator, devices=1)
+    else:
+        strategy = ModelParallelStrategy(
+            lambda model, _: _shard(model, settings, world),
+            data_parallel_size=world.size,
+            tensor_parallel_size=1,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        fabric = Fabric(
+            accelerator=world.accelerator,
+            devices=world.devices,
+            num_nodes=world.nodes,
+            strategy=strategy,
+            plugins=[world.environment],
+        )
+    fabric.launch()
+    return fabric
+
+
+def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module:
+    """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks."""
+    backend = choose_backend(settings.attention, fabric.device)
+    compute_dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
+    with torch.device("meta"):
+        model = GPT(config, attention_backend=backend, compute_dtype=compute_dtype)
+    if settings.precision == "bf16-true":
+        model = model.bfloat16()
+    # This order keeps parameter names: checkpointing, compilation, then sharding.
+    if settings.activation_checkpointing == "full":
+        for block in model.transformer.h:
+            # In place, unlike checkpoint_wrapper, which would rename the weights.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if settings.compile if settings.compile is not None else fabric.device.type == "cuda":
+        for block in model.transformer.h:
+            block.compile()
+    if fabric.world_size == 1:
+        model.to_empty(device=fabric.device)
+        initialize(model, settings.seed)
+    return fabric.setup_module(model)
+
+
+def _shard(model: nn.Module, settings: Settings, world: World) -> nn.Module:
+    assert isinstance(model, GPT)
+    mesh = _mesh(settings.sharding_strategy, world)
+    keep = settings.sharding_strategy in (
+        "SHARD_GRAD_OP",
+        "NO_SHARD",
+    )  # weights stay whole between forward and backward
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if settings.precision == "32-true" else torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # rotary cos and sin stay in fp32
+    )
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    model.to_empty(device=world.accelerator)  # the current device: Fabric has set it
+    initialize(model, settings.seed)
+    return model
+
+
+def _mesh(sharding_strategy: str, world: World) -> DeviceMesh:
+    shapes = {"HYBRID_SHARD": (world.nodes, world.devices), "NO_SHARD": (world.size, 1)}
+    if sharding_strategy in shapes:
+        names = ("replicate", "shard")
+        return init_device_mesh(world.accelerator, shapes[sharding_strategy], mesh_dim_names=names)
+    return init_device_mesh(world.accelerator, (world.size,), mesh_dim_names=("shard",))
+
+
+def sync_gradients(module: nn.Module, last: bool) -> None:
+    """Reduce gradients over ranks in the coming backward pass only if it is the step's last."""
+    inner = getattr(module, "module", module)
+    if isinstance(inner, FSDPModule):
+        inner.set_requires_gradient_sync(last)
+        inner.set_is_last_backward(last)

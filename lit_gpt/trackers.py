@@ -1,0 +1,61 @@
+"""Where a run's numbers go: metrics.csv always, TensorBoard on request; one continuous series over resumes.
+
+Rank 0 only. A resume at step s drops the lines after s, which the run is about to write again.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+COLUMNS = (
+    "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
+    "mfu", "mfu_palm", "memory_gib", "val_loss", "val_perplexity", "val_bits_per_byte",
+)  # fmt: skip
+"""step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: of the run."""
+
+
+class Trackers:
+    """metrics.csv and TensorBoard of one run folder; `step` is the number of updates that are done."""
+
+    def __init__(self, run_dir: Path, resume_step: int, *, tensorboard: bool) -> None:
+        path = run_dir / "metrics.csv"
+        kept: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if _is_whole(row) and int(row["step"]) <= resume_step]
+        temporary = path.with_suffix(".csv.new")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(temporary, path)
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(self, values: Mapping[str, float | int | None]) -> None:
+        """One line; columns that are missing or None stay empty. Flushed at once: a killed run keeps its lines."""
+        present = {name: value for name, value in values.items() if value is not None}
+        self._writer.writerow(present)
+        self._file.flush()
+        if self._board is not None:
+            for name, value in present.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(values["step"] or 0))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """False for a line that a kill cut short: DictReader fills what is missing with None."""
+    return row["val_bits_per_byte"] is not None and row["step"].isdigit()
