@@ -22,7 +22,8 @@ from lit_gpt.cli import BadInput
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What a tokenizer folder may hold, and all that is read of it."""
-NEWLINE_RUNS = {"type": "Split", "pattern": {"Regex": r"\n+"}, "behavior": "Isolated", "invert": False}
+NEWLINES = r"\n+"
+NEWLINE_RUNS = {"type": "Split", "pattern": {"Regex": NEWLINES}, "behavior": "Isolated", "invert": False}
 """First pre-tokenizer of the project's own tokenizers: no token joins a newline with anything else."""
 PART_CHARACTERS = 1_000_000
 """Longer texts are encoded in parts, where that is exact: memory grows with the part, not with the document."""

@@ -1,0 +1,134 @@
+"""Train a byte-complete BPE tokenizer: decode(encode(text)) == text for any Unicode text, no unknown token.
+
+Writes a folder (tokenizer.json, tokenizer_config.json, special_tokens_map.json) that lit_gpt.tokenizer and
+transformers' AutoTokenizer load with the same ids. The same input gives the same bytes.
+
+Example: python scripts/train_tokenizer.py --source corpus/ --destination_path tokenizers/german --vocab_size 32000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.document_source import Document, Fields, SourceFile, check_source, find_sources, parse_piece, read_pieces
+from lit_gpt.tokenizer import NEWLINES, Tokenizer
+
+BOS, EOS = "<s>", "</s>"
+MIN_VOCABULARY = 256 + 2
+"""One token a byte, and the two control tokens."""
+
+WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+"""What merges never cross. Words keep their space and their combining marks (ü as u + U+0308); no English contractions.
+Each digit stands alone, as in LLaMA 2 and the published LLäMmlein: a digit means the same in every number, and no part
+of a small vocabulary is spent on the thousand groups of three."""
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = parse_arguments(argv)
+    sources = find_sources(args.source)
+    fields = Fields(args.text_field, args.id_field)
+    for source in sources:
+        check_source(source, fields)
+    folder = Path(args.destination_path)
+    if (folder / "tokenizer.json").exists():
+        raise BadInput(f"{folder} already holds a tokenizer: delete it or choose another --destination_path")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write to --destination_path {folder}: {error.strerror}") from None
+    counts: Counter[str] = Counter()
+    backend = train(texts(sources, fields, counts), args.vocab_size)
+    if not counts["documents"]:
+        raise BadInput(f"no document with a text in {', '.join(args.source)} (text field: {fields.text!r})")
+    write_folder(backend, folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size < args.vocab_size:
+        log.warning("the text gave %d tokens only, not the %d asked for", tokenizer.vocab_size, args.vocab_size)
+    log.info(
+        "trained on %d documents, %d bytes; rejected %d lines", *(counts[k] for k in ("documents", "bytes", "rejects"))
+    )
+    log.info("wrote %s: vocabulary %d, fingerprint %s", folder, tokenizer.vocab_size, tokenizer.fingerprint)
+    return None
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--source", nargs="+", required=True, help="files or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+    )
+    parser.add_argument("--destination_path", required=True, help="folder to write")
+    parser.add_argument(
+        "--vocab_size", type=int, default=32_000, help="tokens, control tokens included (default 32000)"
+    )
+    parser.add_argument("--text_field", default=Fields().text, help="field that holds the text (default text)")
+    parser.add_argument("--id_field", default=Fields().id, help="field that holds the document's id (default id)")
+    args = parser.parse_args(argv)
+    if args.vocab_size < MIN_VOCABULARY:
+        raise BadInput(
+            f"--vocab_size {args.vocab_size}: must be at least {MIN_VOCABULARY} (256 bytes and {BOS}, {EOS})"
+        )
+    return args
+
+
+def texts(sources: Sequence[SourceFile], fields: Fields, counts: Counter[str]) -> Iterator[str]:
+    """All texts in order; rejects are counted only, since prepare_data is the program that lists them."""
+    for number, source in enumerate(sources):
+        for piece in read_pieces(source, number, fields):
+            for record in parse_piece(piece, fields):
+                if isinstance(record, Document):
+                    counts["documents"] += 1
+                    counts["bytes"] += len(record.text_bytes)
+                    yield record.text
+                else:
+                    counts["rejects"] += 1
+
+
+def train(documents: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    newline_runs = pre_tokenizers.Split(tokenizers.Regex(NEWLINES), "isolated")
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([newline_runs, words, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    return backend
+
+
+def write_folder(backend: tokenizers.Tokenizer, folder: Path) -> None:
+    """tokenizer.json last: it is the file that makes the folder a tokenizer."""
+    control = {"bos_token": BOS, "eos_token": EOS}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **control,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+        "split_special_tokens": True,  # "</s>" in a text stays text, as in training
+    }
+    for name, content in (("special_tokens_map.json", control), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial = folder / "tokenizer.json.partial"
+    backend.save(str(partial))
+    partial.replace(folder / "tokenizer.json")
+
+
+if __name__ == "__main__":
+    run_program(main)
