@@ -80,10 +80,14 @@ def test_modules_only_define(source: str) -> None:
     tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), f"{source} has no docstring"
     defining = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    guards = ("__name__ == '__main__'", "TYPE_CHECKING")
     for node in tree.body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        is_guard = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
-        assert isinstance(node, defining) or is_docstring or is_guard, f"{source}:{node.lineno} works at import"
+        # A custom operator's backward and shapes are declared by calls; that is definition, not work.
+        is_registration = re.match(r"\w+\.register_\w+\(", ast.unparse(node))
+        is_guard = isinstance(node, ast.If) and ast.unparse(node.test) in guards
+        allowed = isinstance(node, defining) or is_docstring or is_registration or is_guard
+        assert allowed, f"{source}:{node.lineno} works at import"
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)], f"{source} has a global statement"
 
 
@@ -97,7 +101,7 @@ def test_import_needs_no_optional_package_and_does_no_work(tmp_path: Path) -> No
     done = run_python(
         f"""sys.modules.update(dict.fromkeys({OPTIONAL!r}.split()))
 import importlib, logging, os, threading
-import torch  # its own import may start what it likes
+import torch, lightning.fabric  # what their own imports set is not ours
 environment = dict(os.environ)
 for module in {MODULES}:
     importlib.import_module(f"lit_gpt.{{module}}")

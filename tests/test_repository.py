@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -66,7 +67,13 @@ def test_make_targets_in_the_documents_exist() -> None:
 
 @pytest.mark.parametrize("program", sorted({program for command in commands() if (program := program_in(command))}))
 def test_flags_in_the_documents_exist(program: str) -> None:
-    helped = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
+    helped = subprocess.run(
+        [sys.executable, ROOT / program, "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for command in commands():
         if program in command:
             flags = {word.split("=")[0] for word in command[command.index(program) :] if word.startswith("--")}

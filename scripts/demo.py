@@ -1,0 +1,318 @@
+"""The whole path on a CPU in minutes: German text, tokenizer, training that is killed and resumed, Hugging Face model.
+
+`make demo` runs it. Everything lies in one folder, made anew each time. A second run is trained without interruption,
+then these are proved from the files that the programs left; the exit code is 1 if one of them does not hold:
+  weights   the killed and resumed run ends with the same bits as the uninterrupted one
+  losses    every step logged the same losses in both, the steps that were trained twice included
+  rows      every step saw the same rows by the datapoint log, and the shards confirm the log's digests
+  learning  validation bits per byte lie at least 20 % below the unigram entropy of the validation tokens
+  export    transformers gives the exported model the validation loss that the trainer logged
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_gpt.cli import BadInput, Parser, run_program
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = ".made-by-demo"
+"""Only a folder that holds this file is emptied."""
+VOCABULARY = 4096
+STEPS_LOST = 5
+"""The kill comes this many steps after a checkpoint: they are trained twice."""
+MARGIN = 0.20
+"""Share by which validation must lie below the unigram entropy."""
+LOSS_TOLERANCE = 1e-5
+"""Relative; transformers sums the same numbers in another order."""
+PROMPT = "Die Installation von Debian"
+
+
+class Proof(NamedTuple):
+    name: str
+    holds: bool
+    evidence: str
+
+
+class Interruption(NamedTuple):
+    resumed_from: int
+    """Step of the checkpoint that was there."""
+    killed_at: int
+    """Last step that was logged before SIGKILL."""
+    logged: list[dict[str, str]]
+    """metrics.csv as the killed program left it."""
+
+
+class Shell:
+    """Runs the project's programs as a user would, from the project's root; output goes to one log file a command."""
+
+    def __init__(self, logs: Path, console: Console) -> None:
+        self.logs = logs
+        self.console = console
+
+    def run(self, name: str, command: str, kill_when: Callable[[], bool] | None = None) -> str:
+        """Run to the end and return the output, or until `kill_when` holds, which must come first: then SIGKILL."""
+        self.console.print(f"[bold]$[/] {command}", highlight=False, soft_wrap=True)
+        begin, log, killed = time.monotonic(), self.logs / f"{name}.log", False
+        python_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        with log.open("wb") as output, self.console.status(name) as status:
+            process = subprocess.Popen(
+                shlex.split(command), stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PATH": python_first}
+            )
+            try:
+                while process.poll() is None:
+                    if kill_when and kill_when():
+                        process.kill()
+                        killed = process.wait() == -signal.SIGKILL
+                    status.update(f"{name}  {last_line(log)}")
+                    time.sleep(0.05)
+            finally:
+                process.kill()
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if killed != (kill_when is not None) or (not killed and process.returncode):
+            self.console.print(text[-3000:], markup=False, highlight=False)
+            sys.exit(f"{name} ended with {process.returncode}, which the demo did not expect; all of its output: {log}")
+        self.console.print(f"  {'killed after' if killed else 'took'} {time.monotonic() - begin:.0f} s", style="dim")
+        return text
+
+
+def last_line(log: Path) -> str:
+    return log.read_bytes()[-400:].decode("utf-8", "replace").strip().rpartition("\n")[2][:100]
+
+
+def empty_folder(folder: Path) -> None:
+    """Make the demo's folder anew; one that somebody else made is not touched."""
+    if folder.exists():
+        if not (folder / MARKER).exists():
+            raise BadInput(f"{folder} exists and was not made by the demo: choose another --destination_path")
+        shutil.rmtree(folder)
+    try:
+        (folder / "logs").mkdir(parents=True)
+        (folder / MARKER).touch()
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.strerror}") from None
+
+
+# Running
+
+
+def make_data(shell: Shell, folder: Path, source: str) -> None:
+    fetched = shell.run(
+        "fetch", f"python scripts/fetch_german_text.py --destination_path {folder}/text.jsonl --source {source}"
+    )
+    shell.console.print(f"  {fetched.strip()}", style="dim", markup=False, highlight=False)
+    shell.run(
+        "tokenizer",
+        f"python scripts/train_tokenizer.py --source {folder}/text.jsonl --destination_path {folder}/tokenizer "
+        f"--vocab_size {VOCABULARY}",
+    )
+    shell.run(
+        "data",
+        f"python scripts/prepare_data.py --source {folder}/text.jsonl --tokenizer_path {folder}/tokenizer "
+        f"--destination_path {folder}/data --val_fraction 0.05",
+    )
+
+
+def training(folder: Path, run: Path) -> str:
+    return (
+        f"python pretrain/tinyllama_fabric.py --config pretrain/configs/debug.yaml --accelerator cpu --devices 1 "
+        f"--train_data_dir {folder}/data/train --val_data_dir {folder}/data/val --tokenizer_path {folder}/tokenizer "
+        f"--out_dir {run} --log_interval_steps 1"
+    )
+
+
+def train(shell: Shell, folder: Path) -> Interruption:
+    """Train once with a SIGKILL in the middle and a resume, and once without."""
+    run = folder / "run"
+    shell.run("training-killed", training(folder, run), lambda: last_step(run) >= checkpoint_step(run) + STEPS_LOST)
+    interruption = Interruption(checkpoint_step(run), last_step(run), metrics(run))
+    shell.run("training-resumed", f"{training(folder, run)} --resume auto")
+    shell.run("training-uninterrupted", training(folder, folder / "run-uninterrupted"))
+    return interruption
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return max(run.glob("iter-*-ckpt.pth"), default=None)  # the step in the name has a fixed width
+
+
+def checkpoint_step(run: Path) -> int:
+    """Step of the newest checkpoint; without one, a step that no run reaches."""
+    checkpoint = newest_checkpoint(run)
+    return int(checkpoint.name.split("-")[1]) if checkpoint else sys.maxsize
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The lines of metrics.csv in the order of writing; one that is not whole yet is left out."""
+    path = run / "metrics.csv"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+
+
+def last_step(run: Path) -> int:
+    return max((int(row["step"]) for row in metrics(run)), default=-1)
+
+
+# Proving
+
+
+def same_weights(run: Path, other: Path) -> Proof:
+    """Bits, not values: -0.0 and 0.0 differ here."""
+    import torch
+    from lit_gpt.checkpoint import model_tensors
+
+    checkpoints = newest_checkpoint(run), newest_checkpoint(other)
+    ours, theirs = (dict(model_tensors(checkpoint, torch.float32)) for checkpoint in checkpoints if checkpoint)
+    unequal = [
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()
+    ]
+    numbers = sum(tensor.numel() for tensor in ours.values())
+    return Proof("weights", not unequal, f"{len(unequal)} of {len(ours)} tensors differ, {numbers:,} parameters")
+
+
+def same_losses(interruption: Interruption, run: Path, other: Path) -> Proof:
+    """The text of every logged loss, before and after the kill, against the uninterrupted run's."""
+    logged = {(row["step"], row["loss"], row["val_loss"]) for row in [*interruption.logged, *metrics(run)]}
+    expected = {(row["step"], row["loss"], row["val_loss"]) for row in metrics(other)}
+    unequal = {step for step, *_ in logged ^ expected}
+    twice = interruption.killed_at - interruption.resumed_from
+    return Proof("losses", not unequal, f"{len(unequal)} of {len(expected)} steps differ, {twice} steps trained twice")
+
+
+def same_rows(run: Path, other: Path) -> Proof:
+    """The datapoint logs; `datapoints.py verify`, which ran before, compared their digests with the shards."""
+    unequal = {step for step, *_ in logged_rows(run) ^ logged_rows(other)}
+    steps = len({step for step, *_ in logged_rows(other)})
+    return Proof("rows", not unequal, f"{len(unequal)} of {steps} steps saw other rows")
+
+
+def logged_rows(run: Path) -> set[tuple[int, ...]]:
+    """Step, first slot, rows and digest of every line; lines that agree about a step are one entry."""
+    lines = (run / "datapoints/steps.jsonl").read_text(encoding="utf-8").splitlines()
+    return {tuple(json.loads(line)[key] for key in ("step", "first_slot", "rows", "digest")) for line in lines}
+
+
+def beats_unigrams(run: Path, val: Path) -> Proof:
+    """Against the entropy of the split's own token frequencies, which no model without context can beat."""
+    import numpy as np
+
+    from lit_gpt.token_store import ShardFile, TokenStore
+
+    store = TokenStore.open(val)
+    tokens = [ShardFile(store.path, shard, store).read(0, shard.tokens) for shard in store.shards]
+    counts = np.bincount(np.concatenate(tokens))
+    frequencies = counts[counts > 0] / counts.sum()
+    unigram = -float((frequencies * np.log2(frequencies)).sum()) * store.tokens / store.text_bytes
+    reached = float(last_validation(run)["val_bits_per_byte"])
+    evidence = f"{reached:.3f} bits a byte, unigrams {unigram:.3f}: {1 - reached / unigram:.0%} below"
+    return Proof("learning", reached <= (1 - MARGIN) * unigram, evidence)
+
+
+def same_loss_in_transformers(run: Path, model_folder: Path, val: Path) -> Proof:
+    """Each segment of each validation row alone through transformers' own LLaMA, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lit_gpt.packed_dataset import PackedDataset, validation_batches
+    from lit_gpt.token_store import TokenStore
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    dataset = PackedDataset(TokenStore.open(val), model.config.max_position_embeddings, seed=0)  # a sum has no order
+    total, targets = 0.0, 0
+    with torch.inference_mode():
+        for batch in validation_batches(dataset, micro_batch_size=1, rank=0, world_size=1):
+            row, wanted = batch.tokens[0].long(), batch.targets[0].long()
+            for start, end in itertools.pairwise(batch.cu_seqlens.unique().tolist()):
+                logits = model(row[None, start:end]).logits[0]
+                total += torch.nn.functional.cross_entropy(logits, wanted[start:end], reduction="sum").item()
+                targets += int((wanted[start:end] >= 0).sum())
+    trained, exported = float(last_validation(run)["val_loss"]), total / targets
+    holds = math.isclose(trained, exported, rel_tol=LOSS_TOLERANCE)
+    return Proof("export", holds, f"validation loss {trained:.6f} in the trainer, {exported:.6f} in transformers")
+
+
+def last_validation(run: Path) -> dict[str, str]:
+    return [row for row in metrics(run) if row["val_loss"]][-1]
+
+
+# Showing
+
+
+def draw(folder: Path, interruption: Interruption) -> None:
+    """Loss by step: what the killed run logged, what the resumed run logged, validation, and where both met."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token", title="Training, killed and resumed")
+    before, after = interruption.logged, metrics(folder / "run")
+    resumed = [row for row in after if int(row["step"]) > interruption.resumed_from]
+    for rows, label, style in ((before, "training, until the kill", "C0-"), (resumed, "training, resumed", "C1-")):
+        axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], style, label=label, lw=1)
+    validated = [(int(row["step"]), float(row["val_loss"])) for row in after if row["val_loss"]]
+    axes.plot(*zip(*validated, strict=True), "ko-", label="validation", ms=4)
+    axes.axvline(interruption.killed_at, color="C3", ls="--", label=f"SIGKILL after step {interruption.killed_at}")
+    axes.axvline(interruption.resumed_from, color="C2", ls=":", label=f"resumed from step {interruption.resumed_from}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=120)
+
+
+def summarise(console: Console, folder: Path, proofs: list[Proof], sentence: str, seconds: float) -> None:
+    table = Table("proof", "holds", "evidence", title="What the demo proves")
+    for proof in proofs:
+        table.add_row(proof.name, "[green]yes" if proof.holds else "[bold red]NO", proof.evidence)
+    console.print(table)
+    final = last_validation(folder / "run")
+    console.print(
+        f"validation: loss {float(final['val_loss']):.3f}, perplexity {float(final['val_perplexity']):.1f}, "
+        f"{float(final['val_bits_per_byte']):.3f} bits a byte, after {final['step']} steps"
+    )
+    console.print(f"the model says: {sentence}", markup=False, soft_wrap=True)
+    console.print(f"loss curve: {folder}/loss.png; model: {folder}/model; all of it took {seconds:.0f} s")
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--destination_path", type=Path, default=Path("demo"), help="made anew (default: demo)")
+    parser.add_argument("--source", default="auto", help="of the text, see fetch_german_text.py (default: auto)")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    begin, console, folder = time.monotonic(), Console(), args.destination_path
+    empty_folder(folder)
+    shell, run, val = Shell(folder / "logs", console), folder / "run", folder / "data/val"
+    make_data(shell, folder, args.source)
+    interruption = train(shell, folder)
+    shell.run("verify", f"python scripts/datapoints.py verify --run_dir {run}")
+    shell.run("export", f"bash scripts/create.sh {newest_checkpoint(run)} {folder}/model --dtype fp32")
+    sentence = shell.run("generate", f"python scripts/generate.py --model {folder}/model --prompt '{PROMPT}'")
+    proofs = [
+        same_weights(run, folder / "run-uninterrupted"),
+        same_losses(interruption, run, folder / "run-uninterrupted"),
+        same_rows(run, folder / "run-uninterrupted"),
+        beats_unigrams(run, val),
+        same_loss_in_transformers(run, folder / "model", val),
+    ]
+    draw(folder, interruption)
+    summarise(console, folder, proofs, sentence.strip(), time.monotonic() - begin)
+    return 0 if all(proof.holds for proof in proofs) else 1
+
+
+if __name__ == "__main__":
+    run_program(main)
