@@ -172,19 +172,18 @@ def last_step(run: Path) -> int:
 
 
 def same_weights(run: Path, other: Path) -> Proof:
-    """Bits, not values: -0.0 and 0.0 differ here."""
-    import torch
-    from lit_gpt.checkpoint import model_tensors
+    """Bits, not values: 0.0 and -0.0 differ here. Every file of both checkpoints is checked against its hash first."""
+    from lit_gpt.checkpoint import find, model_tensors
 
-    checkpoints = newest_checkpoint(run), newest_checkpoint(other)
-    ours, theirs = (dict(model_tensors(checkpoint, torch.float32)) for checkpoint in checkpoints if checkpoint)
-    unequal = [
-        name
-        for name in ours.keys() | theirs.keys()
-        if name not in ours or name not in theirs or ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()
-    ]
-    numbers = sum(tensor.numel() for tensor in ours.values())
-    return Proof("weights", not unequal, f"{len(unequal)} of {len(ours)} tensors differ, {numbers:,} parameters")
+    weights = []
+    for folder in (run, other):
+        checkpoint = find("auto", folder)
+        assert checkpoint, f"{folder} holds no whole checkpoint"
+        weights.append({name: tensor.numpy().tobytes() for name, tensor in model_tensors(checkpoint)})
+    ours, theirs = weights
+    unequal = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+    size = sum(map(len, ours.values()))
+    return Proof("weights", not unequal, f"{len(unequal)} of {len(ours)} tensors differ, {size:,} bytes compared")
 
 
 def same_losses(interruption: Interruption, run: Path, other: Path) -> Proof:
