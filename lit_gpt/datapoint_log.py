@@ -1,0 +1,237 @@
+"""The record of what each step saw: decisions and evidence, from which the data itself can be replayed and checked.
+
+    run.json     attempts: every start of the program that trains, with its parent step, its facts and its details
+    steps.jsonl  one line a step, and one a deviation (a skipped step, a substituted row)
+
+Facts are what the meaning of a slot depends on (data sets, order, seed, block size, packing, batch); they may not
+change within a run. Details may (processes, micro-batch, folders). The digest of a step is that of row_reader.py.
+
+Invariants: rank 0 alone writes, a line after each optimizer step, in one write. Nothing is ever deleted or changed: a
+resume is a new attempt that says after which step of which attempt it goes on, and readers follow that lineage. Before
+a checkpoint is published the log is on disk, and the checkpoint holds its length and hash (`Mark`).
+Costs: some 100 bytes and 10 us a step; opening hashes the log once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import xxhash
+
+from lit_gpt.cli import BadInput
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+RUN_FILE = "run.json"
+STEPS_FILE = "steps.jsonl"
+OVERRIDE = "--allow_changed_data"
+_CHUNK_BYTES = 1 << 20
+
+
+class Mark(NamedTuple):
+    """How far a log had come when a checkpoint was saved; the checkpoint holds it, as JSON (`_asdict`)."""
+
+    attempt: int
+    step: int
+    bytes: int
+    xxh3: str
+    """Of the first `bytes` of steps.jsonl."""
+
+
+class Attempt(NamedTuple):
+    """One start of the training program."""
+
+    attempt: int
+    parent: Mark | None
+    """Where it went on from; None at the beginning."""
+    parent_here: bool
+    """Whether that is a step of this very log, and not of another run's."""
+    begin_bytes: int
+    """Where its lines begin in steps.jsonl."""
+    started: str
+    facts: Mapping[str, Any]
+    details: Mapping[str, Any]
+
+
+def check_facts(folder: Path, facts: Mapping[str, Any], *, allow_changed_data: bool = False) -> None:
+    """Refuse to go on with other facts than the run's latest attempt; every rank may ask, nothing is written."""
+    attempts = read_attempts(folder)
+    if not attempts:
+        return
+    before = attempts[-1].facts
+    changed = [name for name in {**before, **facts} if before.get(name) != facts.get(name)]
+    if not changed:
+        return
+    said = "; ".join(f"{name} was {before.get(name)} and is {facts.get(name)}" for name in changed)
+    if not allow_changed_data:
+        raise BadInput(
+            f"the data of the run in {folder.parent} has changed: {said}. Restore it, choose another --out_dir, or "
+            f"pass {OVERRIDE} true to go on with other data"
+        )
+    log.warning("the run goes on with changed data: %s", said)
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """The attempts of the log in `folder`, in order; none where no run has begun."""
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format_version"] != FORMAT_VERSION:
+            raise BadInput(f"{path} is of format {content['format_version']}, this program reads {FORMAT_VERSION}")
+        return [
+            Attempt(**{**entry, "parent": Mark(**entry["parent"]) if entry["parent"] else None})
+            for entry in content["attempts"]
+        ]
+    except FileNotFoundError:
+        return []
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
+class DatapointLog:
+    """The log of a run that trains now. Within an attempt steps only rise: to go back, open the next attempt."""
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        facts: Mapping[str, Any],
+        *,
+        parent: Mark | None = None,
+        details: Mapping[str, Any] | None = None,
+        allow_changed_data: bool = False,
+    ) -> DatapointLog:
+        """Begin the next attempt, which goes on after `parent` (a checkpoint's mark) or from the beginning."""
+        facts = json.loads(json.dumps(facts))  # as they will be read back
+        folder.mkdir(parents=True, exist_ok=True)
+        check_facts(folder, facts, allow_changed_data=allow_changed_data)
+        descriptor = os.open(folder / STEPS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor, folder)
+            attempts = read_attempts(folder)
+            running = xxhash.xxh3_64()
+            begin_bytes, matches = _hash_and_compare(descriptor, running, parent)
+            here = bool(attempts)
+            if parent and here and not (matches and parent.attempt < len(attempts)):
+                _refuse_or_warn(folder / STEPS_FILE, parent, allow_changed_data)
+                here = False
+            begin_bytes += _end_torn_line(descriptor, begin_bytes, running)
+            started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            attempts.append(
+                Attempt(
+                    len(attempts), parent, parent is not None and here, begin_bytes, started, facts, dict(details or {})
+                )
+            )
+            _write_attempts(folder, attempts)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor, attempts[-1], running)
+
+    def __init__(self, descriptor: int, attempt: Attempt, running: xxhash.xxh3_64) -> None:
+        self.attempt = attempt.attempt
+        self._descriptor = descriptor
+        self._bytes = attempt.begin_bytes
+        self._running = running
+        self._step = attempt.parent.step if attempt.parent else 0
+
+    def append(self, step: int, first_slot: int, rows: int, targets: int, digest: int) -> None:
+        """Record an optimizer step that was done; steps count from 1."""
+        if step <= self._step:
+            raise ValueError(f"step {step} after step {self._step} within one attempt")
+        self._step = step
+        self._write(
+            dict(step=step, slot=first_slot, rows=rows, targets=targets, digest=f"{digest:016x}", attempt=self.attempt)
+        )
+
+    def deviation(self, kind: str, step: int, **details: Any) -> None:
+        """Record what departs from plain training, such as a skipped step."""
+        self._write(dict(deviation=kind, step=step, attempt=self.attempt, **details))
+
+    def flush_and_fsync(self) -> Mark:
+        """Make all lines survive a crash of the machine; the checkpoint published next holds the mark."""
+        os.fsync(self._descriptor)
+        return Mark(self.attempt, self._step, self._bytes, self._running.hexdigest())
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        written = os.write(self._descriptor, line)
+        self._running.update(line[:written])
+        self._bytes += written
+        if written < len(line):
+            raise OSError(f"{STEPS_FILE}: {written} of {len(line)} bytes could be written")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> DatapointLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """One training process a run folder. A record lock ends with its process and is not inherited by children."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(f"another process trains in {folder.parent}: wait for it, or choose another --out_dir") from None
+    except OSError as error:
+        log.warning("%s: cannot be locked (%s): see to it that one job at a time trains here", folder, error.strerror)
+
+
+def _hash_and_compare(descriptor: int, running: xxhash.xxh3_64, parent: Mark | None) -> tuple[int, bool]:
+    """Hash the whole file; its length, and whether its beginning is what `parent` says."""
+    size, matches = 0, parent is not None and parent.bytes == 0
+    while chunk := os.pread(descriptor, _CHUNK_BYTES, size):
+        if parent and size < parent.bytes <= size + len(chunk):
+            head = running.copy()
+            head.update(chunk[: parent.bytes - size])
+            matches = head.hexdigest() == parent.xxh3
+        running.update(chunk)
+        size += len(chunk)
+    return size, matches
+
+
+def _refuse_or_warn(path: Path, parent: Mark, allowed: bool) -> None:
+    said = f"{path} does not begin with the {parent.bytes} bytes that the checkpoint was saved with"
+    if not allowed:
+        raise BadInput(f"{said} (cut, replaced, or another run's): restore it, or pass {OVERRIDE} true")
+    log.warning("%s: the record before this attempt is not the checkpoint's", said)
+
+
+def _end_torn_line(descriptor: int, size: int, running: xxhash.xxh3_64) -> int:
+    """Close a line that a crash left unfinished; bytes written."""
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return 0
+    running.update(b"\n")
+    return os.write(descriptor, b"\n")
+
+
+def _write_attempts(folder: Path, attempts: list[Attempt]) -> None:
+    entries = [
+        {**attempt._asdict(), "parent": attempt.parent._asdict() if attempt.parent else None} for attempt in attempts
+    ]
+    partial = folder / f"{RUN_FILE}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"format_version": FORMAT_VERSION, "attempts": entries}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / RUN_FILE)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
