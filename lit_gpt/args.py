@@ -31,6 +31,8 @@ class Settings:
     """Tokenizer folder; its fingerprint must be the one that the data was made with. Exports copy it."""
     cross_document_attention: bool = False
     """Let tokens attend across document boundaries inside a row, as TinyLlama and nanochat do."""
+    allow_changed_data: bool = False
+    """Go on although the data, its order or the batch differ from those that the run began with."""
     max_epochs: int = 1
     """Passes over the training split before the run stops, whatever max_steps says."""
 
@@ -118,8 +120,8 @@ class Settings:
             raise BadInput(f"--learning_rate {self.learning_rate}: must be above 0")
         if self.min_lr > self.learning_rate:
             raise BadInput(
-                f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: the {self.lr_schedule} "
-                f"schedule would rise from {self.learning_rate} at step {self.warmup_steps} to {self.min_lr} at step {self.max_steps}"
+                f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: the schedule would rise "
+                f"({self.lr_schedule}, {self.warmup_steps} steps of warm-up, {self.max_steps} in all)"
             )
         if (self.lr_schedule == "wsd") != (self.decay_steps > 0):
             raise BadInput(

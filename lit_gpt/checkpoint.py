@@ -99,7 +99,7 @@ def save(
 
 
 def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
-    """Publish a step-0 checkpoint, without optimizer state, in the folder `path`, from weights that come from elsewhere."""
+    """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights that come from elsewhere."""
     temporary = path.parent / f".saving-{path.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -174,6 +174,14 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
         except DamagedCheckpoint as error:
             log.warning("passing over %s: %s", path, error)
     return None
+
+
+def refuse_used(run_dir: Path) -> None:
+    """Refuse a fresh start in a folder that holds checkpoints: they would be mixed with the new run's, and pruned."""
+    if _newest_first(run_dir):
+        raise BadInput(
+            f"{run_dir} holds a run already ({_names(run_dir)}): go on by --resume auto, or choose another --out_dir"
+        )
 
 
 def verified(path: Path) -> Checkpoint:

@@ -11,6 +11,8 @@ from typing import Any
 
 from lit_gpt.cli import BadInput
 
+IGNORE_INDEX = -100
+"""Target of a position that predicts nothing: the end of a document, and padding."""
 VOCABULARY_MULTIPLE = 64
 """The embedding's rows are padded to a multiple of this, for the matrix units' tiles."""
 

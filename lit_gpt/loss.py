@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_gpt.config import IGNORE_INDEX
+
 # Shapes: N tokens, C width, V padded vocabulary.
 
-IGNORE_INDEX = -100
-"""Target of a position that predicts nothing: the end of a document, and padding."""
 CHUNK_TOKENS = 2048
 
 

@@ -156,7 +156,8 @@ class StepLoader:
         ).astype(np.int64)
         steps = max(0, dataset.total_rows - first_slot) // global_batch_size
         self._first_slot = first_slot
-        self._steps = steps if max_steps is None else min(steps, max_steps)
+        self.steps = steps if max_steps is None else min(steps, max_steps)
+        """Steps until it ends."""
         self._waited_s = 0.0
         self._closed = threading.Event()
         self._ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=max(1, prefetch_steps))
@@ -178,9 +179,8 @@ class StepLoader:
             raise RuntimeError(f"reading ahead failed: {item}") from item
         return item
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds that the consumer has waited for data since this was last read; reading starts a new count."""
+    def take_wait_s(self) -> float:
+        """Seconds that the consumer has waited for data since the last call."""
         waited_s, self._waited_s = self._waited_s, 0.0
         return waited_s
 
@@ -196,7 +196,7 @@ class StepLoader:
 
     def _prefetch(self) -> None:
         try:
-            for step in range(self._steps):
+            for step in range(self.steps):
                 if not self._put(self._read(self._first_slot + step * self._rows)):
                     return
             self._put(None)

@@ -26,14 +26,13 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from lit_gpt.cli import BadInput
+from lit_gpt.config import IGNORE_INDEX
 from lit_gpt.order import ORDER_VERSION, POOL_SHARDS, Ints, Mixture, Order
 from lit_gpt.packing import PACKING_VERSION, PACKINGS, Packing, Spans, Window, window_rows
 from lit_gpt.token_store import DamagedShard, ShardFile, TokenStore, document_ends
 
 log = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
-"""Target of an input that has nothing to predict: a document's last token, and padding."""
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Pauses before a failed read is tried again; a network file system's hiccup is over in half a minute, or is none."""
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR})

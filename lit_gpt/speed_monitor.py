@@ -52,7 +52,7 @@ class Speed(NamedTuple):
     step_s: float
     """Seconds a step."""
     data_wait_s: float
-    """Of these, seconds that the slowest part of the loop waited for rows on this rank."""
+    """Of these, seconds that rank 0 waited for rows."""
     mfu: float | None
     """Share of the devices' peak by 6 (N - embedding) + 12 L d T; None on a device without a known peak."""
     mfu_palm: float | None
@@ -62,7 +62,7 @@ class Speed(NamedTuple):
 
 
 class SpeedMonitor:
-    """Counts steps and reads the clock only when asked; time spent outside steps is left out by `pause`."""
+    """Counts steps, and reads the clock only when asked."""
 
     def __init__(self, config: Config, devices: int, device: torch.device) -> None:
         self._config = config
@@ -75,9 +75,10 @@ class SpeedMonitor:
                 log.warning("the peak FLOP/s of %r are not known: no MFU", name)
             else:
                 self._peak = per_device * devices
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin a new average, so that a validation or a save stays out of the next one."""
         self._since = time.perf_counter()
         self._tokens = self._steps = 0
         self._waited_s = 0.0
@@ -90,10 +91,6 @@ class SpeedMonitor:
         self._steps += 1
         self._waited_s += data_wait_s
 
-    def exclude(self, seconds: float) -> None:
-        """Leave out seconds that went into validation or saving."""
-        self._since += seconds
-
     def read(self) -> Speed:
         """Averages since the last reading; at least one step must have been counted."""
         elapsed = time.perf_counter() - self._since
@@ -104,5 +101,5 @@ class SpeedMonitor:
         )
         memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
         speed = Speed(rate, elapsed / self._steps, self._waited_s / self._steps, mfu, mfu_palm, memory)
-        self._restart()
+        self.restart()
         return speed

@@ -8,9 +8,11 @@ settings before any process starts, because a mismatch would otherwise hang unti
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -28,9 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.args import Settings
 from lit_gpt.attention import choose_backend
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, BadInput
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, initialize
+
+Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer means a dead rank."""
@@ -52,9 +56,33 @@ class World(NamedTuple):
         return self.nodes * self.devices
 
 
-def default_run_name(model_name: str) -> str:
+def default_run_dir(model_name: str) -> str:
     """The run folder when none is given: $MODEL_NAME, as the cluster scripts set it, else out/<model_name>."""
     return os.environ.get("MODEL_NAME") or os.path.join("out", model_name)
+
+
+def exit_code_after_stop() -> int:
+    """What a run that saved and stopped at a signal exits with: in a Slurm job, the code that asks for a requeue."""
+    return EXIT_REQUEUE if "SLURM_JOB_ID" in os.environ else EXIT_OK
+
+
+def on_rank_zero(fabric: Fabric, call: Callable[[], Result], *, share: bool = False) -> Result | None:
+    """The result of `call`, made on rank 0 alone: None elsewhere, or with share=True the same on all ranks.
+
+    A BadInput ends every rank; only rank 0 tells it.
+    """
+    result, error = None, None
+    if fabric.is_global_zero:
+        try:
+            result = call()
+        except BadInput as refused:
+            error = refused
+    refused_anywhere = fabric.broadcast(error)
+    if refused_anywhere is not None:
+        if fabric.is_global_zero:
+            raise refused_anywhere
+        sys.exit(EXIT_BAD_INPUT)
+    return fabric.broadcast(result) if share else result
 
 
 def find_world(settings: Settings) -> World:
@@ -106,6 +134,8 @@ def launch(settings: Settings, world: World) -> Fabric:
             lambda model, _: _shard(model, settings, world),
             data_parallel_size=world.size,
             tensor_parallel_size=1,
+            # gloo carries what ranks agree on from host memory, without waiting for the GPU
+            process_group_backend="cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
         )
         fabric = Fabric(

@@ -1,0 +1,346 @@
+"""The training loop: settings in, a trained checkpoint out.
+
+Order of a run: everything that can be refused is refused before any process starts (`open_inputs`); then processes,
+model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state of a run is its step and its slot;
+whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken one.
+
+What a step agrees on over ranks travels in one small all-reduce of integers on the host, before the backward pass: the
+number of valid targets (the loss's divisor), the digest of the rows, and whether a rank was asked to stop. The GPU is
+waited for only when a line of metrics is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_gpt import checkpoint, run_folder
+from lit_gpt.args import Settings
+from lit_gpt.cli import BadInput
+from lit_gpt.config import IGNORE_INDEX, Config
+from lit_gpt.datapoint_log import DatapointLog, Mark
+from lit_gpt.optim import clip_gradients, learning_rate, make_optimizer
+from lit_gpt.packed_dataset import Batch, PackedDataset, Step, StepLoader, check_batch_sizes, validation_batches
+from lit_gpt.progress import Progress
+from lit_gpt.signals import StopFlag
+from lit_gpt.speed_monitor import SpeedMonitor
+from lit_gpt.strategy import (
+    World,
+    build_model,
+    default_run_dir,
+    exit_code_after_stop,
+    find_world,
+    launch,
+    on_rank_zero,
+    sync_gradients,
+)
+from lit_gpt.token_store import TokenStore
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.trackers import Trackers
+
+log = logging.getLogger(__name__)
+
+
+class Inputs(NamedTuple):
+    """What a run is made of, found and checked before any process starts."""
+
+    config: Config
+    train: TokenStore
+    val: TokenStore | None
+    run_dir: Path
+    world: World
+
+
+class Agreed(NamedTuple):
+    """What the ranks agreed on for one step."""
+
+    targets: int
+    """Valid targets of the step."""
+    digest: int
+    """Digest of the step's rows."""
+    stop: bool
+    """Some rank was asked to stop after this step."""
+
+
+class Validation(NamedTuple):
+    """Loss on the validation split."""
+
+    loss: float
+    """Nats a target."""
+    perplexity: float
+    bits_per_byte: float
+    """Bits a UTF-8 byte of the split's text: comparable between tokenizers."""
+
+
+def open_inputs(settings: Settings) -> Inputs:
+    """Find and check all that a run needs; raises BadInput for whatever does not fit together."""
+    settings.check()
+    world = find_world(settings)
+    check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world.size)
+    shape = {name: getattr(settings, name) for name in ("block_size", "vocab_size") if getattr(settings, name)}
+    config = Config.from_name(settings.model_name, **shape)
+    assert settings.train_data_dir is not None  # Settings.check
+    train = TokenStore.open(settings.train_data_dir)
+    config = config.with_vocabulary(train.vocab_size)
+    val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
+    if val is not None and val.tokenizer_fingerprint != train.tokenizer_fingerprint:
+        raise BadInput(f"{val.path} was made with another tokenizer than {train.path}: prepare both splits together")
+    if settings.tokenizer_path:
+        fingerprint = Tokenizer.from_folder(settings.tokenizer_path).fingerprint
+        if fingerprint != train.tokenizer_fingerprint:
+            raise BadInput(
+                f"--tokenizer_path {settings.tokenizer_path} (fingerprint {fingerprint}) is not the tokenizer that "
+                f"{train.path} was made with ({train.tokenizer_fingerprint})"
+            )
+    run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
+    run_folder.create(run_dir)
+    return Inputs(config, train, val, run_dir, world)
+
+
+def train(settings: Settings) -> int:
+    """Run to max_steps, the end of the data, or a stop signal; returns the program's exit code."""
+    inputs = open_inputs(settings)
+    trainer = Trainer(settings, inputs)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One rank of a run; `step` updates are done and `slot` rows are consumed, over all ranks and earlier parts."""
+
+    def __init__(self, settings: Settings, inputs: Inputs) -> None:
+        self.settings = settings
+        self.inputs = inputs
+        self.step = self.slot = self.tokens = 0
+        self.stop_flag = StopFlag()
+        self.fabric = launch(settings, inputs.world)
+        self.rank, self.device = self.fabric.global_rank, self.fabric.device
+        self.model = build_model(self.fabric, inputs.config, settings)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.dataset = self._dataset(inputs.train, settings.max_epochs)
+        resumed = self._resume()
+        self.datapoints = self._open_datapoint_log(resumed)
+        self.trackers = on_rank_zero(self.fabric, self._open_run_folder)
+        self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
+
+    def _dataset(self, store: TokenStore, max_epochs: int) -> PackedDataset:
+        return PackedDataset(
+            store,
+            self.inputs.config.block_size,
+            self.settings.seed,
+            cross_document_attention=self.settings.cross_document_attention,
+            max_epochs=max_epochs,
+        )
+
+    def _resume(self) -> checkpoint.Checkpoint | None:
+        """Load what --resume names; rank 0 finds and verifies it for all."""
+        settings, run_dir = self.settings, self.inputs.run_dir
+        if settings.resume is None:
+            on_rank_zero(self.fabric, lambda: checkpoint.refuse_used(run_dir))
+            return None
+        found = on_rank_zero(self.fabric, lambda: checkpoint.find(settings.resume or "", run_dir), share=True)
+        if found is None:
+            log.info("no checkpoint in %s: a fresh start", run_dir)
+            return None
+        checkpoint.load(found, self.model, self.optimizer)
+        self.step, self.slot, self.tokens = found.step, found.facts["slot"], found.facts["tokens"]
+        log.info("resumed from %s: step %d, slot %d", found.path, self.step, self.slot)
+        run_folder.log_changes(found.facts["settings"], settings)
+        return found
+
+    def _open_datapoint_log(self, resumed: checkpoint.Checkpoint | None) -> DatapointLog | None:
+        """Rank 0's record of what each step sees; refused if the data is not what the run began with."""
+        settings, train = self.settings, self.inputs.train
+        facts = {**self.dataset.reader.facts(), "global_batch_size": settings.global_batch_size}
+        facts["cross_document_attention"] = settings.cross_document_attention
+        details = {
+            "world_size": self.inputs.world.size,
+            "micro_batch_size": settings.micro_batch_size,
+            "train_data_dir": str(train.path),
+            "tokenizer_path": settings.tokenizer_path,
+        }
+        parent = Mark(**resumed.facts["datapoint_log"]) if resumed and resumed.facts.get("datapoint_log") else None
+        folder = self.inputs.run_dir / "datapoints"
+        return on_rank_zero(
+            self.fabric,
+            lambda: DatapointLog.open(
+                folder, facts, parent=parent, details=details, allow_changed_data=settings.allow_changed_data
+            ),
+        )
+
+    def _open_run_folder(self) -> Trackers:
+        run_folder.write_settings(self.inputs.run_dir, self.settings)
+        return Trackers(self.inputs.run_dir, self.step, tensorboard=self.settings.tensorboard)
+
+    # The loop
+
+    def run(self) -> int:
+        """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
+        settings, stopped, saved_at = self.settings, False, self.step
+        loader = StepLoader(
+            self.dataset,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            rank=self.rank,
+            world_size=self.inputs.world.size,
+            first_slot=self.slot,
+            max_steps=max(settings.max_steps - self.step, 0),
+            pin_memory=self.device.type == "cuda",
+        )
+        log.info("training from step %d to %d in %s", self.step, settings.max_steps, self.inputs.run_dir)
+        with loader, Progress(settings.max_steps, self.step, enabled=self.rank == 0) as progress:
+            last = self.step + loader.steps
+            for data in loader:
+                agreed = self._agree(data)
+                loss, grad_norm, lr = self._update(data, agreed)
+                self.step += 1
+                self.slot += data.rows
+                self.tokens += agreed.targets
+                if self.datapoints is not None:
+                    self.datapoints.append(self.step, data.first_slot, data.rows, agreed.targets, agreed.digest)
+                self.monitor.count(agreed.targets, loader.take_wait_s())
+                stopped, ended = agreed.stop, agreed.stop or self.step == last
+                evaluate = self.step % settings.eval_interval_steps == 0 or self.step == last
+                if evaluate or ended or self.step % settings.log_interval_steps == 0:
+                    progress.show(self._log(agreed.targets, loss, grad_norm, lr, evaluate=evaluate))
+                if ended or self.step % settings.save_interval_steps == 0:
+                    self._save()
+                    saved_at = self.step
+                progress.advance(self.step)
+                if stopped:
+                    break
+        assert saved_at == self.step
+        return self._finish(stopped)
+
+    def _finish(self, stopped: bool) -> int:
+        if stopped:
+            log.info("stopped by a signal (%s on this rank) after step %d, saved", self.stop_flag.received, self.step)
+            return exit_code_after_stop()
+        if self.step < self.settings.max_steps:
+            log.warning(
+                "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
+                self.step, self.settings.max_steps, self.settings.max_epochs,
+            )  # fmt: skip
+        log.info("finished at step %d: %d targets trained", self.step, self.tokens)
+        return 0
+
+    def _agree(self, data: Step) -> Agreed:
+        """One all-reduce of integers on the host; the digest travels as two halves, whose sums cannot overflow."""
+        low, high = data.digest & 0xFFFFFFFF, data.digest >> 32
+        numbers = torch.tensor([data.targets, low, high, self.stop_flag.received is not None], dtype=torch.int64)
+        if dist.is_initialized():
+            dist.all_reduce(numbers)
+        targets, low, high, stop = numbers.tolist()
+        return Agreed(targets, (low + (high << 32)) % 2**64, stop > 0)
+
+    def _update(self, data: Step, agreed: Agreed) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step: this rank's summed loss, the global gradient norm (both on the device), and the rate."""
+        lr = learning_rate(self.step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # FSDP averages gradients over ranks; the loss is a sum over all of them.
+        scale = self.inputs.world.size / max(agreed.targets, 1)
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in data.batches:
+            sync_gradients(self.model, last=batch is data.batches[-1])
+            loss = self._loss(batch)
+            self.fabric.backward(loss * scale)
+            loss_sum += loss.detach()
+        grad_norm = clip_gradients(self.model.parameters(), self.settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_sum, grad_norm, lr
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Summed loss of one micro-batch, in nats."""
+        tokens, targets, cu_seqlens = (
+            x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.cu_seqlens)
+        )
+        return self.model(tokens.long(), cu_seqlens, targets.long())
+
+    @torch.no_grad()
+    def validate(self) -> Validation:
+        """Loss over the validation split, each row once over all ranks."""
+        assert self.inputs.val is not None
+        store = self.inputs.val
+        batches = validation_batches(
+            self._dataset(store, max_epochs=1),
+            micro_batch_size=self.settings.micro_batch_size,
+            rank=self.rank,
+            world_size=self.inputs.world.size,
+            max_rows=self.settings.eval_max_rows,
+        )
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, targets
+        for batch in batches:
+            total[0] += self._loss(batch)
+            total[1] += int((batch.targets != IGNORE_INDEX).sum())
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        nats, targets = total.tolist()
+        loss = nats / targets
+        return Validation(loss, math.exp(min(loss, 700)), loss / math.log(2) * store.tokens / store.text_bytes)
+
+    def _log(self, targets: int, loss_sum: Tensor, grad_norm: Tensor, lr: float, *, evaluate: bool) -> dict[str, Any]:
+        """Read the step's numbers from the device (this waits for it), write them, and return them."""
+        if dist.is_initialized():
+            dist.all_reduce(loss_sum)
+        row: dict[str, Any] = {
+            "step": self.step,
+            "loss": loss_sum.item() / max(targets, 1),
+            "learning_rate": lr,
+            "grad_norm": grad_norm.item(),
+            "targets": targets,
+            "epoch": (self.slot - 1) // self.dataset.rows_per_epoch,
+            "tokens": self.tokens,
+            **self.monitor.read()._asdict(),
+        }
+        if evaluate and self.inputs.val is not None:
+            row |= {f"val_{name}": value for name, value in self.validate()._asdict().items()}
+            self.monitor.restart()
+        if self.trackers is not None:
+            self.trackers.log(row)
+        return row
+
+    def _save(self) -> None:
+        mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
+        train, val = self.inputs.train, self.inputs.val
+        facts = {
+            "step": self.step,
+            "slot": self.slot,
+            "tokens": self.tokens,
+            "settings": asdict(self.settings),
+            "dataset_id": train.dataset_id,
+            "train_data_dir": str(train.path.resolve()),
+            "val_data_dir": str(val.path.resolve()) if val else None,
+            "tokenizer_path": str(Path(self.settings.tokenizer_path).resolve())
+            if self.settings.tokenizer_path
+            else None,
+            "tokenizer_fingerprint": train.tokenizer_fingerprint,
+            "world_size": self.inputs.world.size,
+            "datapoint_log": mark._asdict() if mark else None,
+            "environment": run_folder.environment(),
+        }
+        kind = self.settings.state_dict_type
+        full = kind == "full" or (kind == "auto" and self.inputs.world.size == 1)
+        path = checkpoint.save(self.inputs.run_dir, facts, self.model, self.optimizer, full=full)
+        if self.rank == 0:
+            log.info("saved %s", path)
+            checkpoint.prune(self.inputs.run_dir, self.settings.keep_last_checkpoints)
+        self.monitor.restart()
+
+    def close(self) -> None:
+        if self.trackers is not None:
+            self.trackers.close()
+        if self.datapoints is not None:
+            self.datapoints.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,23 @@
+"""Pretrain a LLaMA model from scratch.
+
+    python pretrain/tinyllama_fabric.py --config pretrain/configs/LLaMmlein_120M.yaml --train_data_dir DIR/train
+    srun apptainer exec llammlein.sif python pretrain/tinyllama_fabric.py --config ... --resume auto
+
+Settings: defaults < YAML files (--config) < flags. Run folder: --out_dir, else $MODEL_NAME, else out/<model_name>.
+Exit codes: 0 finished, or stopped cleanly at a signal with a checkpoint; 75 the same inside a Slurm job, to be
+requeued; 2 bad input, told in one line; anything else is a failure with its traceback.
+"""
+
+from lit_gpt.args import Settings
+from lit_gpt.cli import parse_settings, run_program
+
+
+def main() -> int:
+    settings = parse_settings(Settings, None, __doc__)
+    from lit_gpt.trainer import train  # torch is imported only once the settings are known to be sound
+
+    return train(settings)
+
+
+if __name__ == "__main__":
+    run_program(main)
