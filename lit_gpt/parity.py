@@ -2,19 +2,23 @@
 
 Each model is built without memory and runs once; the weights of a piece (the embedding, one block, the final norm, the
 head) are read when the pass reaches it and dropped when it has passed. So a model of any size needs the memory of its
-largest piece in fp32 (7B: 0.8 GB), and each side's own forward code is what is tested. No import of transformers: the
-caller hands its model over. Cost: one forward pass a side.
+largest piece in fp32 (7B: 0.8 GB), and each side's own forward code is what is tested.
+Cost: one forward pass a side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.model import GPT
 
 BOUND = 1e-5
 """Largest difference of two logits, relative to the largest logit: some rounding errors of fp32, no more."""
@@ -32,6 +36,31 @@ Fetch = Callable[[list[str]], dict[str, Tensor]]
 """Weights by name, given when a piece of the model needs them; each name is asked for once, in the model's order."""
 
 
+SAMPLE_TOKENS = 256
+"""Length of what is compared on."""
+
+
+class Twin:
+    """What transformers, handed in as a module, makes of a folder; the library itself does not import it."""
+
+    def __init__(self, transformers: ModuleType) -> None:
+        self._transformers = transformers
+
+    def model(self, folder: Path) -> Any:
+        """Its model of the folder's config.json, without memory; attention as plain matrix products."""
+        config = self._transformers.AutoConfig.from_pretrained(folder)
+        config.use_cache = False
+        with torch.device("meta"):
+            model = self._transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # frequencies are no weights: they must be real
+        return model
+
+    def encoder(self, folder: Path) -> Callable[[str], Sequence[int]]:
+        """Its tokenizer, called as a user calls it."""
+        tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder)
+        return lambda text: tokenizer(text, verbose=False).input_ids  # quiet about texts beyond the context
+
+
 class Parity(NamedTuple):
     """How far the logits of two models lie apart."""
 
@@ -46,6 +75,18 @@ class Parity(NamedTuple):
             f"largest difference {self.difference:.1e} of the largest logit, {self.largest_logit:.4g} "
             f"(bound {BOUND:g}), {self.tokens} tokens"
         )
+
+
+def our_logits(config: Config, tensors: Iterable[tuple[str, Tensor]], tokens: Tensor) -> Tensor:
+    """Our model's logits (T, V) in fp32 for tokens (T,), its weights streamed."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return logits(model, fetch_from(tensors), tokens)
+
+
+def their_logits(model: nn.Module, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
+    """The logits of transformers' `model`, whose weights `read` gives."""
+    return logits(model, lambda names: {name: read(name) for name in names}, tokens)
 
 
 def logits(model: nn.Module, fetch: Fetch, tokens: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""Import a Hugging Face LLaMA (safetensors, or .bin without running code) as a checkpoint to go on training from.
+
+The checkpoint stands at step 0 without optimizer state; `--resume PATH` of the training program takes it. It appears
+only after the logits of transformers' model and of ours agree on real text, in fp32.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_gpt.cli import BadInput, Parser, run_program
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder from Hugging Face")
+    parser.add_argument(
+        "--destination_path", type=Path, required=True, help="checkpoint to write: RUN_FOLDER/iter-00000000-ckpt.pth"
+    )
+    parser.add_argument("--model_name", help="registered model that it must be (default: the first of its shape)")
+    parser.add_argument("--tokenizer_path", type=Path, help="tokenizer to go on with (default: the folder's own)")
+    arguments = parser.parse_args(argv)
+    if not (arguments.checkpoint_dir / "config.json").is_file():
+        raise BadInput(f"--checkpoint_dir {arguments.checkpoint_dir}: holds no config.json, so is no folder of a model")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
+
+    import transformers
+
+    from lit_gpt.hf_import import import_folder
+    from lit_gpt.parity import Twin
+
+    parity = import_folder(
+        arguments.checkpoint_dir.absolute(),
+        arguments.destination_path.absolute(),
+        Twin(transformers),
+        model_name=arguments.model_name,
+        tokenizer_path=arguments.tokenizer_path,
+    )
+    log.info("logits agree: %s", parity)
+    log.info("published %s", arguments.destination_path)
+
+
+if __name__ == "__main__":
+    run_program(main)
