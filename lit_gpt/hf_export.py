@@ -1,9 +1,9 @@
 """A checkpoint -> a Hugging Face folder, proved before it is published.
 
-In order: every file of the checkpoint against its hash; the tokenizer against the run's; the weights streamed out and
-read back, bit for bit; the ids of transformers' tokenizer against ours; the logits of transformers' model against ours,
-both in fp32 with the weights as stored. Only then does the folder get its name. No GPU; memory as parity.py says.
-transformers itself is handed in by the program, so that the library does not depend on it.
+In order: every file of the checkpoint against its hash; the tokenizer against the run's; the ids of transformers'
+tokenizer against ours; the weights streamed out and read back, bit for bit; the logits of transformers' model against
+ours, both in fp32 with the weights as stored; the model card. Only then does the folder get its name. No GPU; memory as
+parity.py says. transformers itself is handed in by the program, so that the library does not depend on it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lit_gpt.config import Config
 from lit_gpt.hf_folder import HFWeights, publishing, require_hashes, write_json, write_weights
 from lit_gpt.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
 from lit_gpt.hf_weights import SHAPE_FIELDS, hf_config, hf_generation_config, hf_shapes, to_hf
+from lit_gpt.model_card import Card, write_card
 from lit_gpt.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Twin, compare, our_logits, their_logits
 from lit_gpt.token_store import MANIFEST, ShardFile, TokenStore
 from lit_gpt.tokenizer import Tokenizer
@@ -38,7 +39,9 @@ class Form(NamedTuple):
     max_shard_bytes: int
 
 
-def export(checkpoint: Checkpoint, tokenizer: Tokenizer, destination: Path, form: Form, twin: Twin) -> Parity:
+def export(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, destination: Path, form: Form, twin: Twin, license: str
+) -> Parity:
     """Publish `destination`; BadInput, and nothing published, if a proof fails."""
     config = checkpoint.config
     rows = config.vocab_size if form.cut_vocabulary else config.padded_vocab_size
@@ -55,7 +58,9 @@ def export(checkpoint: Checkpoint, tokenizer: Tokenizer, destination: Path, form
         hashes = write_weights(folder, shapes, form.dtype, to_hf(config, rounded(), rows), form.max_shard_bytes)
         require_hashes(folder, hashes)
         theirs = their_logits(twin.model(folder), HFWeights(folder).read, sample)
-        return compare(our_logits(config, rounded(), sample), theirs)
+        parity = compare(our_logits(config, rounded(), sample), theirs)
+        write_card(folder, checkpoint, Card(license, str(form.dtype).removeprefix("torch."), parity))
+        return parity
 
 
 def _write_facts(folder: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype, rows: int) -> None:

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--max_shard_size", type=size, default="5GB", help="of a weight file (default: 5GB)")
     parser.add_argument("--model_name", help="registered model that the checkpoint must be")
+    parser.add_argument("--license", default="unknown", help="for the model card, an id of Hugging Face's list")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
     form = Form(DTYPES[arguments.dtype], arguments.vocabulary == "cut", arguments.max_shard_size)
     destination = arguments.destination_path.absolute()
-    parity = export(checkpoint, tokenizer, destination, form, Twin(transformers))
+    parity = export(checkpoint, tokenizer, destination, form, Twin(transformers), arguments.license)
     log.info("logits agree: %s", parity)
     log.info("published %s", destination)
 
