@@ -89,7 +89,7 @@ def save(
     _barrier()
     state = _state(model, optimizer, full=full)
     if not full:
-        dcp.save(state, checkpoint_id=temporary / SHARDED)
+        dcp.save(state, checkpoint_id=temporary / SHARDED, no_dist=not dist.is_initialized())
     elif _rank() == 0:
         torch.save(state, temporary / FULL)
     if _rank() == 0:
@@ -99,7 +99,7 @@ def save(
 
 
 def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
-    """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights that come from elsewhere."""
+    """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere."""
     temporary = path.parent / f".saving-{path.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -242,7 +242,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
         state = torch.load(checkpoint.path / FULL, map_location="cpu", weights_only=True, mmap=True)
     else:
         state = _state(model, optimizer, full=False)
-        dcp.load(state, checkpoint_id=checkpoint.path / SHARDED)
+        dcp.load(state, checkpoint_id=checkpoint.path / SHARDED, no_dist=not dist.is_initialized())
     options = StateDictOptions(full_state_dict=full, cpu_offload=full)
     if "optimizer" not in state:  # an imported model: its optimizer starts afresh
         set_model_state_dict(inner, state["model"], options=options)

@@ -7,6 +7,7 @@ settings before any process starts, because a mismatch would otherwise hang unti
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -146,6 +147,8 @@ def launch(settings: Settings, world: World) -> Fabric:
             plugins=[world.environment],
         )
     fabric.launch()
+    if not fabric.is_global_zero:
+        logging.getLogger().setLevel(logging.WARNING)
     return fabric
 
 

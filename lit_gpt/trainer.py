@@ -223,7 +223,9 @@ class Trainer:
 
     def _finish(self, stopped: bool) -> int:
         if stopped:
-            log.info("stopped by a signal (%s on this rank) after step %d, saved", self.stop_flag.received, self.step)
+            log.info(
+                "stopped by a signal (%s) after step %d, saved", self.stop_flag.received or "to another rank", self.step
+            )
             return exit_code_after_stop()
         if self.step < self.settings.max_steps:
             log.warning(
