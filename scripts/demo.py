@@ -35,13 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".made-by-demo"
 """Only a folder that holds this file is emptied."""
 VOCABULARY = 4096
+STEPS = 300
 STEPS_LOST = 5
-"""The kill comes this many steps after a checkpoint: they are trained twice."""
+"""The kill comes this many steps after the checkpoint at half of the run: they are trained twice."""
 MARGIN = 0.20
 """Share by which validation must lie below the unigram entropy."""
 LOSS_TOLERANCE = 1e-5
 """Relative; transformers sums the same numbers in another order."""
-PROMPT = "Die Installation von Debian"
+PROMPT = "Wenn Sie"
 
 
 class Proof(NamedTuple):
@@ -60,21 +61,20 @@ class Interruption(NamedTuple):
 
 
 class Shell:
-    """Runs the project's programs as a user would, from the project's root; output goes to one log file a command."""
+    """Runs the project's programs as a user would, from the project's root; what they log goes to one file each."""
 
     def __init__(self, logs: Path, console: Console) -> None:
         self.logs = logs
         self.console = console
 
     def run(self, name: str, command: str, kill_when: Callable[[], bool] | None = None) -> str:
-        """Run to the end and return the output, or until `kill_when` holds, which must come first: then SIGKILL."""
+        """Run to the end and return what it printed; or until `kill_when` holds, which must come first: then SIGKILL."""
         self.console.print(f"[bold]$[/] {command}", highlight=False, soft_wrap=True)
-        begin, log, killed = time.monotonic(), self.logs / f"{name}.log", False
+        begin, log, printed, killed = time.monotonic(), self.logs / f"{name}.log", self.logs / f"{name}.out", False
         python_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        with log.open("wb") as output, self.console.status(name) as status:
-            process = subprocess.Popen(
-                shlex.split(command), stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PATH": python_first}
-            )
+        with log.open("wb") as stderr, printed.open("wb") as stdout, self.console.status(name) as status:
+            environment = {**os.environ, "PATH": python_first}
+            process = subprocess.Popen(shlex.split(command), stdout=stdout, stderr=stderr, env=environment)
             try:
                 while process.poll() is None:
                     if kill_when and kill_when():
@@ -84,12 +84,13 @@ class Shell:
                     time.sleep(0.05)
             finally:
                 process.kill()
-        text = log.read_text(encoding="utf-8", errors="replace")
         if killed != (kill_when is not None) or (not killed and process.returncode):
-            self.console.print(text[-3000:], markup=False, highlight=False)
-            sys.exit(f"{name} ended with {process.returncode}, which the demo did not expect; all of its output: {log}")
+            self.console.print(log.read_text(errors="replace")[-3000:], markup=False, highlight=False)
+            sys.exit(
+                f"{name} ended with {process.returncode}, which the demo did not expect; all that it logged: {log}"
+            )
         self.console.print(f"  {'killed after' if killed else 'took'} {time.monotonic() - begin:.0f} s", style="dim")
-        return text
+        return printed.read_text(encoding="utf-8").strip()
 
 
 def last_line(log: Path) -> str:
@@ -116,7 +117,7 @@ def make_data(shell: Shell, folder: Path, source: str) -> None:
     fetched = shell.run(
         "fetch", f"python scripts/fetch_german_text.py --destination_path {folder}/text.jsonl --source {source}"
     )
-    shell.console.print(f"  {fetched.strip()}", style="dim", markup=False, highlight=False)
+    shell.console.print(f"  {fetched}", style="dim", markup=False, highlight=False)
     shell.run(
         "tokenizer",
         f"python scripts/train_tokenizer.py --source {folder}/text.jsonl --destination_path {folder}/tokenizer "
@@ -131,9 +132,9 @@ def make_data(shell: Shell, folder: Path, source: str) -> None:
 
 def training(folder: Path, run: Path) -> str:
     return (
-        f"python pretrain/tinyllama_fabric.py --config pretrain/configs/debug.yaml --accelerator cpu --devices 1 "
+        f"python pretrain/tinyllama_fabric.py --config pretrain/configs/debug.yaml --out_dir {run} "
         f"--train_data_dir {folder}/data/train --val_data_dir {folder}/data/val --tokenizer_path {folder}/tokenizer "
-        f"--out_dir {run} --log_interval_steps 1"
+        f"--global_batch_size 8 --max_steps {STEPS} --save_interval_steps {STEPS // 2} --log_interval_steps 1"
     )
 
 
@@ -202,10 +203,10 @@ def same_rows(run: Path, other: Path) -> Proof:
     return Proof("rows", not unequal, f"{len(unequal)} of {steps} steps saw other rows")
 
 
-def logged_rows(run: Path) -> set[tuple[int, ...]]:
-    """Step, first slot, rows and digest of every line; lines that agree about a step are one entry."""
+def logged_rows(run: Path) -> set[tuple[int | str, ...]]:
+    """Step, first slot, number of rows and digest of every line; lines that agree about a step are one entry."""
     lines = (run / "datapoints/steps.jsonl").read_text(encoding="utf-8").splitlines()
-    return {tuple(json.loads(line)[key] for key in ("step", "first_slot", "rows", "digest")) for line in lines}
+    return {tuple(json.loads(line)[key] for key in ("step", "slot", "rows", "digest")) for line in lines}
 
 
 def beats_unigrams(run: Path, val: Path) -> Proof:
@@ -228,10 +229,12 @@ def same_loss_in_transformers(run: Path, model_folder: Path, val: Path) -> Proof
     """Each segment of each validation row alone through transformers' own LLaMA, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from lit_gpt.packed_dataset import PackedDataset, validation_batches
     from lit_gpt.token_store import TokenStore
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     dataset = PackedDataset(TokenStore.open(val), model.config.max_position_embeddings, seed=0)  # a sum has no order
     total, targets = 0.0, 0
@@ -283,7 +286,7 @@ def summarise(console: Console, folder: Path, proofs: list[Proof], sentence: str
         f"validation: loss {float(final['val_loss']):.3f}, perplexity {float(final['val_perplexity']):.1f}, "
         f"{float(final['val_bits_per_byte']):.3f} bits a byte, after {final['step']} steps"
     )
-    console.print(f"the model says: {sentence}", markup=False, soft_wrap=True)
+    console.print(f"the model goes on from {PROMPT!r}: {sentence.splitlines()[0]}", markup=False, soft_wrap=True)
     console.print(f"loss curve: {folder}/loss.png; model: {folder}/model; all of it took {seconds:.0f} s")
 
 
@@ -300,7 +303,9 @@ def main() -> int:
     interruption = train(shell, folder)
     shell.run("verify", f"python scripts/datapoints.py verify --run_dir {run}")
     shell.run("export", f"bash scripts/create.sh {newest_checkpoint(run)} {folder}/model --dtype fp32")
-    sentence = shell.run("generate", f"python scripts/generate.py --model {folder}/model --prompt '{PROMPT}'")
+    sentence = shell.run(
+        "generate", f"python scripts/generate.py --model {folder}/model --prompt '{PROMPT}' --temperature 0.5"
+    )
     proofs = [
         same_weights(run, folder / "run-uninterrupted"),
         same_losses(interruption, run, folder / "run-uninterrupted"),
@@ -309,7 +314,7 @@ def main() -> int:
         same_loss_in_transformers(run, folder / "model", val),
     ]
     draw(folder, interruption)
-    summarise(console, folder, proofs, sentence.strip(), time.monotonic() - begin)
+    summarise(console, folder, proofs, sentence, time.monotonic() - begin)
     return 0 if all(proof.holds for proof in proofs) else 1
 
 

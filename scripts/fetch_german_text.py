@@ -45,6 +45,7 @@ class SourceUnavailable(Exception):
 # Debian's handbook
 
 ENGLISH_WORDS = frozenset({"the", "of", "and", "to", "is", "that", "for", "with", "this", "are"})
+LINK = "→"  # a line that is nothing but the address of a source
 GERMAN_WORDS = frozenset({"der", "die", "das", "und", "zu", "ist", "den", "von", "mit", "ein", "für"})
 
 
@@ -114,7 +115,7 @@ def handbook_documents(pages: Path, source: str) -> Iterator[Document]:
         parser.feed(page.read_text(encoding="utf-8"))
         parser.close()
         for number, (heading, *body) in enumerate(filter(None, parser.sections)):
-            if german := [block for block in body if not is_english(block)]:
+            if german := [block for block in body if not is_english(block) and not block.startswith(LINK)]:
                 yield Document(f"debian-handbook-de/{page.name}#{number}", "\n".join([heading, *german]), source)
 
 

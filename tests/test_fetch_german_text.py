@@ -23,7 +23,7 @@ PAGE = """<html><head><title>nicht dies</title></head><body>
 <div class="section"><h2 class="title"><a id="z"></a>6.9. Ein Titel</h2>
 <div class="toc"><ul><li>6.9.1. Inhalt</li></ul></div>
 <div class="para">Der <code>Befehl</code> ist\n\t\tkurz<br>und   gut &amp; alt.<ul><li>Ein Punkt</li></ul></div>
-<pre>rm -r der die das</pre>
+<pre>rm -r der die das</pre><div class="url">→ <a href="x">https://debian.example</a></div>
 <div class="para">The rest of this page is not translated.</div></div>
 <h3>6.9.1. Leer</h3><div class="para">This is the end of it.</div>
 <ul class="docnav"><li>Zurück</li></ul></body></html>"""
