@@ -241,6 +241,14 @@ class Mixture:
             slots[inside] += self._positions(int(period))[self._starts[source] + ranks[inside]]
         return slots.reshape(asked.shape)
 
+    def consumed(self, slot: int) -> list[int]:
+        """Each source's own slots before `slot`."""
+        if len(self.counts) == 1:
+            return [slot]
+        period, place = divmod(slot, MIXTURE_PERIOD)
+        mine = np.split(self._positions(period), self._starts[1:-1])
+        return [period * len(positions) + int((positions < place).sum()) for positions in mine]
+
     def slots_within(self, limits: Sequence[int]) -> int:
         """Slots before the first that would need more than `limits[source]` of some source's own slots."""
         return min(int(self.slot_of(source, limit)) for source, limit in enumerate(limits))

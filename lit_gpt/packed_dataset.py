@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -22,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from lit_gpt.cli import BadInput
-from lit_gpt.row_reader import IGNORE_INDEX, RowReader
+from lit_gpt.config import IGNORE_INDEX
+from lit_gpt.row_reader import RowReader
+from lit_gpt.shard_cache import ShardCache
 from lit_gpt.token_store import TokenStore
-
-__all__ = ["IGNORE_INDEX", "Batch", "PackedDataset", "Step", "StepLoader", "validation_batches"]
 
 _FEWEST_BOUNDARIES = 16
 _POLL_S = 1.0
@@ -73,6 +74,8 @@ class PackedDataset:
         packing: str = "window",
         cross_document_attention: bool = False,
         max_epochs: int = 1,
+        cache: ShardCache | None = None,
+        index_dir: Path | None = None,
     ) -> None:
         self.reader = RowReader(
             [stores] if isinstance(stores, TokenStore) else stores,
@@ -82,6 +85,8 @@ class PackedDataset:
             packing=packing,
             cross_document_attention=cross_document_attention,
             max_epochs=max_epochs,
+            cache=cache,
+            index_dir=index_dir,
         )
         self.block_size = block_size
         self.rows_per_epoch = self.reader.rows_per_epoch

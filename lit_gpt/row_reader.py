@@ -6,20 +6,17 @@ tensors of it for training.
 Invariants: a slot's row depends on the data sets, the seed, block_size and the packing only. Every token id is checked
 against the vocabulary. The digest of a set of rows is the sum modulo 2**64 of xxh3_64(tokens as stored, seed = slot):
 it does not depend on how the rows were shared out, and changes with any token, row or slot.
-A failing disk is retried with backoff and then raised; no row is ever skipped or replaced.
+No row is ever skipped or replaced.
 
-Costs: opening reads the manifests (`window`). A row costs one pread, one hash and two copies, some 10 us for 2,048
-tokens. An open shard holds a file descriptor and 4 bytes a document; at most two pools a source are open.
+Costs: opening reads the manifests (`window`). A row costs one pread, one hash and two copies: some 10 us for 2,048
+tokens; what open shards cost is said in open_shards.py.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -27,22 +24,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import IGNORE_INDEX
+from lit_gpt.open_shards import OpenShard, OpenShards
 from lit_gpt.order import ORDER_VERSION, POOL_SHARDS, Ints, Mixture, Order
-from lit_gpt.packing import PACKING_VERSION, PACKINGS, Packing, Spans, Window, window_rows
-from lit_gpt.token_store import DamagedShard, ShardFile, TokenStore, document_ends
+from lit_gpt.packing import PACKING_VERSION, PACKINGS, Spans
+from lit_gpt.shard_cache import ShardCache, StagedFile
+from lit_gpt.token_store import DamagedShard, ShardFile, TokenStore
 
-log = logging.getLogger(__name__)
-
-RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Pauses before a failed read is tried again; a network file system's hiccup is over in half a minute, or is none."""
-_TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR})
 _DIGEST_MASK = (1 << 64) - 1
-
-Result = TypeVar("Result")
 
 
 class Places(NamedTuple):
-    """Where the rows of some slots lie: parallel arrays."""
+    """Where the rows of some slots lie: parallel arrays, one entry a slot."""
 
     source: Ints
     epoch: Ints
@@ -58,14 +50,6 @@ class Filled(NamedTuple):
     digest: int
 
 
-class OpenShard(NamedTuple):
-    """One shard ready for reading."""
-
-    file: ShardFile
-    ends: NDArray[Any]
-    packing: Packing
-
-
 class RowReader:
     """The rows of one or more token stores, in their global order. Used by one thread at a time."""
 
@@ -79,23 +63,25 @@ class RowReader:
         packing: str = "window",
         cross_document_attention: bool = False,
         max_epochs: int = 1,
+        cache: ShardCache | None = None,
+        index_dir: Path | None = None,
     ) -> None:
+        """Without weights a source weighs as many as it has rows; `bestfit` and `pad` keep their index in `index_dir`,
+        by default in the store's own folder.
+        """
         _check_settings(stores, block_size, seed, packing, max_epochs)
         self.stores = tuple(stores)
         self.block_size = block_size
         self.packing = packing
         self.cross_document_attention = cross_document_attention
-        self.mixture = Mixture(weights or [1.0] * len(stores), seed)
-        self.orders = [
-            Order([window_rows(shard.tokens, block_size) for shard in store.shards], seed, stream=number)
-            for number, store in enumerate(stores)
-        ]
+        self.shards = OpenShards(stores, block_size, packing, cache, index_dir)
+        self.orders = [Order(self.shards.rows(number), seed, stream=number) for number in range(len(stores))]
+        self.mixture = Mixture(weights or [order.rows_per_epoch for order in self.orders], seed)
         self.dtype = stores[0].dtype
         self.padding_id = stores[0].eos_id or 0
         self._seed = seed
         self.rows_per_epoch = self.mixture.slots_within([order.rows_per_epoch for order in self.orders])
         self.total_rows = self.mixture.slots_within([max_epochs * order.rows_per_epoch for order in self.orders])
-        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
 
     def facts(self) -> dict[str, Any]:
         """What the meaning of a slot depends on, as JSON: the datapoint log refuses a run that goes on with others."""
@@ -112,10 +98,11 @@ class RowReader:
 
     def epochs(self, slot: int) -> tuple[float, ...]:
         """How often each source has been seen when `slot` rows are consumed."""
-        shares = self.mixture.counts / self.mixture.counts.sum()
-        return tuple(slot * share / order.rows_per_epoch for share, order in zip(shares, self.orders, strict=True))
+        own = self.mixture.consumed(slot)
+        return tuple(slots / order.rows_per_epoch for slots, order in zip(own, self.orders, strict=True))
 
     def locate(self, slots: ArrayLike) -> Places:
+        """Source, epoch, shard and row of each slot."""
         sources, own = self.mixture.locate(np.atleast_1d(slots))
         epoch, shard, row = (np.empty_like(own) for _ in range(3))
         for source in np.unique(sources):
@@ -129,6 +116,8 @@ class RowReader:
         targets[slots < 0] = IGNORE_INDEX
         real = np.flatnonzero(slots >= 0)
         places = self.locate(slots[real])
+        if self.shards.staging and len(real):
+            self._stage_ahead(int(slots[real].min()))
         starts, total = [np.arange(len(slots)) * self.block_size], 0
         for source, number, group in _by_shard(places):
             lines, rows = real[group], places.row[group]
@@ -136,12 +125,12 @@ class RowReader:
             def fill_lines(
                 source: int = source, number: int = number, lines: Ints = lines, rows: Ints = rows
             ) -> tuple[Ints, int]:
-                shard = self.open_shard(source, number)
+                shard = self.shards.get(source, number)
                 laid = _lay(shard.packing.spans(rows), lines)
                 summed = _copy(shard.file, laid, slots if digest else None, tokens, targets)
                 return self._mark(shard, laid, lines, tokens, targets), summed
 
-            found, summed = self._with_retries(fill_lines, source, number)
+            found, summed = self.shards.with_retries(fill_lines, source, number)
             starts.append(found)
             total += summed
         self._check_ids(slots, tokens, targets)
@@ -176,7 +165,7 @@ class RowReader:
             return
         line = int(np.flatnonzero((tokens >= vocab_size).any(1) | (targets >= vocab_size).any(1))[0])
         places = self.locate(slots[line : line + 1])
-        shard = self.open_shard(int(places.source[0]), int(places.shard[0]))
+        shard = self.shards.get(int(places.source[0]), int(places.shard[0]))
         for start, stop in zip(*shard.packing.spans(places.row)[1::2], strict=True):
             ids = shard.file.read(int(start), int(stop))
             if (foreign := np.flatnonzero(ids >= vocab_size)).size:
@@ -185,41 +174,17 @@ class RowReader:
                 )
         raise DamagedShard(f"{shard.file.path}: ids outside the vocabulary that were gone when read again")
 
-    def open_shard(self, source: int, number: int) -> OpenShard:
-        """The shard's file, document ends and packing, opened at most once while it is in use."""
-        if (source, number) in self._open:
-            self._open.move_to_end((source, number))
-            return self._open[source, number]
-        store = self.stores[source]
-        shard = store.shards[number]
-        ends = document_ends(store, shard)
-        if shard.tokens < np.iinfo(np.int32).max:
-            ends = ends.astype(np.int32)
-        opened = OpenShard(ShardFile(store.path, shard, store), ends, Window(shard.tokens, self.block_size))
-        self._open[source, number] = opened
-        while len(self._open) > 2 * POOL_SHARDS * len(self.stores):
-            self._open.popitem(last=False)[1].file.close()
-        return opened
-
-    def _with_retries(self, action: Callable[[], Result], source: int, number: int) -> Result:
-        """Run `action`; where the file system fails for a moment, open the shard afresh and run it again."""
-        name = self.stores[source].path / self.stores[source].shards[number].name
-        for attempt, delay_s in enumerate((*RETRY_DELAYS_S, None), start=1):
-            try:
-                return action()
-            except OSError as error:
-                if delay_s is None or error.errno not in _TRANSIENT:
-                    raise
-                log.warning("shard %s: %s; attempt %d failed, next in %g s", name, error.strerror, attempt, delay_s)
-            if opened := self._open.pop((source, number), None):
-                opened.file.close()
-            time.sleep(delay_s)
-        raise AssertionError("the last attempt returns or raises")
+    def _stage_ahead(self, slot: int) -> None:
+        """Have the cache fetch the shards of the pool that `slot` lies in, then those of the next."""
+        own = self.mixture.consumed(slot)
+        pools = [order.pools(next_slot, 2) for next_slot, order in zip(own, self.orders, strict=True)]
+        self.shards.stage(
+            [(source, int(number)) for ahead in (0, 1) for source, both in enumerate(pools) for number in both[ahead]]
+        )
 
     def close(self) -> None:
         """Close every shard."""
-        while self._open:
-            self._open.popitem()[1].file.close()
+        self.shards.close()
 
 
 class Laid(NamedTuple):
@@ -249,7 +214,9 @@ def _lay(spans: Spans, lines: Ints) -> Laid:
     return Laid(lines[spans.row], at, spans.start, spans.inputs, spans.stop)
 
 
-def _copy(file: ShardFile, laid: Laid, slots: Ints | None, tokens: NDArray[Any], targets: NDArray[np.int32]) -> int:
+def _copy(
+    file: ShardFile | StagedFile, laid: Laid, slots: Ints | None, tokens: NDArray[Any], targets: NDArray[np.int32]
+) -> int:
     """Read each span into its line; the sum of the rows' hashes, each seeded with its slot (0 where slots is None)."""
     total, row_hash, hashed_line = 0, xxhash.xxh3_64(), -1
     for line, at, start, inputs, stop in zip(*(array.tolist() for array in laid), strict=True):

@@ -13,7 +13,8 @@ import pytest
 import xxhash
 
 from lit_gpt.cli import BadInput
-from lit_gpt.packed_dataset import IGNORE_INDEX, Batch, PackedDataset, StepLoader, validation_batches
+from lit_gpt.config import IGNORE_INDEX
+from lit_gpt.packed_dataset import Batch, PackedDataset, StepLoader, validation_batches
 from lit_gpt.token_store import HEADER_BYTES, DamagedShard, TokenStore, document_ends, write_store
 
 EOS = 2
@@ -238,14 +239,14 @@ def test_a_thread_that_is_killed_does_not_hang_the_consumer(store: TokenStore) -
 def test_a_real_input_output_error_is_retried_with_the_shard_s_name(
     store: TokenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lit_gpt.row_reader.RETRY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr("lit_gpt.open_shards.RETRY_DELAYS_S", (0.01, 0.01))
     dataset = PackedDataset(store, 16, seed=5)
     slots = np.arange(dataset.rows_per_epoch)
     expected = dataset.read(slots)[1]
     memory = os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its start: the kernel answers EIO
-    os.dup2(memory, dataset.reader.open_shard(0, 1).file._descriptor)
+    os.dup2(memory, dataset.reader.shards.get(0, 1).file._descriptor)
     assert dataset.read(slots)[1] == expected
     assert [record.getMessage() for record in caplog.records] == [
-        f"shard {store.path / '00001'}: Input/output error; attempt 1 failed, next in 0.01 s"
+        f"shard {store.path / '00001'}: Input/output error; try 1 failed after 0.0 s, next in 0.01 s"
     ]
     os.close(memory)
