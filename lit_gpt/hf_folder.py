@@ -230,6 +230,11 @@ class HFWeights:
             raise BadInput(f"weight {name!r} holds NaN or infinity")
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the weight."""
+        file = self._files[name]
+        return tuple(file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape())
+
     @staticmethod
     def _find(folder: Path, claimed: set[str]) -> list[Path]:
         for whole in ("model.safetensors", "pytorch_model.bin"):

@@ -185,8 +185,7 @@ def config_from_hf(facts: Mapping[str, Any], *, model_name: str | None, vocab_si
     The name is `model_name`, or the first registered model of that shape. `vocab_size` is the tokenizer's (None: no
     tokenizer at hand): the matrices must have just so many rows, or as many as its padding gives.
     """
-    stated = _stated(facts)
-    _require_supported(stated)
+    stated = llama_facts(facts)
     shape = {ours: stated[hf] for ours, hf in SHAPE_FIELDS.items()}
     same = [name for name, entry in REGISTRY.items() if all(getattr(entry, key) == shape[key] for key in shape)]
     if model_name is None and not same:
@@ -204,7 +203,7 @@ def config_from_hf(facts: Mapping[str, Any], *, model_name: str | None, vocab_si
         entry,
         block_size=stated["max_position_embeddings"],
         norm_eps=stated["rms_norm_eps"],
-        rope_base=_rope(stated).base,
+        rope_base=rope_base(stated),
         vocab_size=vocab_size or (entry.vocab_size if entry.padded_vocab_size == rows else rows),
     )
     if rows not in (config.vocab_size, config.padded_vocab_size):
@@ -215,28 +214,13 @@ def config_from_hf(facts: Mapping[str, Any], *, model_name: str | None, vocab_si
     return config
 
 
-def _stated(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that are not null; grouped heads are a later addition, without which keys have as many as queries."""
-    full_heads = {"num_key_value_heads": facts.get("num_attention_heads")}
-    return full_heads | {key: value for key, value in facts.items() if value is not None}
-
-
-class _Rope(NamedTuple):
-    kind: str
-    base: float
-
-
-def _rope(facts: Mapping[str, Any]) -> _Rope:
-    """transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling."""
-    parameters = facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta")} | facts.get("rope_scaling", {})
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    return _Rope(kind, float(parameters.get("rope_theta") or 10_000.0))
-
-
-def _require_supported(facts: Mapping[str, Any]) -> None:
-    """Refuse, by name and value, what our blocks do not compute."""
+def llama_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json states; BadInput that names the fact and its value where our blocks do not compute it."""
+    stated: dict[str, Any] = {key: value for key, value in facts.items() if value is not None}
+    if "num_attention_heads" in stated:  # grouped heads came later: without them, keys have as many as queries
+        stated.setdefault("num_key_value_heads", stated["num_attention_heads"])
     for key in ("model_type", "vocab_size", "max_position_embeddings", "rms_norm_eps", *SHAPE_FIELDS.values()):
-        if key not in facts:
+        if key not in stated:
             raise BadInput(f"config.json has no {key}: not the folder of a LLaMA")
     supported = {
         "model_type": "llama",
@@ -244,10 +228,20 @@ def _require_supported(facts: Mapping[str, Any]) -> None:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "head_dim": facts["hidden_size"] // facts["num_attention_heads"],
+        "head_dim": stated["hidden_size"] // stated["num_attention_heads"],
         "rope_type": "default",
     }
-    found = {"rope_type": _rope(facts).kind} | dict(facts)
+    found = {**stated, "rope_type": _rope(stated).get("rope_type") or _rope(stated).get("type") or "default"}
     for key, right in supported.items():
         if (value := found.get(key, right)) != right:
             raise BadInput(f"config.json: {key} is {value!r}; this project trains LLaMAs with {key} {right!r} only")
+    return stated
+
+
+def rope_base(facts: Mapping[str, Any]) -> float:
+    return float(_rope(facts).get("rope_theta") or 10_000.0)
+
+
+def _rope(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling."""
+    return facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta"), **facts.get("rope_scaling", {})}

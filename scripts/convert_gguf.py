@@ -1,0 +1,31 @@
+"""Convert a folder that create.sh wrote into one GGUF file for llama.cpp, tokenizer included."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_gpt.cli import BadInput, Parser, run_program
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder that create.sh wrote")
+    parser.add_argument("--destination_path", type=Path, required=True, help="file to write, such as model.gguf")
+    parser.add_argument("--type", choices=["f16", "bf16", "q8_0"], default="bf16", help="of the matrices")
+    arguments = parser.parse_args(argv)
+    if not (arguments.model / "config.json").is_file():
+        raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
+
+    from lit_gpt.gguf_export import write_gguf
+
+    destination = arguments.destination_path.absolute()
+    write_gguf(arguments.model, destination, arguments.type)
+    log.info("published %s (%.2f GB)", destination, destination.stat().st_size / 1e9)
+
+
+if __name__ == "__main__":
+    run_program(main)
