@@ -15,38 +15,13 @@ import xxhash
 from lit_gpt.cli import BadInput
 from lit_gpt.config import IGNORE_INDEX
 from lit_gpt.packed_dataset import Batch, PackedDataset, StepLoader, validation_batches
-from lit_gpt.token_store import HEADER_BYTES, DamagedShard, TokenStore, document_ends, write_store
-
-EOS = 2
-VOCABULARY = 1000
-
-
-def make_store(path: Path, documents: int, seed: int = 0, shard_tokens: int = 500, longest: int = 90) -> TokenStore:
-    """Documents of 1 to `longest` tokens, the last of each EOS."""
-    random = np.random.default_rng(seed)
-    lengths = random.integers(0, longest, documents)
-    ids = [[*random.integers(3, VOCABULARY, length).tolist(), EOS] for length in lengths]
-    return write_store(
-        path,
-        [(f"doc-{number}", tokens) for number, tokens in enumerate(ids)],
-        tokenizer_fingerprint="test",
-        vocab_size=VOCABULARY,
-        bos_id=None,
-        eos_id=EOS,
-        shard_tokens=shard_tokens,
-    )
+from lit_gpt.token_store import HEADER_BYTES, DamagedShard, TokenStore, document_ends
+from tests.small_store import EOS, VOCABULARY, make_store, shard_tokens
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
     return make_store(tmp_path / "store", 60)
-
-
-def shard_tokens(store: TokenStore, number: int) -> list[int]:
-    """The tokens of a shard, read without the code under test."""
-    shard = store.shards[number]
-    raw = (store.path / f"{shard.name}.tokens").read_bytes()
-    return np.frombuffer(raw[HEADER_BYTES : HEADER_BYTES + 2 * shard.tokens], "<u2").tolist()
 
 
 class Row:
