@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lit_gpt.cli import BadInput, Parser, run_program
 
@@ -32,7 +33,8 @@ def generate(arguments: argparse.Namespace) -> str:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+    model.to(device)
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     prompt_tokens, context = inputs.input_ids.shape[1], model.config.max_position_embeddings
     if not 0 < prompt_tokens <= context - arguments.max_new_tokens:
@@ -47,7 +49,7 @@ def generate(arguments: argparse.Namespace) -> str:
         max_new_tokens=arguments.max_new_tokens,
         **(drawing if arguments.temperature else {"do_sample": False}),
     )
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":
