@@ -85,7 +85,9 @@ def length_statistics(lengths: npt.NDArray[np.int64]) -> dict[str, Any]:
     }
     edges = [1 << power for power in range(len(lengths).bit_length() + 1)]
     histogram = [
-        [low, high, int(lengths[low:high].sum())] for low, high in itertools.pairwise(edges) if low < len(lengths)
+        [low, high, int(lengths[low:high].sum())]
+        for low, high in itertools.pairwise(edges)
+        if high > quantiles["min"] and low <= quantiles["max"]
     ]
     return {
         "mean": round(float(lengths @ np.arange(len(lengths))) / documents, 1),
