@@ -70,6 +70,12 @@ class OpenShards:
             return self._indexes[source].rows
         return [window_rows(shard.tokens, self._block_size) for shard in self._stores[source].shards]
 
+    def packing(self, source: int, number: int) -> Packing:
+        """The rows of one shard."""
+        if self._indexes:
+            return self._indexes[source].load(number)
+        return Window(self._stores[source].shards[number].tokens, self._block_size)
+
     def get(self, source: int, number: int) -> OpenShard:
         """The shard, opened now if it is not open."""
         key = (source, number)
@@ -126,8 +132,7 @@ class OpenShards:
         ends = document_ends(store, shard)
         if shard.tokens < np.iinfo(np.int32).max:
             ends = ends.astype(np.int32)
-        packing = self._indexes[source].load(number) if self._indexes else Window(shard.tokens, self._block_size)
-        return OpenShard(ShardFile(store.path, shard, store), ends, packing)
+        return OpenShard(ShardFile(store.path, shard, store), ends, self.packing(source, number))
 
     def _wanted(self, source: int, number: int) -> Wanted:
         store = self._stores[source]

@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoint_log import RUN_FILE, STEPS_FILE, Attempt, read_attempts
+
+_TAIL_BYTES = 1 << 16
+"""Enough for the last step's line behind any deviations."""
 
 
 class StepRecord(NamedTuple):
@@ -94,6 +98,23 @@ class RunRecord:
                 return _record(line)
         return None
 
+    def last(self) -> StepRecord | None:
+        """The newest step of the lineage; None where nothing was trained."""
+        for segment in reversed(self.lineage):
+            end = segment.end
+            if segment.until is not None:
+                end = self._search(segment, partial(_is_after, segment.until))
+            for begin in (max(segment.begin, end - _TAIL_BYTES), segment.begin):
+                lines = [line for line in self._lines(begin, end) if "slot" in line and segment.holds(line["step"])]
+                if lines:
+                    return _record(lines[-1])
+        return None
+
+    def consumed(self) -> int:
+        """The slot after the newest step: rows that led to the run's present state."""
+        newest = self.last()
+        return newest.first_slot + newest.rows if newest else 0
+
     def _search(self, segment: Segment, reached: Callable[[StepRecord], bool]) -> int:
         """The byte from which on the segment's next step has `reached` what is looked for (false, then true)."""
         low, high = segment.begin, segment.end
@@ -129,6 +150,10 @@ class RunRecord:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _is_after(step: int, record: StepRecord) -> bool:
+    return record.step > step
 
 
 def _record(line: dict[str, Any]) -> StepRecord:

@@ -1,0 +1,146 @@
+"""What a run saw: which documents at which step, and whether data and log still agree.
+
+    python scripts/datapoints.py step 1200 --run_dir out/LLaMmlein_1B [--text]   parts of documents in a step
+    python scripts/datapoints.py doc ID --run_dir out/LLaMmlein_1B               steps, epochs and parts of a document
+    python scripts/datapoints.py verify --run_dir out/LLaMmlein_1B               replays every step against its digest
+    python scripts/datapoints.py diff OTHER_RUN --run_dir out/LLaMmlein_1B       first step in which two runs differ
+    python scripts/datapoints.py export FILE.parquet --run_dir out/LLaMmlein_1B  everything, as a table to publish
+
+Answers follow the lineage of the newest attempt: what was trained and then lost with a crash does not count.
+Exit codes: 0 the answer; 1 `verify` found a contradiction, or `diff` a difference; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.datapoint_query import Replay, Seen, difference
+from lit_gpt.run_record import RunRecord
+
+EXIT_FOUND = 1
+"""verify found a contradiction, diff a difference."""
+EXPORT_COLUMNS = ("step", "rank", "row", "document", "start", "length")
+EXPORT_PARTS = 1 << 18
+"""Parts of documents that are held before they are written: one row group."""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("query", choices=("step", "doc", "verify", "diff", "export"))
+    parser.add_argument("subject", nargs="?", help="step number, document id, other run folder, or file to write")
+    parser.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--data_dir", type=Path, nargs="+", default=[], help="where the data is now, if it has moved")
+    parser.add_argument("--tokenizer_path", help="tokenizer for --text (default: the run's)")
+    parser.add_argument("--index_dir", type=Path, help="where to keep the document index (default: the run's folder)")
+    parser.add_argument("--text", action="store_true", help="step: show the text")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments = parser.parse_args(argv)
+    if (arguments.query == "verify") != (arguments.subject is None):
+        raise BadInput(
+            f"{arguments.query}: give {'no argument' if arguments.subject else 'a step, id, folder or file'}"
+        )
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.query == "diff":
+        return show_difference(arguments)
+    replay = Replay(arguments.run_dir, arguments.data_dir, arguments.index_dir)
+    if arguments.query == "verify":
+        return show_contradictions(replay, as_json=arguments.json)
+    if arguments.query == "export":
+        return export(replay, Path(arguments.subject))
+    if arguments.query == "doc":
+        return show(replay, replay.document(arguments.subject), arguments)
+    if not arguments.subject.isdecimal():
+        raise BadInput(f"step {arguments.subject!r}: must be a whole number from 1 on")
+    return show(replay, replay.step(int(arguments.subject)), arguments)
+
+
+def show(replay: Replay, parts: list[Seen], arguments: Namespace) -> int:
+    texts = text_of(replay, parts, arguments.tokenizer_path) if arguments.text else [None] * len(parts)
+    for seen, text in zip(parts, texts, strict=True):
+        if arguments.json:
+            print(json.dumps({**seen._asdict(), **({} if text is None else {"text": text})}, ensure_ascii=False))
+            continue
+        stop = seen.start + seen.length
+        print(f"step {seen.step} slot {seen.slot} rank {seen.rank} epoch {seen.epoch}", end="  ")
+        print(f"{seen.document} tokens {seen.start} to {stop}" + ("" if text is None else f"\n{text}\n"))
+    if not parts and not arguments.json:
+        print("not seen yet")
+    return 0
+
+
+def text_of(replay: Replay, parts: list[Seen], tokenizer_path: str | None) -> list[str | None]:
+    from lit_gpt.tokenizer import Tokenizer  # loading one takes longer than a query
+
+    path = tokenizer_path or replay.record.attempts[-1].details.get("tokenizer_path")
+    if not path:
+        raise BadInput("--text needs a tokenizer, and the run names none: give --tokenizer_path")
+    tokenizer = Tokenizer.from_folder(path)
+    return [tokenizer.decode(replay.tokens(seen)) for seen in parts]
+
+
+def show_contradictions(replay: Replay, *, as_json: bool) -> int:
+    found = 0
+    for contradiction in replay.verify():
+        found += 1
+        print(json.dumps({"contradiction": contradiction}) if as_json else contradiction, flush=True)
+    newest = replay.record.last()
+    result = {"steps_to": newest.step if newest else 0, "rows": replay.record.consumed(), "contradictions": found}
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(f"{found} contradictions up to step {result['steps_to']}, {result['rows']} rows")
+    return EXIT_FOUND if found else 0
+
+
+def show_difference(arguments: Namespace) -> int:
+    this, other = (RunRecord(Path(run) / "datapoints") for run in (arguments.run_dir, arguments.subject))
+    found = difference(this, other)
+    if arguments.json:
+        print(json.dumps({"first_difference": found.step, "common_steps": found.common_steps}))
+    elif found.step is None:
+        print(f"the same rows in all {found.common_steps} steps")
+    else:
+        print(f"step {found.step} is the first that differs, after {found.common_steps} equal ones")
+        for run, record in ((arguments.run_dir, found.this), (arguments.subject, found.other)):
+            seen = f"slots {record.first_slot} on, digest {record.digest:016x}" if record else "no such step"
+            print(f"  {run}: {seen}")
+    return 0 if found.step is None else EXIT_FOUND
+
+
+def export(replay: Replay, path: Path) -> int:
+    schema = pa.schema([(name, pa.string() if name == "document" else pa.int64()) for name in EXPORT_COLUMNS])
+    held: list[Seen] = []
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with pq.ParquetWriter(partial, schema) as writer:
+            for record in replay.record.steps():
+                held += replay.seen_in(record)
+                if len(held) >= EXPORT_PARTS:
+                    writer.write_table(as_table(held, schema))
+                    held.clear()
+            writer.write_table(as_table(held, schema))
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error}") from None
+    partial.replace(path)
+    print(f"{path}: every part of a document up to step {record.step}", file=sys.stderr)
+    return 0
+
+
+def as_table(parts: list[Seen], schema: pa.Schema) -> pa.Table:
+    return pa.table({name: [getattr(seen, name) for seen in parts] for name in EXPORT_COLUMNS}, schema=schema)
+
+
+if __name__ == "__main__":
+    run_program(main)
