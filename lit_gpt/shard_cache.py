@@ -103,7 +103,7 @@ class ShardCache:
 
     def want(self, shards: Iterable[Wanted]) -> None:
         """Name the shards that are read now, then those that are read next."""
-        wanted = tuple(shards)
+        wanted = tuple({item.file: item for item in shards}.values())  # the next epoch's pool may hold the same
         if wanted != self._wanted:
             self._wanted = wanted
             self._changed.set()

@@ -42,9 +42,7 @@ with StepLoader(dataset, rank=rank, world_size=world, first_slot=first, **sizes)
 """
 
 
-def trained(
-    store: TokenStore, packing: str, world_size: int, first_slot: int, steps: int
-) -> list[tuple[int, int, int]]:
+def trained(store: TokenStore, world_size: int, first_slot: int) -> list[tuple[int, int, int]]:
     """(first slot, targets, digest) of each step, by `world_size` real processes that know nothing of each other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
