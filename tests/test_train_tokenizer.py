@@ -35,7 +35,8 @@ WORDS = [
 ]
 TRICKY = [
     "", " ", "\n", "a\n\n\nb", " \n \n", "\r\n", "</s> und <s>", "<|endoftext|>", "🐑🏳️‍🌈 漢字",
-    "e\u0301 u\u0308", "\x00\u200b", "12345,6", "Donaudampfschifffahrt", "   drei", "ende   ", "Ġ▁Ċ", "\ufeffBOM", "\U0010ffff",
+    "e\u0301 u\u0308", "\x00\u200b", "12345,6",
+    "Donaudampfschifffahrt", "   drei", "ende   ", "Ġ▁Ċ", "\ufeffBOM", "\U0010ffff",
 ]  # fmt: skip
 
 
