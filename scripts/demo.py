@@ -68,7 +68,7 @@ class Shell:
         self.console = console
 
     def run(self, name: str, command: str, kill_when: Callable[[], bool] | None = None) -> str:
-        """Run to the end and return what it printed; or until `kill_when` holds, which must come first: then SIGKILL."""
+        """Run to the end and return what it printed; or SIGKILL when `kill_when` holds, which must come first."""
         self.console.print(f"[bold]$[/] {command}", highlight=False, soft_wrap=True)
         begin, log, printed, killed = time.monotonic(), self.logs / f"{name}.log", self.logs / f"{name}.out", False
         python_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -86,9 +86,7 @@ class Shell:
                 process.kill()
         if killed != (kill_when is not None) or (not killed and process.returncode):
             self.console.print(log.read_text(errors="replace")[-3000:], markup=False, highlight=False)
-            sys.exit(
-                f"{name} ended with {process.returncode}, which the demo did not expect; all that it logged: {log}"
-            )
+            sys.exit(f"{name} ended with {process.returncode}, which was not expected; its whole log: {log}")
         self.console.print(f"  {'killed after' if killed else 'took'} {time.monotonic() - begin:.0f} s", style="dim")
         return printed.read_text(encoding="utf-8").strip()
 
