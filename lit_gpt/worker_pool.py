@@ -37,7 +37,13 @@ def run_pool(
     """Each task's result, and each worker's result of `finish`, as they come.
 
     `make_worker(*arguments)` is called in every process; both must be picklable. Tasks are drawn one ahead of need.
+    One worker is this process itself.
     """
+    if workers == 1:
+        worker = make_worker(*arguments)
+        yield from map(worker, tasks)
+        yield worker.finish()
+        return
     context = multiprocessing.get_context("spawn")  # fork would copy the locks of pyarrow's threads
     processes: dict[Connection, SpawnProcess] = {}
     try:

@@ -426,7 +426,7 @@ def test_same_bytes_after_kills_at_every_stage(tokenizer: Path, tmp_path: Path) 
 def test_killed_worker_ends_the_build_with_a_reason(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(lines_of(made_up(25_000)))
-    process = start(*arguments(source, tokenizer, tmp_path / "data", "--run_bytes", 100_000))
+    process = start(*arguments(source, tokenizer, tmp_path / "data", "--run_bytes", 100_000, "--workers", 2))
     runs = tmp_path / "data/build/runs"
     while not (names := list(runs.glob("*.json"))):
         assert process.poll() is None
