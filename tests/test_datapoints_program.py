@@ -208,6 +208,63 @@ def test_one_two_and_four_processes_give_the_same_digests(tmp_path: Path) -> Non
     assert trained(store, 4, 3 * BATCH) == whole[3:]
 
 
+TRAINER = """
+import json, os, random, sys, time
+from pathlib import Path
+import numpy as np
+from lit_gpt.datapoint_log import DatapointLog, Mark
+from lit_gpt.row_reader import RowReader
+from lit_gpt.token_store import TokenStore
+folder, checkpoint = Path(sys.argv[2]), Path(sys.argv[2]) / "checkpoint.json"
+reader = RowReader([TokenStore.open(sys.argv[1])], 32, 7, max_epochs=2)
+saved = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "slot": 0, "mark": None}
+parent = Mark(**saved["mark"]) if saved["mark"] else None
+details = {"world_size": 1, "micro_batch_size": 8, "train_data_dir": sys.argv[1]}
+log = DatapointLog.open(folder / "datapoints", reader.facts(), parent=parent, details=details)
+tokens, targets = np.empty((8, 32), reader.dtype), np.empty((8, 32), np.int32)
+step, slot = saved["step"], saved["slot"]
+print("ready", flush=True)
+while slot + 8 <= reader.total_rows:
+    filled = reader.fill(slot + np.arange(8), tokens, targets)
+    step += 1
+    log.append(step, slot, 8, int((targets >= 0).sum()), filled.digest)
+    slot += 8
+    if step % 3 == 0:
+        content = {"step": step, "slot": slot, "mark": log.flush_and_fsync()._asdict()}
+        partial = checkpoint.with_suffix(".partial")
+        partial.write_text(json.dumps(content))
+        os.replace(partial, checkpoint)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def train(store: TokenStore, folder: Path, pause_s: float, kill_after_s: float | None) -> None:
+    folder.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(store.path), str(folder), str(pause_s)],
+        stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        process.kill()
+    assert process.wait() == (0 if kill_after_s is None else -9)
+
+
+def test_kills_at_random_steps_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = make_store(tmp_path / "store", 60)
+    train(store, tmp_path / "unbroken", 0, None)
+    for kill_after_s in np.random.default_rng().uniform(0, 0.15, 5).tolist():
+        train(store, tmp_path / "killed", 0.01, kill_after_s)
+    train(store, tmp_path / "killed", 0, None)
+    killed = Run(tmp_path / "killed", store)
+    assert len(Replay(killed.folder).record.attempts) == 6
+    code, (answer,) = killed.answer(capsys, "diff", str(tmp_path / "unbroken"))
+    assert (code, answer) == (0, {"first_difference": None, "common_steps": killed.last_step})
+    assert killed.answer(capsys, "verify")[0] == 0
+
+
 def test_verify_finds_a_flipped_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path / "run", make_store(tmp_path / "store", 60))
     run.attempt(1, range(1, run.last_step // 2))
