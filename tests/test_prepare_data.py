@@ -26,6 +26,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+import lit_gpt.store_builder
+import lit_gpt.token_runs
 from lit_gpt.cli import BadInput
 from lit_gpt.token_store import ShardFile, TokenStore, document_ends, documents
 from lit_gpt.tokenizer import Tokenizer
@@ -213,6 +215,16 @@ def test_same_bytes_for_every_number_of_workers_and_run_size(
     assert data_of(tmp_path / "data") == data_of(built)
 
 
+def test_planning_in_small_ranges_gives_the_same_bytes(
+    built: Path, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a corpus is planned whose indexes do not fit into memory."""
+    monkeypatch.setattr(lit_gpt.token_runs, "MERGE_DOCUMENTS", 50)
+    more = ["--shard_tokens", 40_000, "--val_fraction", 0.1, "--run_bytes", 10_000]
+    run(*arguments(corpus, tokenizer, tmp_path / "data", *more))
+    assert data_of(tmp_path / "data") == data_of(built)
+
+
 def test_keep_order(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     more = ["--keep_order", "--shard_tokens", 40_000, "--run_bytes", 5_000, "--workers", 2, "--val_fraction", 0]
     run(*arguments(corpus, tokenizer, tmp_path / "data", *more))
@@ -350,6 +362,17 @@ def test_too_many_rejects_stop_the_build_and_a_higher_limit_goes_on(tokenizer: P
     said = run(*arguments(source, tokenizer, out, "--max_reject_fraction", 0.03))
     assert "going on with the unfinished build" in said
     assert TokenStore.open(out / "train").documents + TokenStore.open(out / "val").documents == 97
+
+
+def test_hopeless_input_is_stopped_before_its_end(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MB without a field "text", stopped soon after the first piece of 1 MB."""
+    monkeypatch.setattr(lit_gpt.store_builder, "CHECK_LINES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": 1, "content": "anderswo"}\n' * 120_000)
+    said = run(*arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "data"), code=2)
+    rejected, lines = (int(word) for word in said.split(" lines rejected")[0].split(" of "))
+    assert rejected == lines < 70_000
 
 
 def test_control_tokens_in_a_text_stay_text_and_bos_is_added_only_if_asked(tokenizer: Path, tmp_path: Path) -> None:
