@@ -167,6 +167,7 @@ class _Build:
             tally.add(PieceReport(facts.lines, facts.tokens, len(facts.rejects), facts.source_bytes))
         total = sum(source.bytes for source in self.sources)
         pieces = self._pieces({(file, number) for facts in runs.values() for file, number in facts.pieces}, tally)
+        self.report(Progress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
         for result in run_pool(settings.workers, TokeniseWork, (work,), pieces):
             if result is not None:
                 tally.add(result)
@@ -215,14 +216,15 @@ class _Build:
             choice,
         )
         total = sum(shard.tokens for shard in planned)
-        results = run_pool(min(self.settings.workers, len(tasks)), ShardWork, arguments, tasks)
-        for result in results:
+        done = sum(shard.tokens for shard in shards.values())
+        self.report(Progress("write", done, total, done, 0))
+        for result in run_pool(min(self.settings.workers, len(tasks)), ShardWork, arguments, tasks):
             if result is not None:
                 plan, shard = result
                 shards[plan.split, plan.number] = shard
                 record = self.folder / "shards" / f"{plan.split}-{plan.number}.json"
                 publish(record, [json.dumps(shard._asdict()).encode()])
-                done = sum(shard.tokens for shard in shards.values())
+                done += shard.tokens
                 self.report(Progress("write", done, total, done, 0))
         return {split: [shards[split, shard.number] for shard in plan.shards] for split, plan in plans.items()}
 
