@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Settings:
 
     def check(self) -> None:
         """Refuse values that contradict themselves or each other; raises BadInput naming the value and the range."""
+        Config.from_name(self.model_name)
         at_least_one = (
             "global_batch_size micro_batch_size max_steps max_epochs num_nodes log_interval_steps "
             "save_interval_steps eval_interval_steps"

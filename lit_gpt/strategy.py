@@ -146,6 +146,7 @@ def launch(settings: Settings, world: World) -> Fabric:
             strategy=strategy,
             plugins=[world.environment],
         )
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its banner of ranks, a line from each
     fabric.launch()
     if not fabric.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)

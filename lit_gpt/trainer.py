@@ -80,8 +80,10 @@ class Validation(NamedTuple):
 
 
 def open_inputs(settings: Settings) -> Inputs:
-    """Find and check all that a run needs; raises BadInput for whatever does not fit together."""
-    settings.check()
+    """Find and check all that a run needs; raises BadInput for whatever does not fit together.
+
+    The settings have passed Settings.check.
+    """
     world = find_world(settings)
     check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world.size)
     shape = {name: getattr(settings, name) for name in ("block_size", "vocab_size") if getattr(settings, name)}
@@ -124,6 +126,7 @@ class Trainer:
         self.stop_flag = StopFlag()
         self.fabric = launch(settings, inputs.world)
         self.rank, self.device = self.fabric.global_rank, self.fabric.device
+        torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings)
         self.dataset = self._dataset(inputs.train, settings.max_epochs)

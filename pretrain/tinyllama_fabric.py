@@ -14,7 +14,8 @@ from lit_gpt.cli import parse_settings, run_program
 
 def main() -> int:
     settings = parse_settings(Settings, None, __doc__)
-    from lit_gpt.trainer import train  # torch is imported only once the settings are known to be sound
+    settings.check()
+    from lit_gpt.trainer import train  # imports torch, for which --help and a mistyped setting need not wait
 
     return train(settings)
 

@@ -1,0 +1,157 @@
+"""The training program as a user runs it: it learns, resumes exactly, stops cleanly, and keeps its golden losses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.training import command, environment, full_state, make_store, metrics, seen_rows, train
+
+GOLDEN = Path(__file__).parent / "data" / "golden_loss_debug_fp32.json"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that nothing interrupts."""
+    out = tmp_path_factory.mktemp("unbroken")
+    train(store, out, keep_last_checkpoints=0)
+    return out
+
+
+def assert_equal_runs(run: Path, unbroken: Path) -> None:
+    assert metrics(run) == metrics(unbroken)
+    assert seen_rows(run) == seen_rows(unbroken)
+    got, wanted = full_state(run, 12), full_state(unbroken, 12)
+    assert got.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(got[name], wanted[name])] == []
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """Losses of 20 steps of `debug` on a CPU in fp32. A change that is not meant to change results keeps them.
+
+    The file is changed by hand only (CONTRIBUTING.md). Machines differ in the order of their sums: about 1e-6 here.
+    """
+    store = make_store(tmp_path / "store")
+    golden = json.loads(GOLDEN.read_text())
+    train(store, tmp_path / "run", max_steps=20, save_interval_steps=20, eval_interval_steps=20)
+    lines = metrics(tmp_path / "run")
+    assert [float(line["loss"]) for line in lines] == pytest.approx(golden["loss"], rel=2e-5)
+    assert [float(line["grad_norm"]) for line in lines] == pytest.approx(golden["grad_norm"], rel=2e-4)
+    assert float(lines[-1]["val_loss"]) == pytest.approx(golden["val_loss"], rel=2e-5)
+    assert seen_rows(tmp_path / "run")[20][3] == golden["digest_of_step_20"]
+
+
+def test_it_learns(unbroken: Path) -> None:
+    losses = [float(line["loss"]) for line in metrics(unbroken)]
+    assert losses[0] == pytest.approx(6.44, abs=0.05)  # ln 512, and half the variance 2 / 5 of its first logits
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
+    """The settings file alone repeats the run."""
+    settings = yaml.safe_load((unbroken / "settings.yaml").read_text())
+    assert settings["model_name"] == "debug"
+    assert "resume" not in settings
+    assert json.loads((unbroken / "environment.json").read_text())["packages"]["lightning"] == "2.6.6"
+    again = [*command(store, tmp_path)[:2], "--config", str(unbroken / "settings.yaml"), "--out_dir", str(tmp_path)]
+    subprocess.run(again, env=environment(), check=True, capture_output=True)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("after_step", [2, 5, 9])
+def test_killed_and_resumed_equals_unbroken(store: Path, unbroken: Path, tmp_path: Path, after_step: int) -> None:
+    """SIGKILL in the middle; then --resume auto: weights, optimizer, RNG, losses and rows are bit-identical."""
+    process = subprocess.Popen(
+        command(store, tmp_path, keep_last_checkpoints=0), env=environment(), stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "datapoints" / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= after_step):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    train(store, tmp_path, resume="auto", keep_last_checkpoints=0)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_resume_from_a_named_checkpoint(store: Path, unbroken: Path, tmp_path: Path) -> None:
+    """In another run folder, by the folder's name and by the file's."""
+    for number, path in enumerate(("iter-00000008-ckpt.pth", "iter-00000008-ckpt.pth/state.pth")):
+        run = tmp_path / str(number)
+        train(store, run, resume=unbroken / path)
+        assert metrics(run) == metrics(unbroken)[8:]
+        assert torch.equal(
+            full_state(run, 12)["model.lm_head.weight"], full_state(unbroken, 12)["model.lm_head.weight"]
+        )
+
+
+def test_micro_batch_size_does_not_change_the_result(store: Path, unbroken: Path, tmp_path: Path) -> None:
+    train(store, tmp_path, micro_batch_size=2)
+    assert seen_rows(tmp_path) == seen_rows(unbroken)
+    for got, wanted in zip(metrics(tmp_path), metrics(unbroken), strict=True):
+        assert float(got["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("in_slurm", [False, True])
+def test_a_signal_saves_and_stops(store: Path, tmp_path: Path, number: signal.Signals, in_slurm: bool) -> None:
+    extra = {"SLURM_JOB_ID": "1"} if in_slurm else {}
+    process = subprocess.Popen(
+        command(store, tmp_path, max_steps=5000, save_interval_steps=5000, max_epochs=1000),
+        env=environment(**extra), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "metrics.csv").exists() or not metrics(tmp_path):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == (75 if in_slurm else 0), log
+    assert f"stopped by a signal ({number.name})" in log
+    last = metrics(tmp_path)[-1]["step"]
+    assert (tmp_path / f"iter-{int(last):08d}-ckpt.pth" / "MANIFEST.json").is_file()
+
+
+def test_the_end_of_the_data_stops_the_run(store: Path, tmp_path: Path) -> None:
+    sizes = dict(max_steps=1000, global_batch_size=32, micro_batch_size=32, eval_interval_steps=100)
+    done = train(store, tmp_path, **sizes)
+    steps = len(seen_rows(tmp_path))
+    assert f"the data ended after step {steps} of 1000" in done.stderr
+    assert (tmp_path / f"iter-{steps:08d}-ckpt.pth").is_dir()
+    twice = tmp_path / "twice"
+    train(store, twice, max_epochs=2, **sizes)
+    assert 2 * steps <= len(seen_rows(twice)) <= 2 * steps + 1
+
+
+def test_old_checkpoints_are_pruned(store: Path, tmp_path: Path) -> None:
+    train(store, tmp_path, save_interval_steps=2, keep_last_checkpoints=3)
+    assert sorted(path.name for path in tmp_path.glob("iter-*")) == [
+        f"iter-{step:08d}-ckpt.pth" for step in (8, 10, 12)
+    ]
+    assert not list(tmp_path.glob(".saving*")) + list(tmp_path.glob(".removing*"))
+
+
+def test_help_needs_no_torch() -> None:
+    """`--help` is instant, and names every setting."""
+    code = (
+        "import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({command(Path(), Path())[1]!r}, run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([command(Path(), Path())[0], "-c", code], capture_output=True, text=True, check=True)
+    assert "--sharding_strategy" in done.stdout
+    assert "Rows per step, over all ranks." in done.stdout
