@@ -31,7 +31,6 @@ setup(
     install_requires=requirements(),
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
-        "evaluate": ["lm_eval>=0.4.8,<0.5"],
         "gguf": ["gguf>=0.10,<1"],
         "dev": [
             "pytest>=8,<10",
@@ -40,6 +39,7 @@ setup(
             "ruff>=0.17,<0.18",  # a formatter's output belongs to its release
             "mypy>=2.4,<2.5",
             "types-PyYAML>=6,<7",
+            "gguf>=0.10,<1",
         ],
     },
 )

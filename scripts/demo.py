@@ -294,6 +294,7 @@ def main() -> int:
     parser.add_argument("--source", default="auto", help="of the text, see fetch_german_text.py (default: auto)")
     args = parser.parse_args()
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the program that is running ends as well
     begin, console, folder = time.monotonic(), Console(), args.destination_path
     empty_folder(folder)
     shell, run, val = Shell(folder / "logs", console), folder / "run", folder / "data/val"
