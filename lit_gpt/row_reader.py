@@ -187,6 +187,23 @@ class RowReader:
         self.shards.close()
 
 
+def open_sources(names: Sequence[str]) -> tuple[list[TokenStore], list[float] | None]:
+    """Stores and weights of settings such as `DIR`, or `DIR:WEIGHT` of several; no weights where none is given."""
+    stores, weights = [], []
+    for name in names:
+        folder, colon, weight = name.rpartition(":")
+        if not colon or Path(name).is_dir():
+            folder, weight = name, ""
+        stores.append(TokenStore.open(folder))
+        try:
+            weights += [float(weight)] if weight else []
+        except ValueError:
+            raise BadInput(f"data source {name!r}: {weight!r} is no weight; give DIR or DIR:WEIGHT") from None
+    if weights and len(weights) < len(stores):
+        raise BadInput(f"data sources {', '.join(names)}: give a weight to each of them, or to none")
+    return stores, weights or None
+
+
 class Laid(NamedTuple):
     """Spans of one shard with their place in the batch: parallel arrays."""
 

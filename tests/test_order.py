@@ -36,6 +36,29 @@ def test_golden_vectors() -> None:
     assert own.tolist() == [2726, 2727, 2728, 1364, 2729, 2730, 2731, 1365, 2732, 2733, 2734, 2735]
 
 
+def plain_cipher(index: int, size: int, key: int) -> int:
+    """The cipher once more, in Python's own integers: what another implementation has to do."""
+    bits = 2**64 - 1
+    height = next(side for side in range(1, size + 1) if side * side >= size)
+    width = -(-size // height)
+    while True:
+        halves, moduli = list(divmod(index, width)), (height, width)
+        for number in range(8):
+            mixed = (halves[1 - number % 2] + derive_key(key, number)) * 0xBF58476D1CE4E5B9 & bits
+            mixed = (mixed ^ mixed >> 32) * 0x94D049BB133111EB & bits
+            turn = (mixed >> 32) * moduli[number % 2] >> 32
+            halves[number % 2] = (halves[number % 2] + turn) % moduli[number % 2]
+        index = halves[0] * width + halves[1]
+        if index < size:
+            return index
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 1000, 4097])
+def test_the_cipher_is_what_plain_integers_say(size: int) -> None:
+    expected = [plain_cipher(index, size, key=11) for index in range(size)]
+    assert Permutation(size, key=11).forward(np.arange(size)).tolist() == expected
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8, 9, 63, 64, 65, 1000, 65_537])
 def test_a_permutation_is_a_bijection_with_its_inverse(size: int) -> None:
     indices = np.arange(size)

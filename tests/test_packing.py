@@ -17,6 +17,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import IGNORE_INDEX
 from lit_gpt.packed_dataset import PackedDataset
 from lit_gpt.packing import Window, best_fit, pack
+from lit_gpt.row_reader import open_sources
 from lit_gpt.token_store import TokenStore, document_ends, write_store
 from tests.small_store import EOS, make_store, shard_tokens
 
@@ -150,6 +151,18 @@ def test_sources_are_mixed_by_weight_each_in_its_own_order(tmp_path: Path) -> No
     assert dataset.reader.epochs(dataset.total_rows)[0] == 2.0
     natural = PackedDataset(stores, 16, seed=3).reader.mixture.counts
     assert abs(natural[0] / 4096 - alone[0].rows_per_epoch / sum(one.rows_per_epoch for one in alone)) < 0.001
+
+
+def test_sources_are_named_by_folder_and_weight(tmp_path: Path) -> None:
+    names = [str(make_store(tmp_path / name, 20).path) for name in ("a", "b:2")]
+    stores, weights = open_sources(names)
+    assert ([store.path.name for store in stores], weights) == (["a", "b:2"], None)
+    stores, weights = open_sources([f"{names[0]}:3", f"{names[1]}:0.5"])
+    assert ([store.path.name for store in stores], weights) == (["a", "b:2"], [3.0, 0.5])
+    with pytest.raises(BadInput, match="a weight to each"):
+        open_sources([names[0], f"{names[1]}:1"])
+    with pytest.raises(BadInput, match="'x' is no weight"):
+        open_sources([f"{names[0]}:x"])
 
 
 def test_sources_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
