@@ -24,18 +24,26 @@ class Settings:
     block_size: int | None = None
     """Tokens a row, if not the model's own."""
 
-    train_data_dir: str | None = None
-    """Folder with the training split that scripts/prepare_data.py wrote (required)."""
+    train_data_dir: str | list[str] | None = None
+    """Folder with the training split that scripts/prepare_data.py wrote (required); of a mixture, a list of folders,
+    each as DIR or DIR:WEIGHT. Without weights a source counts by its size."""
     val_data_dir: str | None = None
     """Folder with the validation split; without it nothing is validated."""
     tokenizer_path: str | None = None
     """Tokenizer folder; its fingerprint must be the one that the data was made with. Exports copy it."""
+    packing: Literal["window", "bestfit", "pad"] = "window"
+    """Rows from documents: consecutive windows; documents whole where they fit; or one document a row, padded."""
     cross_document_attention: bool = False
     """Let tokens attend across document boundaries inside a row, as TinyLlama and nanochat do."""
     allow_changed_data: bool = False
     """Go on although the data, its order or the batch differ from those that the run began with."""
     max_epochs: int = 1
     """Passes over the training split before the run stops, whatever max_steps says."""
+
+    cache_dir: str | None = None
+    """Folder on the node's own disk or in memory where the shards that are read now and next are staged, verified."""
+    cache_bytes: int = 20_000_000_000
+    """Most bytes in cache_dir; two pools of 64 shards of the default size are 17 GB."""
 
     out_dir: str | None = None
     """Run folder. Default: $MODEL_NAME if set, else out/<model_name>."""
@@ -101,12 +109,18 @@ class Settings:
     tensorboard: bool = True
     """Write TensorBoard events to the run folder beside metrics.csv."""
 
+    @property
+    def train_sources(self) -> list[str]:
+        """The training data as a list."""
+        names = self.train_data_dir or []
+        return [names] if isinstance(names, str) else names
+
     def check(self) -> None:
         """Refuse values that contradict themselves or each other; raises BadInput naming the value and the range."""
         Config.from_name(self.model_name)
         at_least_one = (
             "global_batch_size micro_batch_size max_steps max_epochs num_nodes log_interval_steps "
-            "save_interval_steps eval_interval_steps"
+            "save_interval_steps eval_interval_steps cache_bytes"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -136,5 +150,5 @@ class Settings:
             )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise BadInput(f"--beta1 {self.beta1} --beta2 {self.beta2}: each must lie in [0, 1)")
-        if self.train_data_dir is None:
+        if not self.train_sources:
             raise BadInput("--train_data_dir is missing: the folder DIR/train that scripts/prepare_data.py wrote")

@@ -91,7 +91,7 @@ def _model(checkpoint: Checkpoint, card: Card) -> Iterator[tuple[str, str]]:
 
 
 def _data(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "data set", f"`{facts['dataset_id']}`" if facts.get("dataset_id") else "unknown"
+    yield "data set", ", ".join(f"`{name}`" for name in facts.get("dataset_id", [])) or "unknown"
     yield "documents, tokens", _counts(facts)
     if mark := facts.get("datapoint_log"):
         log_of_run = f"attempt {mark['attempt']}, {mark['bytes']:,} bytes, xxh3 `{mark['xxh3']}`"
@@ -100,14 +100,14 @@ def _data(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _counts(facts: dict[str, Any]) -> str:
-    """From the manifest, if the very data set of the run is on this machine."""
+    """From the manifests, if the very data sets of the run are on this machine."""
     try:
-        store = TokenStore.open(facts.get("train_data_dir") or "")
-    except BadInput:
+        stores = [TokenStore.open(folder) for folder in facts["train_data_dir"]]
+    except (BadInput, KeyError):
         return "unknown: the data set was not at hand when this was written"
-    if store.dataset_id != facts.get("dataset_id"):
+    if [store.dataset_id for store in stores] != facts.get("dataset_id"):
         return "unknown: the data set was changed since"
-    return f"{store.documents:,}, {store.tokens:,}"
+    return f"{sum(store.documents for store in stores):,}, {sum(store.tokens for store in stores):,}"
 
 
 def _training(checkpoint: Checkpoint, metrics: list[dict[str, str]]) -> Iterator[tuple[str, str]]:

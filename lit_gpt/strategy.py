@@ -146,7 +146,8 @@ def launch(settings: Settings, world: World) -> Fabric:
             strategy=strategy,
             plugins=[world.environment],
         )
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its banner of ranks, a line from each
+    for name in ("lightning.fabric", "lightning.pytorch"):  # their banner of ranks, a line from each
+        logging.getLogger(name).setLevel(logging.WARNING)
     fabric.launch()
     if not fabric.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)

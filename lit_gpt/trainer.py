@@ -23,39 +23,24 @@ from torch import Tensor
 
 from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
-from lit_gpt.cli import BadInput
-from lit_gpt.config import IGNORE_INDEX, Config
+from lit_gpt.config import IGNORE_INDEX
 from lit_gpt.datapoint_log import DatapointLog, Mark
 from lit_gpt.optim import clip_gradients, learning_rate, make_optimizer
-from lit_gpt.packed_dataset import Batch, PackedDataset, Step, StepLoader, check_batch_sizes, validation_batches
+from lit_gpt.packed_dataset import Batch, Step, StepLoader, validation_batches
 from lit_gpt.progress import Progress
+from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, training_rows, validation_rows
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
 from lit_gpt.strategy import (
-    World,
     build_model,
-    default_run_dir,
     exit_code_after_stop,
-    find_world,
     launch,
     on_rank_zero,
     sync_gradients,
 )
-from lit_gpt.token_store import TokenStore
-from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.trackers import Trackers
 
 log = logging.getLogger(__name__)
-
-
-class Inputs(NamedTuple):
-    """What a run is made of, found and checked before any process starts."""
-
-    config: Config
-    train: TokenStore
-    val: TokenStore | None
-    run_dir: Path
-    world: World
 
 
 class Agreed(NamedTuple):
@@ -77,33 +62,6 @@ class Validation(NamedTuple):
     perplexity: float
     bits_per_byte: float
     """Bits a UTF-8 byte of the split's text: comparable between tokenizers."""
-
-
-def open_inputs(settings: Settings) -> Inputs:
-    """Find and check all that a run needs; raises BadInput for whatever does not fit together.
-
-    The settings have passed Settings.check.
-    """
-    world = find_world(settings)
-    check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world.size)
-    shape = {name: getattr(settings, name) for name in ("block_size", "vocab_size") if getattr(settings, name)}
-    config = Config.from_name(settings.model_name, **shape)
-    assert settings.train_data_dir is not None  # Settings.check
-    train = TokenStore.open(settings.train_data_dir)
-    config = config.with_vocabulary(train.vocab_size)
-    val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
-    if val is not None and val.tokenizer_fingerprint != train.tokenizer_fingerprint:
-        raise BadInput(f"{val.path} was made with another tokenizer than {train.path}: prepare both splits together")
-    if settings.tokenizer_path:
-        fingerprint = Tokenizer.from_folder(settings.tokenizer_path).fingerprint
-        if fingerprint != train.tokenizer_fingerprint:
-            raise BadInput(
-                f"--tokenizer_path {settings.tokenizer_path} (fingerprint {fingerprint}) is not the tokenizer that "
-                f"{train.path} was made with ({train.tokenizer_fingerprint})"
-            )
-    run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
-    run_folder.create(run_dir)
-    return Inputs(config, train, val, run_dir, world)
 
 
 def train(settings: Settings) -> int:
@@ -129,20 +87,13 @@ class Trainer:
         torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings)
-        self.dataset = self._dataset(inputs.train, settings.max_epochs)
+        self.cache = open_cache(settings)
+        self.dataset = training_rows(inputs, settings, self.cache)
+        self.validation = validation_rows(inputs, settings)
         resumed = self._resume()
         self.datapoints = self._open_datapoint_log(resumed)
         self.trackers = on_rank_zero(self.fabric, self._open_run_folder)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
-
-    def _dataset(self, store: TokenStore, max_epochs: int) -> PackedDataset:
-        return PackedDataset(
-            store,
-            self.inputs.config.block_size,
-            self.settings.seed,
-            cross_document_attention=self.settings.cross_document_attention,
-            max_epochs=max_epochs,
-        )
 
     def _resume(self) -> checkpoint.Checkpoint | None:
         """Load what --resume names; rank 0 finds and verifies it for all."""
@@ -162,13 +113,13 @@ class Trainer:
 
     def _open_datapoint_log(self, resumed: checkpoint.Checkpoint | None) -> DatapointLog | None:
         """Rank 0's record of what each step sees; refused if the data is not what the run began with."""
-        settings, train = self.settings, self.inputs.train
+        settings = self.settings
         facts = {**self.dataset.reader.facts(), "global_batch_size": settings.global_batch_size}
         facts["cross_document_attention"] = settings.cross_document_attention
         details = {
             "world_size": self.inputs.world.size,
             "micro_batch_size": settings.micro_batch_size,
-            "train_data_dir": str(train.path),
+            "train_data_dir": [str(store.path) for store in self.inputs.train],
             "tokenizer_path": settings.tokenizer_path,
         }
         parent = Mark(**resumed.facts["datapoint_log"]) if resumed and resumed.facts.get("datapoint_log") else None
@@ -275,10 +226,11 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> Validation:
         """Loss over the validation split, each row once over all ranks."""
+        assert self.validation is not None
         assert self.inputs.val is not None
         store = self.inputs.val
         batches = validation_batches(
-            self._dataset(store, max_epochs=1),
+            self.validation,
             micro_batch_size=self.settings.micro_batch_size,
             rank=self.rank,
             world_size=self.inputs.world.size,
@@ -323,16 +275,19 @@ class Trainer:
             "slot": self.slot,
             "tokens": self.tokens,
             "settings": asdict(self.settings),
-            "dataset_id": train.dataset_id,
-            "train_data_dir": str(train.path.resolve()),
+            "dataset_id": [store.dataset_id for store in train],
+            "train_data_dir": [str(store.path.resolve()) for store in train],
             "val_data_dir": str(val.path.resolve()) if val else None,
             "tokenizer_path": str(Path(self.settings.tokenizer_path).resolve())
             if self.settings.tokenizer_path
             else None,
-            "tokenizer_fingerprint": train.tokenizer_fingerprint,
+            "tokenizer_fingerprint": train[0].tokenizer_fingerprint,
             "world_size": self.inputs.world.size,
             "datapoint_log": mark._asdict() if mark else None,
-            "environment": run_folder.environment(),
+            "environment": {
+                **run_folder.environment(),
+                "hardware": f"{self.inputs.world.size} x {self._device_name()}",
+            },
         }
         kind = self.settings.state_dict_type
         full = kind == "full" or (kind == "auto" and self.inputs.world.size == 1)
@@ -342,7 +297,13 @@ class Trainer:
             checkpoint.prune(self.inputs.run_dir, self.settings.keep_last_checkpoints)
         self.monitor.restart()
 
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU process"
+
     def close(self) -> None:
+        if self.cache is not None:
+            log.info("shard cache: %s", self.cache.report())
+            self.cache.close()
         if self.trackers is not None:
             self.trackers.close()
         if self.datapoints is not None:

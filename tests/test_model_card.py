@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     facts = {
         "step": 20, "slot": 160, "tokens": 1_000_000, "model": asdict(Config.from_name("LLaMmlein_120M")),
         "settings": asdict(Settings(train_data_dir="/home/someone/train", learning_rate=3e-4)),
-        "dataset_id": TokenStore.open(tmp_path / "train").dataset_id, "train_data_dir": str(tmp_path / "train"),
+        "dataset_id": [TokenStore.open(tmp_path / "train").dataset_id], "train_data_dir": [str(tmp_path / "train")],
         "tokenizer_fingerprint": "fingerprint", "world_size": 4,
         "datapoint_log": {"attempt": 2, "step": 20, "bytes": 1234, "xxh3": "abcd"},
         "environment": {"git_commit": "c0ffee", "packages": {"torch": "2.13.0"}, "command": ["x", "--secret"]},
@@ -66,7 +66,7 @@ def test_it_tells_the_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: p
         "| `learning_rate` | `0.0003` |",
     ):
         assert line in card.content.splitlines(), line
-    assert checkpoint.facts["dataset_id"] in card.content
+    assert checkpoint.facts["dataset_id"][0] in card.content
     assert "attempt 2, 1,234 bytes, xxh3 `abcd`" in card.content
     assert "largest difference 3.0e-07" in card.content
     for hidden in ("hf_thisIsSecret", "--secret", "/home/someone", str(tmp_path)):
@@ -82,7 +82,7 @@ def test_what_is_not_at_hand_is_unknown(checkpoint: Checkpoint, tmp_path: Path) 
     assert "unknown: the data set was not at hand" in text
     assert "training loss" not in text
     assert not (tmp_path / "loss.png").exists()
-    write_card(tmp_path, Checkpoint(checkpoint.path, {**checkpoint.facts, "dataset_id": "other"}), CARD)
+    write_card(tmp_path, Checkpoint(checkpoint.path, {**checkpoint.facts, "dataset_id": ["other"]}), CARD)
     assert "unknown: the data set was changed since" in (tmp_path / "README.md").read_text()
 
 

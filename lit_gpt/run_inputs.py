@@ -1,0 +1,95 @@
+"""What a run is made of, found and checked before any process starts, model is built or file is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_gpt import run_folder
+from lit_gpt.args import Settings
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.packed_dataset import PackedDataset, check_batch_sizes
+from lit_gpt.row_reader import open_sources
+from lit_gpt.shard_cache import ShardCache
+from lit_gpt.strategy import World, default_run_dir, find_world
+from lit_gpt.token_store import TokenStore
+from lit_gpt.tokenizer import Tokenizer
+
+
+class Inputs(NamedTuple):
+    """What fits together: model, data, folder and processes."""
+
+    config: Config
+    train: tuple[TokenStore, ...]
+    weights: list[float] | None
+    """Of the training sources; None: each by its size."""
+    val: TokenStore | None
+    run_dir: Path
+    world: World
+
+
+def open_inputs(settings: Settings) -> Inputs:
+    """Find and check all that a run needs; raises BadInput for whatever does not fit together.
+
+    The settings have passed Settings.check.
+    """
+    world = find_world(settings)
+    check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world.size)
+    shape = {name: getattr(settings, name) for name in ("block_size", "vocab_size") if getattr(settings, name)}
+    config = Config.from_name(settings.model_name, **shape)
+    train, weights = open_sources(settings.train_sources)
+    config = config.with_vocabulary(train[0].vocab_size)
+    val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
+    _require_one_tokenizer(settings, [*train, *([val] if val else [])])
+    run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
+    run_folder.create(run_dir)
+    return Inputs(config, tuple(train), weights, val, run_dir, world)
+
+
+def _require_one_tokenizer(settings: Settings, stores: list[TokenStore]) -> None:
+    first = stores[0]
+    for store in stores[1:]:
+        if store.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise BadInput(
+                f"{store.path} was made with another tokenizer than {first.path}: prepare both with the same"
+            )
+    if settings.tokenizer_path:
+        fingerprint = Tokenizer.from_folder(settings.tokenizer_path).fingerprint
+        if fingerprint != first.tokenizer_fingerprint:
+            raise BadInput(
+                f"--tokenizer_path {settings.tokenizer_path} (fingerprint {fingerprint}) is not the tokenizer that "
+                f"{first.path} was made with ({first.tokenizer_fingerprint})"
+            )
+
+
+def open_cache(settings: Settings) -> ShardCache | None:
+    """The node's shard cache, if the settings name one."""
+    return ShardCache(Path(settings.cache_dir), settings.cache_bytes) if settings.cache_dir else None
+
+
+def training_rows(inputs: Inputs, settings: Settings, cache: ShardCache | None) -> PackedDataset:
+    """The rows that the run trains on."""
+    return PackedDataset(
+        inputs.train,
+        inputs.config.block_size,
+        settings.seed,
+        weights=inputs.weights,
+        packing=settings.packing,
+        cross_document_attention=settings.cross_document_attention,
+        max_epochs=settings.max_epochs,
+        cache=cache,
+        index_dir=Path(settings.cache_dir) / "packing" if settings.cache_dir else None,
+    )
+
+
+def validation_rows(inputs: Inputs, settings: Settings) -> PackedDataset | None:
+    """The rows that the run validates on: always windows, so that every token counts once, whatever training packs."""
+    if inputs.val is None:
+        return None
+    return PackedDataset(
+        inputs.val,
+        inputs.config.block_size,
+        settings.seed,
+        cross_document_attention=settings.cross_document_attention,
+    )

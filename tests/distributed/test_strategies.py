@@ -1,0 +1,88 @@
+"""Several processes on this machine (gloo) against one: same rows, losses and weights, for every strategy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt.checkpoint import model_tensors, verified
+from tests.training import full_state, make_store, metrics, seen_rows, train
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps on one process."""
+    out = tmp_path_factory.mktemp("alone")
+    train(store, out, micro_batch_size=2, keep_last_checkpoints=0)
+    return out
+
+
+def assert_close_runs(run: Path, alone: Path) -> None:
+    """The same rows; sums in another order: 1e-6 in fp32, times what 12 steps make of it."""
+    assert seen_rows(run) == seen_rows(alone)
+    for got, wanted in zip(metrics(run), metrics(alone), strict=True):
+        assert got["targets"] == wanted["targets"]
+        assert float(got["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
+        if wanted["val_loss"]:
+            assert float(got["val_loss"]) == pytest.approx(float(wanted["val_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"])
+def test_two_processes_equal_one(store: Path, alone: Path, tmp_path: Path, strategy: str) -> None:
+    train(store, tmp_path, devices=2, micro_batch_size=2, sharding_strategy=strategy, state_dict_type="full")
+    assert_close_runs(tmp_path, alone)
+    weights = {name: value for name, value in full_state(alone, 12).items() if name.startswith("model.")}
+    for name, value in full_state(tmp_path, 12).items():
+        if name in weights:
+            assert (value - weights[name]).norm() <= 2e-4 * weights[name].norm(), name
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_processes(store: Path, tmp_path: Path) -> None:
+    """With a learning rate of almost nothing a checkpoint holds the weights that the run began with."""
+    still = dict(max_steps=1, warmup_steps=0, learning_rate=1e-30, min_lr=0, weight_decay=0, state_dict_type="full")
+    for devices in (1, 2):
+        train(store, tmp_path / str(devices), devices=devices, micro_batch_size=2, **still)
+    one, two = (full_state(tmp_path / name, 1) for name in ("1", "2"))
+    assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("model."))
+
+
+def test_resume_on_other_numbers_of_processes(store: Path, alone: Path, tmp_path: Path) -> None:
+    """2 -> 1 -> 4 -> 2 processes, sharded and full checkpoints in turn: no row lost, none twice, the same losses."""
+    settings = dict(micro_batch_size=2, save_interval_steps=3, eval_interval_steps=6, keep_last_checkpoints=0)
+    parts = [(2, 3, "sharded"), (1, 6, "full"), (4, 9, "sharded"), (2, 12, "full")]
+    for devices, until, kind in parts:
+        # the schedule is the whole run's, so each part is stopped by keeping only its checkpoints
+        train(store, tmp_path, devices=devices, state_dict_type=kind, resume="auto", **settings)
+        for step in range(until + 3, 13, 3):
+            shutil.rmtree(tmp_path / f"iter-{step:08d}-ckpt.pth")
+    assert_close_runs(tmp_path, alone)
+    sharded = verified(tmp_path / "iter-00000009-ckpt.pth")
+    reference = full_state(alone, 12)
+    for name, tensor in model_tensors(sharded):
+        assert tensor.shape == reference[f"model.{name}"].shape
+        assert torch.isfinite(tensor).all()
+
+
+def test_resume_between_equal_worlds_is_exact(store: Path, tmp_path: Path) -> None:
+    settings = dict(devices=2, micro_batch_size=2, keep_last_checkpoints=0)
+    train(store, tmp_path / "unbroken", **settings)
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed")
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "resumed" / f"iter-{step:08d}-ckpt.pth")
+    train(store, tmp_path / "resumed", resume="auto", **settings)
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "unbroken")
+    one, two = (
+        dict(model_tensors(verified(tmp_path / run / "iter-00000012-ckpt.pth"))) for run in ("unbroken", "resumed")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)

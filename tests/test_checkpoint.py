@@ -1,0 +1,179 @@
+"""Checkpoints under damage: what is found, what is refused, what pruning keeps; nothing in a file is executed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_gpt import checkpoint
+from lit_gpt.checkpoint import DamagedCheckpoint, checkpoint_name, find, load, model_tensors, prune, save, verified
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.model import GPT, initialize
+
+TINY = Config.from_name("debug", n_layer=1, n_embd=16, n_head=2, intermediate_size=16, vocab_size=64, block_size=8)
+
+
+def model_and_optimizer(seed: int = 1) -> tuple[GPT, torch.optim.Optimizer]:
+    model = GPT(TINY)
+    initialize(model, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.arange(8)[None], None, torch.arange(8)[None]).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def facts(step: int) -> dict[str, Any]:
+    return {"step": step, "slot": 8 * step, "tokens": 60 * step, "settings": {}}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Three checkpoints: steps 10, 20, 30."""
+    for step in (10, 20, 30):
+        save(tmp_path, facts(step), *model_and_optimizer(step), full=step != 20)
+    return tmp_path
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_save_and_load(tmp_path: Path, full: bool) -> None:
+    model, optimizer = model_and_optimizer(seed=5)
+    path = save(tmp_path, facts(7), model, optimizer, full=full)
+    assert path == tmp_path / "iter-00000007-ckpt.pth"
+    other, other_optimizer = model_and_optimizer(seed=6)
+    found = verified(path)
+    assert (found.step, found.facts["slot"], found.config) == (7, 56, TINY)
+    load(found, other, other_optimizer)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert all(
+            torch.equal(optimizer.state[a][k], other_optimizer.state[b][k]) for k in ("exp_avg", "exp_avg_sq", "step")
+        )
+    streamed = dict(model_tensors(found))
+    assert streamed.keys() == model.state_dict().keys()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_names_have_no_wrapper_prefixes(tmp_path: Path) -> None:
+    """Compiled blocks save under the same names, and load into plain ones."""
+    model, optimizer = model_and_optimizer()
+    for block in model.transformer.h:
+        block.compile()
+    found = verified(save(tmp_path, facts(1), model, optimizer, full=True))
+    assert {name for name, _ in model_tensors(found)} == set(GPT(TINY).state_dict())
+    load(found, *model_and_optimizer(seed=9))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "missing", "no manifest", "manifest cut"])
+def test_auto_passes_over_a_damaged_checkpoint(run_dir: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    newest = run_dir / checkpoint_name(30)
+    state = newest / "state.pth"
+    if damage == "cut":
+        os.truncate(state, state.stat().st_size - 1)
+    elif damage == "bit":
+        flip_bit(state)
+    elif damage == "missing":
+        state.unlink()
+    elif damage == "no manifest":
+        (newest / "MANIFEST.json").unlink()
+    else:
+        os.truncate(newest / "MANIFEST.json", 20)
+    with caplog.at_level(logging.WARNING):
+        found = find("auto", run_dir)
+    assert found is not None
+    assert found.step == 20
+    assert "passing over" in caplog.text
+    assert str(state if damage in ("cut", "bit", "missing") else newest) in caplog.text
+    with pytest.raises(BadInput, match="iter-00000030-ckpt.pth"):
+        find(str(newest), run_dir)
+
+
+def test_a_flipped_bit_in_a_shard_is_named(run_dir: Path) -> None:
+    (data,) = (run_dir / checkpoint_name(20) / "state").glob("*.distcp")
+    flip_bit(data)
+    with pytest.raises(DamagedCheckpoint, match=rf"{data.name} is corrupt"):
+        verified(run_dir / checkpoint_name(20))
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert find("auto", tmp_path) is None
+    with pytest.raises(BadInput, match="no such checkpoint"):
+        find(str(tmp_path / "iter-00000001-ckpt.pth"), tmp_path)
+
+
+def test_pruning_keeps_the_good_ones(run_dir: Path) -> None:
+    """Three broken and one good with keep_last = 2: the good one survives, and the broken ones are left to look at."""
+    save(run_dir, facts(5), *model_and_optimizer(), full=True)
+    for step in (10, 20, 30):
+        os.truncate(run_dir / checkpoint_name(step) / "run.json", 3)
+    (run_dir / ".saving-iter-00000040-ckpt.pth").mkdir()
+    prune(run_dir, keep_last=2)
+    assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(step) for step in (5, 10, 20, 30)}
+
+
+def test_pruning_counts_the_newest(run_dir: Path) -> None:
+    prune(run_dir, keep_last=0)
+    assert len(list(run_dir.glob("iter-*"))) == 3
+    prune(run_dir, keep_last=2)
+    assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(20), checkpoint_name(30)}
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["PROOF_OF_EXECUTION"],)
+
+
+def test_a_pickle_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint whose state is a malicious pickle, with a manifest that fits it."""
+    monkeypatch.setenv("PROOF_OF_EXECUTION", str(tmp_path / "executed"))
+    path = run_dir / checkpoint_name(30)
+    torch.save({"model": Malicious()}, path / "state.pth")
+    (path / "MANIFEST.json").unlink()
+    checkpoint._publish(path, run_dir / checkpoint_name(31), facts(31) | {"model": TINY.__dict__})
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        load(verified(run_dir / checkpoint_name(31)), *model_and_optimizer())
+    assert not (tmp_path / "executed").exists()
+
+
+SAVING = """
+import sys; sys.path[:0] = {paths!r}
+from pathlib import Path
+from tests.test_checkpoint import facts, model_and_optimizer, save
+step = 100
+while True:
+    save(Path({run_dir!r}), facts(step), *model_and_optimizer(step), full=step % 2 == 0)
+    step += 1
+"""
+
+
+@pytest.mark.parametrize("delay_ms", [0, 3, 7, 11, 17, 23, 31])
+def test_killed_while_saving(tmp_path: Path, delay_ms: int) -> None:
+    """SIGKILL at some moment of endless saving: the newest published checkpoint is whole, and what is left is swept."""
+    code = SAVING.format(paths=[str(Path(__file__).parents[1])], run_dir=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("iter-*"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    time.sleep(delay_ms / 1000)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    published = sorted(tmp_path.glob("iter-*"))
+    for path in published:
+        load(verified(path), *model_and_optimizer())
+    prune(tmp_path, keep_last=1)
+    assert list(tmp_path.iterdir()) == published[-1:]
