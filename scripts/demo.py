@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".made-by-demo"
 """Only a folder that holds this file is emptied."""
 VOCABULARY = 4096
-STEPS = 300
+STEPS = 240
 STEPS_LOST = 5
 """The kill comes this many steps after the checkpoint at half of the run: they are trained twice."""
 MARGIN = 0.20
