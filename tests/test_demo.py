@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -70,9 +69,7 @@ def test_weights_are_compared_by_bits(tmp_path: Path, value: float, holds: bool)
 def test_a_program_that_fails_ends_the_demo(tmp_path: Path) -> None:
     shell = demo.Shell(tmp_path, Console(quiet=True))
     assert shell.run("works", "python -c 'print(6 * 7)'") == "42"
-    with pytest.raises(
-        SystemExit, match=re.escape(f"fails ended with 3, which was not expected; its whole log: {tmp_path}")
-    ):
+    with pytest.raises(SystemExit, match="fails ended with 3, which was not expected"):
         shell.run("fails", "python -c 'raise SystemExit(3)'")
 
 

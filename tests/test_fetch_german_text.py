@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import fsspec
 import pyarrow
 import pytest
 from pyarrow import parquet
+
+from scripts import fetch_german_text
 
 PROGRAM = Path(__file__).resolve().parents[1] / "scripts" / "fetch_german_text.py"
 
@@ -29,34 +29,24 @@ PAGE = """<html><head><title>nicht dies</title></head><body>
 <ul class="docnav"><li>Zurück</li></ul></body></html>"""
 
 
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_german_text", PROGRAM)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_handbook_page_becomes_one_document_a_section_in_german(program: ModuleType, tmp_path: Path) -> None:
+def test_handbook_page_becomes_one_document_a_section_in_german(tmp_path: Path) -> None:
     (tmp_path / "seite.html").write_text(PAGE, encoding="utf-8")
-    documents = list(program.handbook_documents(tmp_path, "handbook"))
+    documents = list(fetch_german_text.handbook_documents(tmp_path, "handbook"))
     text = "6.9. Ein Titel\nDer Befehl ist kurz und gut & alt.\nEin Punkt"
-    assert documents == [program.Document("debian-handbook-de/seite.html#0", text, "handbook")]
+    assert documents == [fetch_german_text.Document("debian-handbook-de/seite.html#0", text, "handbook")]
 
 
-def test_grammar_gives_the_same_sentences_for_a_seed(program: ModuleType) -> None:
-    first, second = program.from_grammar(2), program.from_grammar(2)
+def test_grammar_gives_the_same_sentences_for_a_seed() -> None:
+    first, second = fetch_german_text.from_grammar(2), fetch_german_text.from_grammar(2)
     documents = list(first)
     assert documents == list(second)
     assert [document.id for document in documents] == ["generated-3407#0", "generated-3407#1"]
-    assert documents != list(program.from_grammar(2, seed=1))
+    assert documents != list(fetch_german_text.from_grammar(2, seed=1))
     assert all(sentence[0].isupper() for sentence in documents[0].text.replace("\n", " ").split(". "))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_first_records_of_every_format(program: ModuleType, tmp_path: Path, name: str) -> None:
+def test_first_records_of_every_format(tmp_path: Path, name: str) -> None:
     records = [
         {"id": "x", "text": "eins"},
         {"id": "y", "text": ""},
@@ -75,7 +65,7 @@ def test_first_records_of_every_format(program: ModuleType, tmp_path: Path, name
         parquet.write_table(pyarrow.Table.from_pylist(records), path)
     else:
         path.write_bytes(lines)
-    found = list(program.first_records(fsspec.filesystem("file"), str(tmp_path), 2))
+    found = list(fetch_german_text.first_records(fsspec.filesystem("file"), str(tmp_path), 2))
     assert [(document.id, document.text) for document in found] == [("x", "eins"), (f"{name}#1", "drei")]
 
 
