@@ -99,7 +99,7 @@ def test_auto_passes_over_a_damaged_checkpoint(run_dir: Path, damage: str, caplo
     assert found.step == 20
     assert "passing over" in caplog.text
     assert str(state if damage in ("cut", "bit", "missing") else newest) in caplog.text
-    with pytest.raises(BadInput, match="iter-00000030-ckpt.pth"):
+    with pytest.raises(BadInput, match=r"iter-00000030-ckpt\.pth"):
         find(str(newest), run_dir)
 
 
@@ -145,7 +145,7 @@ def test_a_pickle_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: py
     torch.save({"model": Malicious()}, path / "state.pth")
     (path / "MANIFEST.json").unlink()
     checkpoint._publish(path, run_dir / checkpoint_name(31), facts(31) | {"model": TINY.__dict__})
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load(verified(run_dir / checkpoint_name(31)), *model_and_optimizer())
     assert not (tmp_path / "executed").exists()
 
