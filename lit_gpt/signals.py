@@ -1,6 +1,6 @@
 """Stop requests from outside: a handler that only sets a flag; the training loop acts on it at a step's edge.
 
-Saving inside a handler would hang in a collective or store half a step.
+Saving inside a handler would hang in a collective or store half a step. A second Ctrl-C does not wait for the edge.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import FrameType
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopFlag:
@@ -23,4 +23,6 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.received = self.received or signal.Signals(number).name

@@ -106,8 +106,10 @@ def test_micro_batch_size_does_not_change_the_result(store: Path, unbroken: Path
         assert float(got["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-@pytest.mark.parametrize("in_slurm", [False, True])
+@pytest.mark.parametrize(
+    ("number", "in_slurm"),
+    [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGUSR2, False), (signal.SIGINT, False)],
+)
 def test_a_signal_saves_and_stops(store: Path, tmp_path: Path, number: signal.Signals, in_slurm: bool) -> None:
     extra = {"SLURM_JOB_ID": "1"} if in_slurm else {}
     process = subprocess.Popen(
