@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training import make_store
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -16,3 +18,9 @@ def shared() -> Path:
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         pytest.skip("the developers' folder ../shared is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small made store with the splits train and val; tests only read it."""
+    return make_store(tmp_path_factory.mktemp("store"))

@@ -11,12 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.training import ROOT, command, environment, make_store, train
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
+from tests.training import ROOT, command, environment, train
 
 
 @pytest.fixture(scope="module")

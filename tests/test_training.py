@@ -18,11 +18,6 @@ GOLDEN = Path(__file__).parent / "data" / "golden_loss_debug_fp32.json"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
 def unbroken(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps that nothing interrupts."""
     out = tmp_path_factory.mktemp("unbroken")

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from lit_gpt.checkpoint import model_tensors, verified
-from tests.training import full_state, make_store, metrics, seen_rows, train
+from tests.training import full_state, metrics, seen_rows, train
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
