@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# A training run as a Slurm job: it goes on by itself over time limits, preemption and lost nodes.
+#
+#   sbatch cluster/exec/train_fabric.sh [--learning_rate 3e-4 ...]       from the project's folder
+#   sbatch --nodes=8 --time=48:00:00 cluster/exec/train_fabric.sh ...    sbatch's flags win over the lines below
+#   DRY_RUN=1 bash cluster/exec/train_fabric.sh ...                      prints the srun command line, starts nothing
+#
+# The site's values come from one file, CLUSTER_ENV (default: cluster/exec/env.sh; env.example.sh explains each). All
+# arguments go to pretrain/tinyllama_fabric.py. docs/cluster.md tells what to do when a job fails.
+#
+# How a job stops and goes on: 120 s before its end Slurm signals this script (USR1), which hands the signal to srun and
+# so to all ranks; they save the same step and exit with 75; this script then puts the job back into the queue, and
+# --resume auto goes on from the newest whole checkpoint. A plain scancel (TERM) saves too, but is not put back.
+#SBATCH --job-name=llammlein
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:4
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+shopt -s inherit_errexit
+
+EXIT_BAD_INPUT=2 EXIT_REQUEUE=75 # as in lit_gpt/cli.py
+EXIT_USR1=138                    # of a process that USR1 ended: a rank that was still importing torch
+FIRST_PORT=10000 PORTS=20000     # below the ports that Linux gives to outgoing connections (32768 and up)
+PEERS_WAIT_S=120                 # once one rank has ended, what the others get before srun ends them
+
+say() {
+    echo "train_fabric.sh: $*" >&2
+}
+
+fail() {
+    say "error: $*"
+    exit "$EXIT_BAD_INPUT"
+}
+
+# Slurm runs a copy of this file from its spool folder: there, the project is where sbatch was called.
+project_root() {
+    local here candidate
+    here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+    for candidate in "$here/../.." "${SLURM_SUBMIT_DIR:-$here}" "${SLURM_SUBMIT_DIR:-$here}/../.."; do
+        if [[ -f $candidate/pretrain/tinyllama_fabric.py ]]; then
+            (cd "$candidate" && pwd)
+            return
+        fi
+    done
+    fail "pretrain/tinyllama_fabric.py is not beside this script: call sbatch from the project's folder"
+}
+
+# Sets `command`: srun, the container if there is one, the program, its settings.
+build_command() {
+    local engine
+    command=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait="$PEERS_WAIT_S" --kill-on-bad-exit=0)
+    if [[ -n ${CONTAINER_PATH:-} ]]; then
+        [[ -e $CONTAINER_PATH ]] || fail "no container CONTAINER_PATH=$CONTAINER_PATH"
+        engine=$(command -v apptainer || command -v singularity) ||
+            fail "CONTAINER_PATH is set, but neither apptainer nor singularity is on this node's PATH"
+        command+=("$engine" exec --nv --bind "$root" --bind "$PWD" --pwd "$PWD" "$CONTAINER_PATH" "${PYTHON:-python}")
+    elif [[ -n ${PYTHON:-} ]]; then
+        command+=("$PYTHON")
+    elif [[ -x $root/.venv/bin/python ]]; then
+        command+=("$root/.venv/bin/python")
+    else
+        command+=(python3)
+    fi
+    command+=("$root/pretrain/tinyllama_fabric.py" --config "${CONFIG:-$root/pretrain/configs/LLaMmlein_1B.yaml}")
+    [[ -z ${TRAIN_DATA_DIR:-} ]] || command+=(--train_data_dir "$TRAIN_DATA_DIR")
+    [[ -z ${VAL_DATA_DIR:-} ]] || command+=(--val_data_dir "$VAL_DATA_DIR")
+    [[ -z ${TOKENIZER_PATH:-} ]] || command+=(--tokenizer_path "$TOKENIZER_PATH")
+    [[ -z ${CACHE_DIR:-} ]] || command+=(--cache_dir "$CACHE_DIR")
+    command+=(--resume auto)
+}
+
+# srun hands USR1 to every rank. It would kill them at TERM, so that one is only noted: Slurm itself sends it to the ranks.
+stop_asked='' cancelled='' srun_pid=''
+# shellcheck disable=SC2317  # called by a trap
+on_usr1() {
+    stop_asked=yes
+    say "USR1: asking the ranks to save and stop"
+    [[ -z $srun_pid ]] || kill -USR1 "$srun_pid" 2>/dev/null || say "srun has already ended"
+}
+# shellcheck disable=SC2317  # called by a trap
+on_term() {
+    cancelled=yes
+    say "TERM: the job is being ended from outside"
+}
+
+# `wait` returns early at each signal that this script handles; the last one, of a process that has ended, is its status.
+run_to_the_end() {
+    trap on_usr1 USR1
+    trap on_term TERM
+    "${command[@]}" &
+    srun_pid=$!
+    [[ -z $stop_asked ]] || kill -USR1 "$srun_pid"
+    while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid" || true; done
+    status=0
+    wait "$srun_pid" || status=$?
+}
+
+requeue_or_end() {
+    local stopped_early=''
+    [[ $status != "$EXIT_USR1" || -z $stop_asked ]] || stopped_early=yes
+    if [[ $status != "$EXIT_REQUEUE" && -z $stopped_early ]]; then
+        say "job $SLURM_JOB_ID ended with $status"
+        exit "$status"
+    fi
+    if [[ -n $cancelled && -z $stop_asked ]]; then
+        say "job $SLURM_JOB_ID was cancelled: saved, not put back. The same sbatch goes on from the checkpoint"
+        exit "$EXIT_REQUEUE"
+    fi
+    say "job $SLURM_JOB_ID saved and stopped ($status): back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" || say "error: Slurm refuses to requeue job $SLURM_JOB_ID: submit it again"
+    exit "$EXIT_REQUEUE"
+}
+
+root=$(project_root)
+cluster_env=${CLUSTER_ENV:-$root/cluster/exec/env.sh}
+[[ -f $cluster_env ]] || fail "no site file $cluster_env: copy cluster/exec/env.example.sh there, or set CLUSTER_ENV"
+# shellcheck source=cluster/exec/env.example.sh
+source "$cluster_env"
+
+# Two jobs on one node must not meet on a port.
+export MASTER_PORT="${MASTER_PORT:-$((FIRST_PORT + ${SLURM_JOB_ID:-0} % PORTS))}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # this checkout's lit_gpt, not the one in the image
+export PYTHONUNBUFFERED=1
+
+build_command
+command+=("$@")
+if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "this is no Slurm job: start it by sbatch $0, or set DRY_RUN=1"
+say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes ${SLURM_JOB_NODELIST:-?}, port $MASTER_PORT"
+run_to_the_end
+requeue_or_end
