@@ -38,11 +38,11 @@ fail() {
     exit "$EXIT_BAD_INPUT"
 }
 
-# Slurm runs a copy of this file from its spool folder: there, the project is where sbatch was called.
+# Slurm runs a copy of this file from its spool folder: there, the project is where sbatch was called, or --chdir.
 project_root() {
     local here candidate
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-    for candidate in "$here/../.." "${SLURM_SUBMIT_DIR:-$here}" "${SLURM_SUBMIT_DIR:-$here}/../.."; do
+    for candidate in "$here/../.." "${SLURM_SUBMIT_DIR:-$here}" "$PWD"; do
         if [[ -f $candidate/pretrain/tinyllama_fabric.py ]]; then
             (cd "$candidate" && pwd)
             return

@@ -37,10 +37,8 @@ free_port() {
 write_configuration() {
     local controller_port node_port
     controller_port=$(free_port) node_port=$(free_port)
-    install -d "$folder" "$folder/state" "$folder/spool"
-    install -d -o munge -g munge -m 755 "$folder/munge"
+    install -d "$folder/state" "$folder/spool" "$folder/munge"
     [[ -s $folder/munge/key ]] || (umask 077 && head -c 1024 /dev/urandom > "$folder/munge/key")
-    chown munge "$folder/munge/key"
     # cred_expire is also what a requeued job waits before it starts again: 120 s by default.
     cat > "$SLURM_CONF" <<CONF
 ClusterName=test
@@ -84,10 +82,10 @@ start() {
         return
     fi
     write_configuration
-    # setpriv keeps munged out of root's hands; it trusts no socket in a folder that others may write, except when forced.
-    setpriv --reuid=munge --regid=munge --clear-groups munged --force --socket="$folder/munge/socket" \
-        --key-file="$folder/munge/key" --pid-file="$folder/munge/pid" --log-file="$folder/munge/log" \
-        --seed-file="$folder/munge/seed"
+    # --force: it runs as root here, and its folder may lie in one that others can write, such as /tmp.
+    munged --force --socket="$folder/munge/socket" --key-file="$folder/munge/key" --pid-file="$folder/munge/pid" \
+        --log-file="$folder/munge/log" --seed-file="$folder/munge/seed" 2>"$folder/munge/start.log" ||
+        cannot "munged does not start: $(tail -n 1 "$folder/munge/start.log")"
     slurmctld -c
     slurmd -N "$node"
     for ((try = 0; try < START_TRIES; try++)); do
