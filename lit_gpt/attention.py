@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 PACKAGES = {
     "fa3": ("flash_attn_interface", "FlashAttention 3: the wheel flash_attn_3 of the PyTorch project's index"),
     "fa4": ("flash_attn.cute", "FlashAttention 4: pip install flash-attn-4"),
-    "fa2": ("flash_attn", "FlashAttention 2: pip install flash-attn"),
+    # not the bare flash_attn: FlashAttention 4 makes a namespace package of that name
+    "fa2": ("flash_attn.flash_attn_interface", "FlashAttention 2: pip install flash-attn"),
     "xformers": ("xformers.ops", "pip install xformers"),
 }
 BACKENDS = (*PACKAGES, "torch")

@@ -83,14 +83,14 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_auto_takes_the_best_installed(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("flash_attn_interface", "flash_attn", "flash_attn.cute"):
+    for module in ("flash_attn_interface", "flash_attn.flash_attn_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
     assert choose_backend("auto", on_hopper) == "torch"
     with pytest.raises(
         BadInput, match=r"--attention fa3 cannot run here: flash_attn_interface.*Install FlashAttention 3"
     ):
         choose_backend("fa3", on_hopper)
-    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", types.ModuleType("flash_attn"))
     assert choose_backend("auto", on_hopper) == "fa2"
     monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("flash_attn_interface"))
     assert choose_backend("auto", on_hopper) == "fa3"
@@ -172,7 +172,7 @@ def fake_fa2() -> types.ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("backend", "name", "module"), [("fa3", "flash_attn_interface", fake_fa3()), ("fa2", "flash_attn", fake_fa2())]
+    ("backend", "name", "module"), [("fa3", "flash_attn_interface", fake_fa3()), ("fa2", "flash_attn.flash_attn_interface", fake_fa2())]
 )
 def test_calls_of_flash_attention_packages(
     backend: str, name: str, module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
