@@ -193,9 +193,8 @@ def test_build_sees_the_commit_and_leaves_nothing_when_it_fails(tmp_path: Path) 
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     (tmp_path / "tmp").mkdir()
-    engine = executable(
-        tmp_path / "bin" / "apptainer", 'ls -A; cat COMMIT; echo "$@"; [[ -z $FAIL ]] || exit 9; touch "${@: -2:1}"'
-    )
+    listing = 'stat -c "mode %a" .; ls -A; cat COMMIT; echo "$@"'
+    engine = executable(tmp_path / "bin/apptainer", listing + '; [[ -z $FAIL ]] || exit 9; touch "${@: -2:1}"')
     variables = dict(
         PATH=f"{engine.parent}:{os.environ['PATH']}", TMPDIR=str(tmp_path / "tmp"), TORCH_INDEX_URL="https://index",
         BUILD_FLAGS="--fakeroot", TORCH_VERSION="2.12.0",
@@ -206,6 +205,7 @@ def test_build_sees_the_commit_and_leaves_nothing_when_it_fails(tmp_path: Path) 
     assert built.returncode == 0, built.stderr
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert commit.stdout.strip() in built.stdout.splitlines()
+    assert "mode 755" in built.stdout.splitlines(), "others could not read the image's copy"
     assert {"lit_gpt", "requirements.txt", "COMMIT"} <= set(built.stdout.splitlines())
     assert not {".venv", ".git", "out"} & set(built.stdout.splitlines())
     assert (

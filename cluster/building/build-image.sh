@@ -27,7 +27,9 @@ commit=$(git -C "$root" rev-parse HEAD) || fail "$root is no git checkout: the i
 image=$(realpath -m "${1:-llammlein.sif}")
 [[ ! -e $image ]] || fail "$image is already there: remove it, or name another image"
 
+umask 022 # what is copied into the image keeps its mode, and other users must read it there
 context=$(mktemp -d)
+chmod 755 "$context"
 trap 'rm -rf "$context"' EXIT
 git -C "$root" archive "$commit" | tar -x -C "$context"
 echo "$commit" > "$context/COMMIT"
