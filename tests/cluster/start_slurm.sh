@@ -69,7 +69,10 @@ SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
 SlurmdParameters=config_overrides
 NodeName=$node NodeAddr=127.0.0.1 Port=$node_port CPUs=4 RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=$node Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=$node Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=$node Default=NO MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
     echo "CgroupAutomount=no" > "$folder/cgroup.conf"
 }

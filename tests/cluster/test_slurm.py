@@ -1,7 +1,7 @@
 """The real batch script on a real Slurm: what signals, the time limit, a dead rank and scancel do to two ranks.
 
 Slurm is one node on loopback (start_slurm.sh), installed on the way if this is root on a Debian; else these tests skip
-and say why. The whole file takes three to five minutes on two cores.
+and say why. The whole file takes four to five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Job(NamedTuple):
         deadline = time.monotonic() + timeout_s
         while not met():
             assert time.monotonic() < deadline, f"{self.fact('JobState')} after {timeout_s} s:\n{self.text()}"
-            time.sleep(0.1)
+            time.sleep(0.25)
 
     def wait_for_text(self, text: str) -> None:
         self.wait(lambda: text in self.text())
@@ -138,6 +138,21 @@ def test_signals_save_requeue_and_resume(slurm: Path, store: Path, unbroken: Pat
     assert f"resumed from {job.out_dir}/iter-{step:08d}-ckpt.pth: step {step}, slot {step * ROWS_A_STEP}" in log
     assert "(75): back into the queue" in log
     assert f"port {10000 + int(job.number)}" in log
+    assert metrics(job.out_dir) == metrics(unbroken)
+    assert seen_rows(job.out_dir) == seen_rows(unbroken)
+
+
+def test_preemption_saves_and_goes_on(slurm: Path, store: Path, unbroken: Path, tmp_path: Path) -> None:
+    """A job that outranks ours wants the whole node: TERM to the ranks, then our job waits for it."""
+    job = submit(slurm, store, tmp_path)
+    job.wait(lambda: job.steps_logged() >= 10)
+    job.run("sbatch", "--partition=high", "--ntasks=4", f"--output={tmp_path}/high.log", "--wrap=sleep 1")
+    job.wait_for_text("start 2,")
+    job.wait_for_state("COMPLETED", "FAILED")
+    log = job.text()
+    step = stopped_at(log, "SIGTERM")
+    assert 10 <= step < 60
+    assert f"resumed from {job.out_dir}/iter-{step:08d}-ckpt.pth: step {step}," in log
     assert metrics(job.out_dir) == metrics(unbroken)
     assert seen_rows(job.out_dir) == seen_rows(unbroken)
 
