@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -127,6 +128,10 @@ def _launcher(settings: Settings) -> tuple[ClusterEnvironment, int, int | None]:
 
 def launch(settings: Settings, world: World) -> Fabric:
     """A launched Fabric: from here on this code runs in world.size processes."""
+    # the launcher was found and checked above, also where srun is installed and not used
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
+    for name in ("lightning.fabric", "lightning.pytorch"):  # their banner of ranks, a line from each
+        logging.getLogger(name).setLevel(logging.WARNING)
     if world.size == 1:
         device = torch.device("cuda", 0) if world.accelerator == "cuda" else torch.device("cpu")
         fabric = Fabric(strategy=SingleDeviceStrategy(device), accelerator=world.accelerator, devices=1)
@@ -146,8 +151,6 @@ def launch(settings: Settings, world: World) -> Fabric:
             strategy=strategy,
             plugins=[world.environment],
         )
-    for name in ("lightning.fabric", "lightning.pytorch"):  # their banner of ranks, a line from each
-        logging.getLogger(name).setLevel(logging.WARNING)
     fabric.launch()
     if not fabric.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)

@@ -172,7 +172,8 @@ def fake_fa2() -> types.ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("backend", "name", "module"), [("fa3", "flash_attn_interface", fake_fa3()), ("fa2", "flash_attn.flash_attn_interface", fake_fa2())]
+    ("backend", "name", "module"),
+    [("fa3", "flash_attn_interface", fake_fa3()), ("fa2", "flash_attn.flash_attn_interface", fake_fa2())],
 )
 def test_calls_of_flash_attention_packages(
     backend: str, name: str, module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
