@@ -132,7 +132,9 @@ class OpenShards:
         ends = document_ends(store, shard)
         if shard.tokens < np.iinfo(np.int32).max:
             ends = ends.astype(np.int32)
-        return OpenShard(ShardFile(store.path, shard, store), ends, self.packing(source, number))
+        file = ShardFile(store.path, shard, store)
+        file.expect_random_reads()
+        return OpenShard(file, ends, self.packing(source, number))
 
     def _wanted(self, source: int, number: int) -> Wanted:
         store = self._stores[source]

@@ -225,3 +225,14 @@ def test_a_real_input_output_error_is_retried_with_the_shard_s_name(
         f"shard {store.path / '00001'}: Input/output error; try 1 failed after 0.0 s, next in 0.01 s"
     ]
     os.close(memory)
+
+
+def test_an_input_output_error_that_stays_stops_the_run(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is skipped: after the last try the error names the shard."""
+    monkeypatch.setattr("lit_gpt.open_shards.RETRY_DELAYS_S", ())
+    dataset = PackedDataset(store, 16, seed=5)
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    os.dup2(memory, dataset.reader.shards.get(0, 1).file._descriptor)
+    os.close(memory)
+    with pytest.raises(OSError, match=r"Input/output error, 1 times in 0\.0 s: '.*00001'"):
+        dataset.read(np.arange(dataset.rows_per_epoch))
