@@ -204,6 +204,28 @@ def test_a_disk_that_takes_no_more_costs_a_warning_only(store: TokenStore, tmp_p
     assert not list((tmp_path / "cache").glob("*/*"))
 
 
+def test_a_full_disk_costs_a_warning_only(store: TokenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A real file system of 4 KiB: the kernel answers ENOSPC."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here: this test needs root")
+    try:
+        (disk / "others").write_bytes(bytes(4096))
+        cache = ShardCache(disk, 1 << 20)
+        reader = RowReader([store], 16, 3, cache=cache)
+        for _ in range(3):
+            assert digest(reader) == digest(RowReader([store], 16, 3))
+            time.sleep(0.3)
+        assert cache.report().hits == 0
+        cache.close()
+        assert "No space left on device" in caplog.text
+        assert (disk / "others").stat().st_size == 4096  # what others keep there is not touched
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def test_a_folder_that_cannot_be_made_costs_a_warning_only(
     store: TokenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
