@@ -161,7 +161,7 @@ def draw_lengths(summary: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("documents")
     axes.set_title("Document lengths (dashed: median)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
 
 
