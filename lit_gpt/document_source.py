@@ -151,7 +151,7 @@ def _parquet_pieces(source: SourceFile, file: int, fields: Fields) -> Iterator[P
     with pq.ParquetFile(source.path) as table:
         columns = [name for name in fields if name in table.schema_arrow.names]
         rows = max(1, table.metadata.num_rows)
-        batches = table.iter_batches(PIECE_ROWS, columns=columns)
+        batches = table.iter_batches(PIECE_ROWS, columns=columns, use_threads=False)
         line = 1
         for number in itertools.count():
             try:

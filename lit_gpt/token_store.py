@@ -116,7 +116,8 @@ def documents(store: TokenStore, shard: Shard, columns: Sequence[str] | None = N
         raise DamagedShard(f"{path}: missing, and its manifest names it") from None
     if len(raw) != shard.docs_bytes or xxhash.xxh3_64_hexdigest(raw) != shard.docs_xxh3:
         raise DamagedShard(f"{path}: {len(raw)} bytes that do not hash to {shard.docs_xxh3} as the manifest says")
-    table = pq.read_table(pa.BufferReader(raw), columns=columns)
+    # Without pyarrow's pools: a process that ends just as they start their threads is aborted (seen with pyarrow 26).
+    table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(columns=columns, use_threads=False)
     if table.num_rows != shard.documents:
         raise DamagedShard(f"{path}: {table.num_rows} documents where the manifest says {shard.documents}")
     return table
