@@ -119,7 +119,7 @@ class Trainer:
         details = {
             "world_size": self.inputs.world.size,
             "micro_batch_size": settings.micro_batch_size,
-            "train_data_dir": [str(store.path) for store in self.inputs.train],
+            "train_data_dir": [str(store.path.resolve()) for store in self.inputs.train],
             "tokenizer_path": settings.tokenizer_path,
         }
         parent = Mark(**resumed.facts["datapoint_log"]) if resumed and resumed.facts.get("datapoint_log") else None
