@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_gpt import run_folder
 from lit_gpt.args import Settings
@@ -45,6 +46,20 @@ def open_inputs(settings: Settings) -> Inputs:
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
     run_folder.create(run_dir)
     return Inputs(config, tuple(train), weights, val, run_dir, world)
+
+
+def run_facts(inputs: Inputs, settings: Settings) -> dict[str, Any]:
+    """What a checkpoint's run.json says of the run, beside how far it is; paths are absolute."""
+    tokenizer = settings.tokenizer_path
+    return {
+        "settings": asdict(settings),
+        "dataset_id": [store.dataset_id for store in inputs.train],
+        "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
+        "val_data_dir": str(inputs.val.path.resolve()) if inputs.val else None,
+        "tokenizer_path": str(Path(tokenizer).resolve()) if tokenizer else None,
+        "tokenizer_fingerprint": inputs.train[0].tokenizer_fingerprint,
+        "world_size": inputs.world.size,
+    }
 
 
 def _require_one_tokenizer(settings: Settings, stores: list[TokenStore]) -> None:

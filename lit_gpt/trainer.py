@@ -12,23 +12,18 @@ waited for only when a line of metrics is due.
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
-from lit_gpt.config import IGNORE_INDEX
 from lit_gpt.datapoint_log import DatapointLog, Mark
-from lit_gpt.optim import clip_gradients, learning_rate, make_optimizer
-from lit_gpt.packed_dataset import Batch, Step, StepLoader, validation_batches
+from lit_gpt.optim import make_optimizer
+from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.progress import Progress
-from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, training_rows, validation_rows
+from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
 from lit_gpt.strategy import (
@@ -36,9 +31,10 @@ from lit_gpt.strategy import (
     exit_code_after_stop,
     launch,
     on_rank_zero,
-    sync_gradients,
 )
 from lit_gpt.trackers import Trackers
+from lit_gpt.train_step import TrainStep, Update
+from lit_gpt.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +48,6 @@ class Agreed(NamedTuple):
     """Digest of the step's rows."""
     stop: bool
     """Some rank was asked to stop after this step."""
-
-
-class Validation(NamedTuple):
-    """Loss on the validation split."""
-
-    loss: float
-    """Nats a target."""
-    perplexity: float
-    bits_per_byte: float
-    """Bits a UTF-8 byte of the split's text: comparable between tokenizers."""
 
 
 def train(settings: Settings) -> int:
@@ -87,6 +73,7 @@ class Trainer:
         torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings)
+        self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
         self.cache = open_cache(settings)
         self.dataset = training_rows(inputs, settings, self.cache)
         self.validation = validation_rows(inputs, settings)
@@ -155,7 +142,7 @@ class Trainer:
             last = self.step + loader.steps
             for data in loader:
                 agreed = self._agree(data)
-                loss, grad_norm, lr = self._update(data, agreed)
+                update = self.train_step.update(self.step, data.batches, agreed.targets)
                 self.step += 1
                 self.slot += data.rows
                 self.tokens += agreed.targets
@@ -165,7 +152,7 @@ class Trainer:
                 stopped, ended = agreed.stop, agreed.stop or self.step == last
                 evaluate = self.step % settings.eval_interval_steps == 0 or self.step == last
                 if evaluate or ended or self.step % settings.log_interval_steps == 0:
-                    progress.show(self._log(agreed.targets, loss, grad_norm, lr, evaluate=evaluate))
+                    progress.show(self._log(agreed.targets, update, evaluate=evaluate))
                 if ended or self.step % settings.save_interval_steps == 0:
                     self._save()
                     saved_at = self.step
@@ -198,70 +185,30 @@ class Trainer:
         targets, low, high, stop = numbers.tolist()
         return Agreed(targets, (low + (high << 32)) % 2**64, stop > 0)
 
-    def _update(self, data: Step, agreed: Agreed) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step: this rank's summed loss, the global gradient norm (both on the device), and the rate."""
-        lr = learning_rate(self.step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # FSDP averages gradients over ranks; the loss is a sum over all of them.
-        scale = self.inputs.world.size / max(agreed.targets, 1)
-        loss_sum = torch.zeros((), device=self.device)
-        for batch in data.batches:
-            sync_gradients(self.model, last=batch is data.batches[-1])
-            loss = self._loss(batch)
-            self.fabric.backward(loss * scale)
-            loss_sum += loss.detach()
-        grad_norm = clip_gradients(self.model.parameters(), self.settings.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum, grad_norm, lr
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """Summed loss of one micro-batch, in nats."""
-        tokens, targets, cu_seqlens = (
-            x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.cu_seqlens)
-        )
-        return self.model(tokens.long(), cu_seqlens, targets.long())
-
-    @torch.no_grad()
-    def validate(self) -> Validation:
-        """Loss over the validation split, each row once over all ranks."""
-        assert self.validation is not None
-        assert self.inputs.val is not None
-        store = self.inputs.val
-        batches = validation_batches(
-            self.validation,
-            micro_batch_size=self.settings.micro_batch_size,
-            rank=self.rank,
-            world_size=self.inputs.world.size,
-            max_rows=self.settings.eval_max_rows,
-        )
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, targets
-        for batch in batches:
-            total[0] += self._loss(batch)
-            total[1] += int((batch.targets != IGNORE_INDEX).sum())
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        nats, targets = total.tolist()
-        loss = nats / targets
-        return Validation(loss, math.exp(min(loss, 700)), loss / math.log(2) * store.tokens / store.text_bytes)
-
-    def _log(self, targets: int, loss_sum: Tensor, grad_norm: Tensor, lr: float, *, evaluate: bool) -> dict[str, Any]:
+    def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
         """Read the step's numbers from the device (this waits for it), write them, and return them."""
         if dist.is_initialized():
-            dist.all_reduce(loss_sum)
+            dist.all_reduce(update.loss_sum)
         row: dict[str, Any] = {
             "step": self.step,
-            "loss": loss_sum.item() / max(targets, 1),
-            "learning_rate": lr,
-            "grad_norm": grad_norm.item(),
+            "loss": update.loss_sum.item() / max(targets, 1),
+            "learning_rate": update.learning_rate,
+            "grad_norm": update.grad_norm.item(),
             "targets": targets,
             "epoch": (self.slot - 1) // self.dataset.rows_per_epoch,
             "tokens": self.tokens,
             **self.monitor.read()._asdict(),
         }
-        if evaluate and self.inputs.val is not None:
-            row |= {f"val_{name}": value for name, value in self.validate()._asdict().items()}
+        if evaluate and self.validation is not None and self.inputs.val is not None:
+            result = validate(
+                self.train_step.loss,
+                self.validation,
+                self.inputs.val,
+                micro_batch_size=self.settings.micro_batch_size,
+                max_rows=self.settings.eval_max_rows,
+                device=self.device,
+            )
+            row |= {f"val_{name}": value for name, value in result._asdict().items()}
             self.monitor.restart()
         if self.trackers is not None:
             self.trackers.log(row)
@@ -269,20 +216,11 @@ class Trainer:
 
     def _save(self) -> None:
         mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
-        train, val = self.inputs.train, self.inputs.val
         facts = {
             "step": self.step,
             "slot": self.slot,
             "tokens": self.tokens,
-            "settings": asdict(self.settings),
-            "dataset_id": [store.dataset_id for store in train],
-            "train_data_dir": [str(store.path.resolve()) for store in train],
-            "val_data_dir": str(val.path.resolve()) if val else None,
-            "tokenizer_path": str(Path(self.settings.tokenizer_path).resolve())
-            if self.settings.tokenizer_path
-            else None,
-            "tokenizer_fingerprint": train[0].tokenizer_fingerprint,
-            "world_size": self.inputs.world.size,
+            **run_facts(self.inputs, self.settings),
             "datapoint_log": mark._asdict() if mark else None,
             "environment": {
                 **run_folder.environment(),

@@ -20,7 +20,7 @@ FENCES = {
     "flash_attn": ("lit_gpt/attention.py",),
     "flash_attn_interface": ("lit_gpt/attention.py",),
     "xformers": ("lit_gpt/attention.py",),
-    "lightning": ("lit_gpt/strategy.py", "lit_gpt/checkpoint.py", "lit_gpt/speed_monitor.py", "pretrain/"),
+    "lightning": ("lit_gpt/strategy.py", "lit_gpt/train_step.py"),
     "transformers": ("scripts/",),
     "datatrove": ("scripts/",),
 }

@@ -1,0 +1,63 @@
+"""One optimizer update: forward, backward, clipping, AdamW. What the training loop and the step benchmark both run.
+
+Nothing here waits for the GPU: the loss and the gradient norm stay on their device until somebody logs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from lit_gpt.args import Settings
+from lit_gpt.optim import clip_gradients, learning_rate
+from lit_gpt.packed_dataset import Batch
+from lit_gpt.strategy import sync_gradients
+
+
+class Update(NamedTuple):
+    """What an update leaves to be logged."""
+
+    loss_sum: Tensor
+    """This rank's summed loss in nats, fp32 scalar on the device."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping, scalar on the device."""
+    learning_rate: float
+
+
+class TrainStep:
+    """Updates `model` through `optimizer` by `settings`; the same call on every rank."""
+
+    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+        self._fabric = fabric
+        self._model = model
+        self._optimizer = optimizer
+        self._settings = settings
+
+    def update(self, step: int, batches: Sequence[Batch], targets: int) -> Update:
+        """Update number `step`, from 0, on this rank's micro-batches; `targets` are the valid ones of all ranks."""
+        lr = learning_rate(step, self._settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        # FSDP averages gradients over ranks; the loss is a sum over all of them.
+        scale = self._fabric.world_size / max(targets, 1)
+        loss_sum = torch.zeros((), device=self._fabric.device)
+        for batch in batches:
+            sync_gradients(self._model, last=batch is batches[-1])
+            loss = self.loss(batch)
+            self._fabric.backward(loss * scale)
+            loss_sum += loss.detach()
+        grad_norm = clip_gradients(self._model.parameters(), self._settings.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return Update(loss_sum, grad_norm, lr)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed loss of one micro-batch, in nats."""
+        tokens, targets, cu_seqlens = (
+            x.to(self._fabric.device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.cu_seqlens)
+        )
+        return self._model(tokens.long(), cu_seqlens, targets.long())
