@@ -74,6 +74,15 @@ class Settings:
     """AdamW's decay of the squared-gradient average."""
     grad_clip: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose update may be skipped (loss or gradients not finite, or a spike) before the run saves and
+    stops with exit code 3."""
+    spike_policy: Literal["none", "skip"] = "none"
+    """What happens at a gradient norm above spike_factor times the usual: nothing, or the step's update is skipped."""
+    spike_factor: float = 10.0
+    """Times the median of recent norms above which a gradient norm is a spike."""
+    spike_window_steps: int = 128
+    """Applied updates that the median is of; nothing is a spike before half of them are done."""
     seed: int = 3407
     """Seed of the initial weights and of the data order."""
 
@@ -120,7 +129,7 @@ class Settings:
         Config.from_name(self.model_name)
         at_least_one = (
             "global_batch_size micro_batch_size max_steps max_epochs num_nodes log_interval_steps "
-            "save_interval_steps eval_interval_steps cache_bytes"
+            "save_interval_steps eval_interval_steps cache_bytes max_skipped_steps spike_window_steps"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -132,6 +141,8 @@ class Settings:
         for name in ("warmup_steps", "decay_steps", "keep_last_checkpoints", "weight_decay", "grad_clip", "min_lr"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"--{name} {getattr(self, name)}: must not be negative")
+        if not self.spike_factor > 1:
+            raise BadInput(f"--spike_factor {self.spike_factor}: must be above 1, which is the usual norm")
         if not self.learning_rate > 0:
             raise BadInput(f"--learning_rate {self.learning_rate}: must be above 0")
         if self.min_lr > self.learning_rate:

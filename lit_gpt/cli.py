@@ -14,6 +14,8 @@ from typing import NoReturn, TypeVar
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
+EXIT_GAVE_UP = 3
+"""Training stopped itself: too many updates in a row could not be done. The state is saved."""
 EXIT_REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: the work is saved, run me again."""
 

@@ -36,9 +36,29 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) in one fused kernel a group; the training loop sets the learning rate each step."""
-    return torch.optim.AdamW(
+class AdamW(torch.optim.AdamW):
+    """AdamW (arXiv:1711.05101) in one fused kernel a group, which also clips, or leaves all as it is."""
+
+    grad_scale: Tensor | None = None
+    """The kernel divides gradients by it: a pass over them less than scaling them beforehand."""
+    found_inf: Tensor | None = None
+    """Where it is 1, weights, moments and their count of updates stay, whatever the gradients hold."""
+
+    @torch.no_grad()
+    def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
+        """Update by gradients of global 2-norm `norm`, scaled down to max_norm (0: never); not at all where skip is 1.
+
+        norm and skip are scalars on the device, the same on every rank: the host decides nothing and waits for nothing.
+        """
+        self.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
+        self.found_inf = skip
+        self.step()
+        self.grad_scale = self.found_inf = None
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
+    """The run's optimizer; the training loop sets the learning rate each step."""
+    return AdamW(
         parameter_groups(model, settings.weight_decay),
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
@@ -48,15 +68,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients so that their global 2-norm is at most max_norm (0: leave them); returns the norm before.
-
-    The norm stays on its device: nothing here waits for the GPU.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Global 2-norm of all gradients over all ranks, a scalar on the device; not finite if any gradient is not."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

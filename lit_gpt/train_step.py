@@ -1,6 +1,7 @@
 """One optimizer update: forward, backward, clipping, AdamW. What the training loop and the step benchmark both run.
 
-Nothing here waits for the GPU: the loss and the gradient norm stay on their device until somebody logs them.
+Nothing here waits for the GPU: the loss, the gradient norm and the verdict on the update stay on their device until
+somebody logs them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lit_gpt.args import Settings
-from lit_gpt.optim import clip_gradients, learning_rate
+from lit_gpt.optim import AdamW, gradient_norm, learning_rate
 from lit_gpt.packed_dataset import Batch
+from lit_gpt.step_guard import StepGuard
 from lit_gpt.strategy import sync_gradients
 
 
@@ -26,16 +28,19 @@ class Update(NamedTuple):
     grad_norm: Tensor
     """Global gradient norm before clipping, scalar on the device."""
     learning_rate: float
+    verdict: Tensor
+    """step_guard.Verdict as a scalar on the device: whether the update was applied, and if not, why."""
 
 
 class TrainStep:
     """Updates `model` through `optimizer` by `settings`; the same call on every rank."""
 
-    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: AdamW, settings: Settings) -> None:
         self._fabric = fabric
         self._model = model
         self._optimizer = optimizer
         self._settings = settings
+        self.guard = StepGuard(settings, fabric.device)
 
     def update(self, step: int, batches: Sequence[Batch], targets: int) -> Update:
         """Update number `step`, from 0, on this rank's micro-batches; `targets` are the valid ones of all ranks."""
@@ -48,12 +53,14 @@ class TrainStep:
         for batch in batches:
             sync_gradients(self._model, last=batch is batches[-1])
             loss = self.loss(batch)
-            self._fabric.backward(loss * scale)
+            # 0 * loss is 0, or NaN where the loss is not finite: then every gradient is NaN, on every rank.
+            self._fabric.backward(loss * (scale + 0 * loss.detach()))
             loss_sum += loss.detach()
-        grad_norm = clip_gradients(self._model.parameters(), self._settings.grad_clip)
-        self._optimizer.step()
+        grad_norm = gradient_norm(self._model.parameters())
+        verdict = self.guard.judge(grad_norm)
+        self._optimizer.step_clipped(grad_norm, self._settings.grad_clip, skip=(verdict != 0).float())
         self._optimizer.zero_grad(set_to_none=True)
-        return Update(loss_sum, grad_norm, lr)
+        return Update(loss_sum, grad_norm, lr, verdict)
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of one micro-batch, in nats."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
+from lit_gpt.cli import EXIT_GAVE_UP
 from lit_gpt.datapoint_log import DatapointLog, Mark
 from lit_gpt.optim import make_optimizer
 from lit_gpt.packed_dataset import Step, StepLoader
@@ -94,6 +95,8 @@ class Trainer:
             return None
         checkpoint.load(found, self.model, self.optimizer)
         self.step, self.slot, self.tokens = found.step, found.facts["slot"], found.facts["tokens"]
+        if "step_guard" in found.facts:  # an imported model has none
+            self.train_step.guard.load(found.facts["step_guard"])
         log.info("resumed from %s: step %d, slot %d", found.path, self.step, self.slot)
         run_folder.log_changes(found.facts["settings"], settings)
         return found
@@ -126,7 +129,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
-        settings, stopped, saved_at = self.settings, False, self.step
+        settings, guard, stopped, saved_at = self.settings, self.train_step.guard, False, self.step
         loader = StepLoader(
             self.dataset,
             global_batch_size=settings.global_batch_size,
@@ -148,21 +151,46 @@ class Trainer:
                 self.tokens += agreed.targets
                 if self.datapoints is not None:
                     self.datapoints.append(self.step, data.first_slot, data.rows, agreed.targets, agreed.digest)
+                guard.note(self.step, data.first_slot, data.rows, update.verdict, update.grad_norm)
                 self.monitor.count(agreed.targets, loader.take_wait_s())
                 stopped, ended = agreed.stop, agreed.stop or self.step == last
                 evaluate = self.step % settings.eval_interval_steps == 0 or self.step == last
-                if evaluate or ended or self.step % settings.log_interval_steps == 0:
+                log_now = evaluate or ended or self.step % settings.log_interval_steps == 0
+                save_now = ended or self.step % settings.save_interval_steps == 0
+                if log_now or save_now:
+                    self._record_skipped()
+                if log_now:
                     progress.show(self._log(agreed.targets, update, evaluate=evaluate))
-                if ended or self.step % settings.save_interval_steps == 0:
+                if save_now or guard.gave_up:
                     self._save()
                     saved_at = self.step
                 progress.advance(self.step)
-                if stopped:
+                if stopped or guard.gave_up:
                     break
         assert saved_at == self.step
         return self._finish(stopped)
 
+    def _record_skipped(self) -> None:
+        """Read which updates were skipped since the last time (this waits for the device), and record them."""
+        for skipped in self.train_step.guard.read():
+            reason = skipped.reason.name.lower()
+            log.warning(
+                "step %d: update skipped (%s, gradient norm %g, rows %d to %d)",
+                skipped.step, reason, skipped.grad_norm, skipped.first_slot, skipped.first_slot + skipped.rows - 1,
+            )  # fmt: skip
+            if self.datapoints is not None:
+                self.datapoints.deviation(
+                    "skipped", skipped.step, reason=reason, grad_norm=str(skipped.grad_norm),  # JSON has no NaN
+                    first_slot=skipped.first_slot, rows=skipped.rows,
+                )  # fmt: skip
+
     def _finish(self, stopped: bool) -> int:
+        if self.train_step.guard.gave_up:
+            log.error(
+                "gave up after step %d, saved: %d updates in a row were skipped (--max_skipped_steps)",
+                self.step, self.settings.max_skipped_steps,
+            )  # fmt: skip
+            return EXIT_GAVE_UP
         if stopped:
             log.info(
                 "stopped by a signal (%s) after step %d, saved", self.stop_flag.received or "to another rank", self.step
@@ -197,6 +225,7 @@ class Trainer:
             "targets": targets,
             "epoch": (self.slot - 1) // self.dataset.rows_per_epoch,
             "tokens": self.tokens,
+            "skipped_steps": self.train_step.guard.skipped,
             **self.monitor.read()._asdict(),
         }
         if evaluate and self.validation is not None and self.inputs.val is not None:
@@ -220,6 +249,7 @@ class Trainer:
             "step": self.step,
             "slot": self.slot,
             "tokens": self.tokens,
+            "step_guard": self.train_step.guard.state(),
             **run_facts(self.inputs, self.settings),
             "datapoint_log": mark._asdict() if mark else None,
             "environment": {

@@ -8,7 +8,7 @@ import torch
 from lit_gpt.args import Settings
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, initialize
-from lit_gpt.optim import clip_gradients, learning_rate, make_optimizer, parameter_groups
+from lit_gpt.optim import gradient_norm, learning_rate, make_optimizer, parameter_groups
 
 COSINE = Settings(learning_rate=1.0, min_lr=0.1, warmup_steps=4, max_steps=13)
 WSD = Settings(learning_rate=1.0, min_lr=0.2, warmup_steps=2, max_steps=10, lr_schedule="wsd", decay_steps=5)
@@ -65,13 +65,29 @@ def test_adamw_first_step_by_hand() -> None:
 
 @pytest.mark.parametrize(("max_norm", "factor"), [(10.0, 1.0), (1.0, 0.2), (0.0, 1.0)])
 def test_clipping(max_norm: float, factor: float) -> None:
-    """Gradients (3, 0) and (4): norm 5."""
-    parameters = [
-        torch.nn.Parameter(torch.zeros(2)),
-        torch.nn.Parameter(torch.zeros(1)),
-        torch.nn.Parameter(torch.zeros(1)),
-    ]
-    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert clip_gradients(parameters, max_norm).item() == pytest.approx(5)
-    torch.testing.assert_close(parameters[0].grad, torch.tensor([3.0 * factor, 0.0]))
-    torch.testing.assert_close(parameters[1].grad, torch.tensor([4.0 * factor]))
+    """Gradients (3, 0) and (4): norm 5. The first moment after a step is 1 - beta1 = 0.1 of what AdamW took."""
+    model = torch.nn.ParameterList([torch.zeros(2), torch.zeros(1), torch.zeros(1)])
+    optimizer = make_optimizer(model, Settings())
+    one, two, _ = model
+    one.grad, two.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    norm = gradient_norm(model)
+    assert norm.item() == pytest.approx(5)
+    optimizer.step_clipped(norm, max_norm, skip=torch.tensor(0.0))
+    torch.testing.assert_close(optimizer.state[one]["exp_avg"], torch.tensor([0.3 * factor, 0.0]))
+    torch.testing.assert_close(optimizer.state[two]["exp_avg"], torch.tensor([0.4 * factor]))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_skipped_update_changes_nothing(poison: float) -> None:
+    """Not the weights, not the moments, not their count, although the gradients are poisoned."""
+    model = torch.nn.ParameterList([torch.ones(2), torch.ones(3, 2)])
+    optimizer = make_optimizer(model, Settings(learning_rate=0.1))
+    states = []
+    for gradient, skip in ((1.0, 0.0), (poison, 1.0)):
+        for p in model:
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step_clipped(gradient_norm(model), 1.0, skip=torch.tensor(skip))
+        moments = [tensor for p in model for tensor in optimizer.state[p].values()]
+        states.append([tensor.detach().clone() for tensor in (*model, *moments)])
+    assert not torch.equal(states[0][0], torch.ones(2))
+    assert all(torch.equal(before, after) for before, after in zip(*states, strict=True))

@@ -47,10 +47,10 @@ def make_store(folder: Path) -> Path:
     return folder
 
 
-def command(store: Path, out_dir: Path, **settings: object) -> list[str]:
+def command(store: Path, out_dir: Path, *, program: Path = PROGRAM, **settings: object) -> list[str]:
     values = dict(SMALL, train_data_dir=store / "train", val_data_dir=store / "val", out_dir=out_dir) | settings
     flags = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
-    return [sys.executable, str(PROGRAM), *flags]
+    return [sys.executable, str(program), *flags]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -78,6 +78,7 @@ DETERMINED = (
     "tokens",
     "val_loss",
     "val_bits_per_byte",
+    "skipped_steps",
 )
 
 
@@ -90,7 +91,9 @@ def metrics(out_dir: Path) -> list[dict[str, str]]:
 def seen_rows(out_dir: Path) -> dict[int, tuple[int, int, int, str]]:
     """step -> (first slot, rows, targets, digest), of the lines that the newest attempt of each step wrote."""
     lines = [json.loads(line) for line in (out_dir / "datapoints" / "steps.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["slot"], line["rows"], line["targets"], line["digest"]) for line in lines}
+    return {
+        line["step"]: (line["slot"], line["rows"], line["targets"], line["digest"]) for line in lines if "slot" in line
+    }
 
 
 def full_state(out_dir: Path, step: int) -> dict[str, torch.Tensor]:

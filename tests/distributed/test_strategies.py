@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from lit_gpt.checkpoint import model_tensors, verified
-from tests.training import full_state, metrics, seen_rows, train
+from lit_gpt.run_record import RunRecord
+from tests.test_step_guard import FAULTY
+from tests.training import command, environment, full_state, metrics, seen_rows, train
 
 pytestmark = pytest.mark.distributed
 
@@ -81,3 +84,26 @@ def test_resume_between_equal_worlds_is_exact(store: Path, tmp_path: Path) -> No
     )
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
+def test_a_bad_number_on_one_rank_is_skipped_by_all(store: Path, tmp_path: Path, strategy: str) -> None:
+    """Ranks that disagreed would hold weights that do not fit together; the reference is one process."""
+    faults = "3:1:nan_activation 6:0:inf_gradient 9:1:gradient_x100"
+    settings = dict(
+        micro_batch_size=2, spike_policy="skip", spike_factor=5, spike_window_steps=4, state_dict_type="full"
+    )
+    for devices, listed in ((1, faults.replace(":1:", ":0:")), (2, faults)):
+        run = tmp_path / str(devices)
+        done = subprocess.run(
+            command(store, run, program=FAULTY, devices=devices, sharding_strategy=strategy, **settings),
+            env=environment(FAULTS=listed), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with RunRecord(run / "datapoints") as record:
+            found = [(line["step"], line["reason"]) for line in record.deviations()]
+        assert found == [(3, "not_finite"), (6, "not_finite"), (9, "spike")]
+    one, two = (full_state(tmp_path / name, 12) for name in ("1", "2"))
+    for name, value in one.items():
+        if name.startswith("model."):
+            assert (two[name] - value).norm() <= 2e-4 * value.norm(), name
