@@ -95,7 +95,9 @@ class Settings:
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "bf16-mixed"
     """bf16-mixed: fp32 weights and optimizer, bf16 computation; bf16-true: weights and optimizer in bf16 as well."""
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
-    """How weights, gradients and optimizer state are spread over ranks; HYBRID_SHARD shards inside a node."""
+    """How weights, gradients and optimizer state are spread over ranks; HYBRID_SHARD shards inside a group."""
+    shard_group_size: int | None = None
+    """Processes that share one copy of the weights; HYBRID_SHARD only. Default: those of a node."""
     state_dict_type: Literal["auto", "sharded", "full"] = "auto"
     """Checkpoints: each rank writes its part, or rank 0 one state.pth. auto: full on one process, else sharded."""
     attention: Literal["auto", "fa3", "fa4", "fa2", "xformers", "torch"] = "auto"
@@ -118,11 +120,42 @@ class Settings:
     tensorboard: bool = True
     """Write TensorBoard events to the run folder beside metrics.csv."""
 
+    plan: bool = False
+    """Print what the run will need (memory of a GPU, tokens, time, disk) and end; needs no GPU and no data. devices and
+    num_nodes may exceed this machine's."""
+    plan_gpu_gib: float = 78.5
+    """GiB of a GPU that PyTorch can have, for --plan: an 80-GiB H100's, without CUDA's own."""
+    plan_tokens_per_s: float | None = None
+    """Tokens a second of one GPU from which --plan tells the run's time."""
+
     @property
     def train_sources(self) -> list[str]:
         """The training data as a list."""
         names = self.train_data_dir or []
         return [names] if isinstance(names, str) else names
+
+    @property
+    def config(self) -> Config:
+        """Shape of the model, with the vocabulary and the rows that the settings ask for."""
+        overrides = {name: getattr(self, name) for name in ("block_size", "vocab_size") if getattr(self, name)}
+        return Config.from_name(self.model_name, **overrides)
+
+    @property
+    def keeps_weights_whole(self) -> bool:
+        """Whether a rank keeps gathered weights between forward and backward."""
+        return self.sharding_strategy in ("SHARD_GRAD_OP", "NO_SHARD")
+
+    def shards(self, devices: int, world_size: int) -> int:
+        """Parts that one copy of the weights is cut into, of world_size processes with `devices` a node."""
+        if self.sharding_strategy == "NO_SHARD":
+            return 1
+        if self.sharding_strategy != "HYBRID_SHARD":
+            return world_size
+        group = self.shard_group_size or devices
+        if world_size % group:
+            valid = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
+            raise BadInput(f"--shard_group_size {group} does not divide {world_size} processes. Valid: {valid}")
+        return group
 
     def check(self) -> None:
         """Refuse values that contradict themselves or each other; raises BadInput naming the value and the range."""
@@ -134,7 +167,7 @@ class Settings:
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("devices", "eval_max_rows", "vocab_size", "block_size"):
+        for name in ("devices", "eval_max_rows", "vocab_size", "block_size", "shard_group_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"--{name} {value}: must be at least 1")
@@ -159,7 +192,16 @@ class Settings:
                 f"--warmup_steps {self.warmup_steps} and --decay_steps {self.decay_steps} "
                 f"do not fit in --max_steps {self.max_steps}"
             )
+        if self.shard_group_size is not None and self.sharding_strategy != "HYBRID_SHARD":
+            raise BadInput(
+                f"--shard_group_size {self.shard_group_size} with --sharding_strategy {self.sharding_strategy}: "
+                "only HYBRID_SHARD has groups"
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise BadInput(f"--beta1 {self.beta1} --beta2 {self.beta2}: each must lie in [0, 1)")
-        if not self.train_sources:
+        if not self.plan_gpu_gib > 0:
+            raise BadInput(f"--plan_gpu_gib {self.plan_gpu_gib}: must be above 0")
+        if self.plan_tokens_per_s is not None and not self.plan_tokens_per_s > 0:
+            raise BadInput(f"--plan_tokens_per_s {self.plan_tokens_per_s}: must be above 0")
+        if not self.train_sources and not self.plan:
             raise BadInput("--train_data_dir is missing: the folder DIR/train that scripts/prepare_data.py wrote")

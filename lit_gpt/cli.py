@@ -10,7 +10,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
@@ -46,11 +47,20 @@ def parse_settings(settings_type: type[Settings], argv: Sequence[str] | None, de
     parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
     parser.add_class_arguments(settings_type, as_group=False)
     try:
-        values = parser.parse_args(argv).as_dict()
+        values = parser.parse_args(_spelled_out(sys.argv[1:] if argv is None else argv, settings_type)).as_dict()
     except (argparse.ArgumentError, TypeError, OSError) as error:
         raise BadInput(" ".join(str(error).split())) from None
     values.pop("config")
     return settings_type(**values)
+
+
+def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:
+    """The arguments with `true` after each flag of a bool setting that stands alone."""
+    switches = {f"--{field.name}" for field in fields(settings_type) if "bool" in str(field.type)}
+    spelled: list[str] = []
+    for argument, after in zip(argv, [*argv[1:], "--"], strict=True):
+        spelled += [argument, "true"] if argument in switches and after.startswith("--") else [argument]
+    return spelled
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:

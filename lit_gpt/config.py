@@ -92,9 +92,13 @@ class Config:
     @property
     def parameters(self) -> int:
         """Weights of the whole model, embedding and head included."""
+        return 2 * self.padded_vocab_size * self.n_embd + self.n_layer * self.block_parameters + self.n_embd
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of one block."""
         qkv = self.n_embd * (self.n_head + 2 * self.n_query_groups) * self.head_size
-        block = qkv + self.n_embd**2 + 3 * self.n_embd * self.intermediate_size + 2 * self.n_embd
-        return 2 * self.padded_vocab_size * self.n_embd + self.n_layer * block + self.n_embd
+        return qkv + self.n_embd**2 + 3 * self.n_embd * self.intermediate_size + 2 * self.n_embd
 
     def flops_per_token(self, *, with_embedding: bool) -> int:
         """Floating-point operations of one token's forward and backward pass in a full row of block_size tokens.

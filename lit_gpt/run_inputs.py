@@ -36,11 +36,10 @@ def open_inputs(settings: Settings) -> Inputs:
     The settings have passed Settings.check.
     """
     world = find_world(settings)
+    settings.shards(world.devices, world.size)  # refuses a group that does not divide the processes
     check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world.size)
-    shape = {name: getattr(settings, name) for name in ("block_size", "vocab_size") if getattr(settings, name)}
-    config = Config.from_name(settings.model_name, **shape)
     train, weights = open_sources(settings.train_sources)
-    config = config.with_vocabulary(train[0].vocab_size)
+    config = settings.config.with_vocabulary(train[0].vocab_size)
     val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
     _require_one_tokenizer(settings, [*train, *([val] if val else [])])
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))

@@ -13,8 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -25,7 +24,7 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -169,7 +168,7 @@ def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module
     if settings.activation_checkpointing == "full":
         for block in model.transformer.h:
             # In place, unlike checkpoint_wrapper, which would rename the weights.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = recomputed(block.forward)
     if settings.compile if settings.compile is not None else fabric.device.type == "cuda":
         for block in model.transformer.h:
             block.compile()
@@ -179,32 +178,40 @@ def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module
     return fabric.setup_module(model)
 
 
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward`, of whose inner values none is kept: the backward pass computes them again.
+
+    A function of this module, since torch.compile leaves out whatever is entered through PyTorch's own `checkpoint`.
+    """
+
+    def run(*inputs: Any) -> Tensor:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return run
+
+
 def _shard(model: nn.Module, settings: Settings, world: World) -> nn.Module:
     assert isinstance(model, GPT)
-    mesh = _mesh(settings.sharding_strategy, world)
-    keep = settings.sharding_strategy in (
-        "SHARD_GRAD_OP",
-        "NO_SHARD",
-    )  # weights stay whole between forward and backward
+    mesh = _mesh(settings, world)
     policy = MixedPrecisionPolicy(
         param_dtype=None if settings.precision == "32-true" else torch.bfloat16,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # rotary cos and sin stay in fp32
     )
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
+        fully_shard(block, mesh=mesh, reshard_after_forward=not settings.keeps_weights_whole, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     model.to_empty(device=world.accelerator)  # the current device: Fabric has set it
     initialize(model, settings.seed)
     return model
 
 
-def _mesh(sharding_strategy: str, world: World) -> DeviceMesh:
-    shapes = {"HYBRID_SHARD": (world.nodes, world.devices), "NO_SHARD": (world.size, 1)}
-    if sharding_strategy in shapes:
-        names = ("replicate", "shard")
-        return init_device_mesh(world.accelerator, shapes[sharding_strategy], mesh_dim_names=names)
-    return init_device_mesh(world.accelerator, (world.size,), mesh_dim_names=("shard",))
+def _mesh(settings: Settings, world: World) -> DeviceMesh:
+    shards = settings.shards(world.devices, world.size)
+    if settings.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD"):
+        shape = (world.size // shards, shards)  # neighbouring ranks share a copy
+        return init_device_mesh(world.accelerator, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.accelerator, (shards,), mesh_dim_names=("shard",))
 
 
 def sync_gradients(module: nn.Module, last: bool) -> None:

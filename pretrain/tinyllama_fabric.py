@@ -4,6 +4,7 @@
     srun apptainer exec llammlein.sif python pretrain/tinyllama_fabric.py --config ... --resume auto
 
 Settings: defaults < YAML files (--config) < flags. Run folder: --out_dir, else $MODEL_NAME, else out/<model_name>.
+With --plan the program only tells what the run will need, and ends.
 Exit codes: 0 finished, or stopped cleanly at a signal with a checkpoint; 75 the same inside a Slurm job, to be
 requeued; 3 the run gave up with a checkpoint, since too many updates in a row were skipped; 2 bad input, told in one
 line; anything else is a failure with its traceback.
@@ -16,6 +17,11 @@ from lit_gpt.cli import parse_settings, run_program
 def main() -> int:
     settings = parse_settings(Settings, None, __doc__)
     settings.check()
+    if settings.plan:
+        from lit_gpt.run_plan import lines, plan
+
+        print("\n".join(lines(plan(settings))))
+        return 0
     from lit_gpt.trainer import train  # imports torch, for which --help and a mistyped setting need not wait
 
     return train(settings)
