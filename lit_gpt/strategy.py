@@ -119,6 +119,8 @@ def _launcher(settings: Settings) -> tuple[ClusterEnvironment, int, int | None]:
             raise BadInput(
                 f"srun started {tasks} tasks on {nodes} nodes: give every node the same, by --ntasks-per-node"
             )
+        if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
+            raise BadInput(f"srun was given its {tasks} tasks by --ntasks: give --ntasks-per-node={tasks // nodes}")
         return SLURMEnvironment(auto_requeue=False), nodes, tasks // nodes
     if int(env.get("SLURM_NTASKS", 1)) > 1:
         raise BadInput(f"a Slurm job of {env['SLURM_NTASKS']} tasks, but this is no srun step: start it with srun")

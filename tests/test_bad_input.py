@@ -76,6 +76,22 @@ TRAINING: dict[str, tuple[Callable[[Path, Path], dict[str, object]], list[str]]]
     "no such setting": (lambda store, tmp: {"learning_rte": 1}, ["learning_rte"]),
     "value of another type": (lambda store, tmp: {"max_steps": "many"}, ["max_steps", "many"]),
     "value outside the choices": (lambda store, tmp: {"precision": "fp4"}, ["precision", "fp4", "bf16-mixed"]),
+    "group without hybrid": (lambda store, tmp: {"shard_group_size": 2}, ["--shard_group_size 2", "HYBRID_SHARD"]),
+    "group that does not divide": (
+        lambda store, tmp: {
+            "devices": 4,
+            "micro_batch_size": 2,
+            "sharding_strategy": "HYBRID_SHARD",
+            "shard_group_size": 3,
+        },
+        ["--shard_group_size 3", "4 processes", "Valid: 1, 2, 4"],
+    ),
+    "spike below the usual": (lambda store, tmp: {"spike_factor": 1.0}, ["--spike_factor 1.0", "above 1"]),
+    "plan without memory": (lambda store, tmp: {"plan_gpu_gib": 0, "plan": "true"}, ["--plan_gpu_gib"]),
+    "plan of a batch that does not divide": (
+        lambda store, tmp: {"devices": 3, "plan": "true"},
+        ["global_batch_size=8", "3 processes"],
+    ),
     "unknown attention": (lambda store, tmp: {"attention": "fa3"}, ["--attention fa3", "CUDA"]),
     "no GPU": (lambda store, tmp: {"accelerator": "cuda"}, ["--accelerator cuda", "cpu"]),
     "config missing": (lambda store, tmp: {"config": tmp / "no.yaml"}, ["no.yaml"]),
@@ -102,14 +118,27 @@ def test_training(mistake: str, store: Path, tmp_path: Path) -> None:
 
 
 def test_launchers_world_differs_from_the_settings(store: Path, tmp_path: Path) -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}
+    srun = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
     for extra, words in (
-        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, ["--devices 2", "4 processes"]),
+        ({**torchrun, "LOCAL_WORLD_SIZE": "4"}, ["--devices 2", "4 processes"]),
+        ({**torchrun, "LOCAL_WORLD_SIZE": "2"}, ["--num_nodes 3", "2 nodes"]),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, ["srun"]),
-        ({"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_NNODES": "2"}, ["--ntasks-per-node"]),
+        (
+            {**srun, "SLURM_NTASKS": "4", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "4"},
+            ["--devices 2", "4 processes"],
+        ),
+        (
+            {**srun, "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2"},
+            ["--num_nodes 3", "2 nodes"],
+        ),
+        ({**srun, "SLURM_NTASKS": "3", "SLURM_NNODES": "2"}, ["--ntasks-per-node"]),
+        ({**srun, "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, ["--ntasks-per-node=2"]),
     ):
         done = subprocess.run(
-            command(store, tmp_path, devices=2), env=environment(**extra), capture_output=True, text=True, timeout=120
-        )
+            command(store, tmp_path, devices=2, num_nodes=3), env=environment(**extra), capture_output=True, text=True,
+            timeout=120,
+        )  # fmt: skip
         assert_refused(done, *words)
 
 

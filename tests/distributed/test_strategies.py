@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_gpt.args import Settings
 from lit_gpt.checkpoint import model_tensors, verified
 from lit_gpt.run_record import RunRecord
 from tests.test_step_guard import FAULTY
@@ -43,6 +44,27 @@ def test_two_processes_equal_one(store: Path, alone: Path, tmp_path: Path, strat
     for name, value in full_state(tmp_path, 12).items():
         if name in weights:
             assert (value - weights[name]).norm() <= 2e-4 * weights[name].norm(), name
+
+
+def test_hybrid_groups_inside_a_node(store: Path, alone: Path, tmp_path: Path) -> None:
+    """Four processes as two copies of the weights, each on two."""
+    train(
+        store, tmp_path, devices=4, micro_batch_size=2, sharding_strategy="HYBRID_SHARD", shard_group_size=2,
+        state_dict_type="sharded",
+    )  # fmt: skip
+    assert_close_runs(tmp_path, alone)
+    reference = full_state(alone, 12)
+    for name, tensor in model_tensors(verified(tmp_path / "iter-00000012-ckpt.pth")):
+        wanted = reference[f"model.{name}"]
+        assert (tensor - wanted).norm() <= 2e-4 * wanted.norm(), name
+
+
+@pytest.mark.parametrize(("group", "mesh"), [(1, (4, 1)), (2, (2, 2)), (4, (1, 4)), (None, (1, 4))])
+def test_mesh_of_hybrid_groups(group: int | None, mesh: tuple[int, int]) -> None:
+    settings = Settings(sharding_strategy="HYBRID_SHARD", shard_group_size=group)
+    shards = settings.shards(devices=4, world_size=4)
+    assert (4 // shards, shards) == mesh
+    assert settings.shards(devices=4, world_size=8) == (group or 4)
 
 
 def test_initial_weights_do_not_depend_on_the_number_of_processes(store: Path, tmp_path: Path) -> None:
