@@ -103,9 +103,12 @@ class Settings:
     attention: Literal["auto", "fa3", "fa4", "fa2", "xformers", "torch"] = "auto"
     """Attention kernel; auto takes the fastest that the device and the installed packages allow, and logs it."""
     compile: bool | None = None
-    """torch.compile each block. Default: on GPUs."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: keep only each block's input for the backward pass, and compute the rest again."""
+    """torch.compile each block and the loss. Default: on GPUs."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Products of matrices of the blocks in 8 bits, by a recipe of torchao's; beside any precision but 32-true."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What blocks compute again for the backward pass, to save memory. selective: all but products of matrices and
+    attention; full: everything but each block's input."""
 
     log_interval_steps: int = 10
     """Steps between lines of metrics."""
@@ -117,6 +120,8 @@ class Settings:
     """Steps between validations; the last step always validates."""
     eval_max_rows: int | None = None
     """Rows of the validation split that a validation reads. Default: all."""
+    profile_steps: str | None = None
+    """A:B traces steps A to B - 1 by torch.profiler into the run folder, rank 0's, with a snapshot of GPU memory."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder beside metrics.csv."""
 
@@ -205,3 +210,11 @@ class Settings:
             raise BadInput(f"--plan_tokens_per_s {self.plan_tokens_per_s}: must be above 0")
         if not self.train_sources and not self.plan:
             raise BadInput("--train_data_dir is missing: the folder DIR/train that scripts/prepare_data.py wrote")
+
+
+def step_range(steps: str) -> tuple[int, int]:
+    """(A, B) of --profile_steps "A:B"; raises BadInput for anything but two whole numbers with A below B."""
+    first, _, end = steps.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise BadInput(f"--profile_steps {steps}: must be A:B with A below B, to trace steps A to B - 1")
+    return int(first), int(end)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_gpt.attention import Segments, attention, make_segments
 from lit_gpt.config import Config
-from lit_gpt.loss import linear_cross_entropy
+from lit_gpt.loss import cross_entropy, linear_cross_entropy
 
 # Shapes: B rows, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width, V vocabulary.
 
@@ -106,6 +106,16 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        self.cross_entropy = cross_entropy
+
+    def compile_parts(self) -> None:
+        """torch.compile each block, and the loss of a chunk of tokens: small graphs, so a start takes seconds.
+
+        In place, so that the weights keep their names; blocks share one compilation.
+        """
+        for block in self.transformer.h:
+            block.compile()
+        self.cross_entropy = torch.compile(cross_entropy)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) int64; given targets (B, T) int64, the sum of their losses in nats, fp32.
@@ -123,7 +133,7 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x)
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.cross_entropy)
 
 
 def rotary_angles(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from torch._dynamo.utils import counters
 
 from lit_gpt.config import Config
 
@@ -59,6 +60,8 @@ class Speed(NamedTuple):
     """The same by 6 N + 12 L d T."""
     memory_gib: float
     """Most device memory allocated since the last reading; 0 on CPUs."""
+    compiled_graphs: int
+    """Graphs that torch.compile has made in this process: a number that goes on rising is a recompilation."""
 
 
 class SpeedMonitor:
@@ -68,6 +71,7 @@ class SpeedMonitor:
         self._config = config
         self._device = device
         self._peak = None
+        self._graphs = 0
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             per_device = peak_flops(name)
@@ -100,6 +104,10 @@ class SpeedMonitor:
             for embedding in (False, True)
         )
         memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
-        speed = Speed(rate, elapsed / self._steps, self._waited_s / self._steps, mfu, mfu_palm, memory)
+        graphs = counters["stats"]["unique_graphs"]
+        if graphs != self._graphs:
+            log.info("torch.compile: %d graphs so far", graphs)
+            self._graphs = graphs
+        speed = Speed(rate, elapsed / self._steps, self._waited_s / self._steps, mfu, mfu_palm, memory, graphs)
         self.restart()
         return speed

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -24,16 +24,17 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.args import Settings
 from lit_gpt.attention import choose_backend
 from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, BadInput
 from lit_gpt.config import Config
+from lit_gpt.float8 import use_float8
 from lit_gpt.model import GPT, initialize
+from lit_gpt.recomputation import checkpoint_activations
 
 Result = TypeVar("Result")
 
@@ -166,30 +167,17 @@ def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module
         model = GPT(config, attention_backend=backend, compute_dtype=compute_dtype)
     if settings.precision == "bf16-true":
         model = model.bfloat16()
-    # This order keeps parameter names: checkpointing, compilation, then sharding.
-    if settings.activation_checkpointing == "full":
-        for block in model.transformer.h:
-            # In place, unlike checkpoint_wrapper, which would rename the weights.
-            block.forward = recomputed(block.forward)
+    # This order keeps parameter names: float8, checkpointing, compilation, then sharding.
+    if settings.float8 != "none":
+        use_float8(model.transformer.h, settings.float8, fabric.device)
+    for block in model.transformer.h:
+        checkpoint_activations(block, settings.activation_checkpointing)
     if settings.compile if settings.compile is not None else fabric.device.type == "cuda":
-        for block in model.transformer.h:
-            block.compile()
+        model.compile_parts()
     if fabric.world_size == 1:
         model.to_empty(device=fabric.device)
         initialize(model, settings.seed)
     return fabric.setup_module(model)
-
-
-def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward`, of whose inner values none is kept: the backward pass computes them again.
-
-    A function of this module, since torch.compile leaves out whatever is entered through PyTorch's own `checkpoint`.
-    """
-
-    def run(*inputs: Any) -> Tensor:
-        return checkpoint(forward, *inputs, use_reentrant=False)
-
-    return run
 
 
 def _shard(model: nn.Module, settings: Settings, world: World) -> nn.Module:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
-    "mfu", "mfu_palm", "memory_gib", "skipped_steps", "val_loss", "val_perplexity", "val_bits_per_byte",
+    "mfu", "mfu_palm", "memory_gib", "compiled_graphs", "skipped_steps", "val_loss", "val_perplexity",
+    "val_bits_per_byte",
 )  # fmt: skip
 """step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: of the run;
 skipped_steps: steps of the run so far whose update was skipped."""

@@ -11,7 +11,10 @@ waited for only when a line of metrics is due.
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from lit_gpt.cli import EXIT_GAVE_UP
 from lit_gpt.datapoint_log import DatapointLog, Mark
 from lit_gpt.optim import make_optimizer
 from lit_gpt.packed_dataset import Step, StepLoader
+from lit_gpt.profiler import StepProfiler
 from lit_gpt.progress import Progress
 from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
 from lit_gpt.signals import StopFlag
@@ -61,6 +65,19 @@ def train(settings: Settings) -> int:
         trainer.close()
 
 
+@contextmanager
+def collected_by_hand() -> Iterator[None]:
+    """Python's garbage collector does not run by itself, in the middle of a step; what is alive now it leaves out."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 class Trainer:
     """One rank of a run; `step` updates are done and `slot` rows are consumed, over all ranks and earlier parts."""
 
@@ -82,6 +99,7 @@ class Trainer:
         self.datapoints = self._open_datapoint_log(resumed)
         self.trackers = on_rank_zero(self.fabric, self._open_run_folder)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
+        self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
 
     def _resume(self) -> checkpoint.Checkpoint | None:
         """Load what --resume names; rank 0 finds and verifies it for all."""
@@ -141,9 +159,10 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         log.info("training from step %d to %d in %s", self.step, settings.max_steps, self.inputs.run_dir)
-        with loader, Progress(settings.max_steps, self.step, enabled=self.rank == 0) as progress:
+        with loader, collected_by_hand(), Progress(settings.max_steps, self.step, enabled=self.rank == 0) as progress:
             last = self.step + loader.steps
             for data in loader:
+                self.profiler.edge(self.step + 1)
                 agreed = self._agree(data)
                 update = self.train_step.update(self.step, data.batches, agreed.targets)
                 self.step += 1
@@ -158,6 +177,7 @@ class Trainer:
                 log_now = evaluate or ended or self.step % settings.log_interval_steps == 0
                 save_now = ended or self.step % settings.save_interval_steps == 0
                 if log_now or save_now:
+                    gc.collect()
                     self._record_skipped()
                 if log_now:
                     progress.show(self._log(agreed.targets, update, evaluate=evaluate))
@@ -167,6 +187,7 @@ class Trainer:
                 progress.advance(self.step)
                 if stopped or guard.gave_up:
                     break
+        self.profiler.stop()
         assert saved_at == self.step
         return self._finish(stopped)
 

@@ -1,0 +1,239 @@
+"""What a training step costs on this device, and where its time goes; what scripts/benchmark_step.py prints.
+
+The step is the training program's own (train_step.py), on packed rows of random tokens with the lengths of German web
+text, made once and copied to the device each step; loading, logging and saving are left out. Times are medians of
+steps that follow each other without a wait, taken from the device's clock after a warm-up that compiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from lit_gpt.args import Settings
+from lit_gpt.config import IGNORE_INDEX, Config
+from lit_gpt.optim import make_optimizer
+from lit_gpt.packed_dataset import Batch
+from lit_gpt.speed_monitor import peak_flops
+from lit_gpt.strategy import build_model, find_world, launch
+from lit_gpt.train_step import TrainStep
+
+# Shapes: B rows of a micro-batch, T tokens a row, C width, L blocks.
+
+MEDIAN_TOKENS, SIGMA = 368, 1.14
+"""Of a document's length: log-normal, as German web text has it (docs/benchmarks.md)."""
+SLOTS = 1024
+"""Entries of cu_seqlens of every batch: a constant, so that nothing is compiled twice."""
+PRODUCT = 8192
+"""Side of the square matrices that measure the device's rate of products."""
+COPY_BYTES = 1 << 30
+PROFILED_STEPS = 3
+
+PARTS = ("attention", "products", "loss", "optimizer", "rest")
+_KERNELS = {
+    "attention": ("flash", "attn", "attention", "fmha"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "scaled_mm"),
+}
+"""Parts of kernels' names, in lower case."""
+
+
+class Bench:
+    """A model of `settings` on one device, and batches for it."""
+
+    def __init__(self, settings: Settings, *, distinct_steps: int = 4) -> None:
+        self.settings = settings
+        self.config: Config = settings.config
+        self.fabric = launch(settings, find_world(settings))
+        self.device = self.fabric.device
+        model = build_model(self.fabric, self.config, settings)
+        self.backend: str = model.attention_backend
+        self.train_step = TrainStep(self.fabric, model, make_optimizer(model, settings), settings)
+        generator = np.random.default_rng(settings.seed)
+        micro_batches = settings.global_batch_size // settings.micro_batch_size
+        self._steps = [[self._batch(generator) for _ in range(micro_batches)] for _ in range(distinct_steps)]
+        self._targets = [sum(int((b.targets != IGNORE_INDEX).sum()) for b in step) for step in self._steps]
+        self._done = 0
+
+    def _batch(self, generator: np.random.Generator) -> Batch:
+        rows, length = self.settings.micro_batch_size, self.config.block_size
+        size = rows * length
+        lengths = np.exp(generator.normal(np.log(MEDIAN_TOKENS), SIGMA, size)).astype(np.int64) + 1
+        ends = np.cumsum(lengths)
+        ends = ends[ends < size]
+        edges = np.union1d(np.arange(0, size + 1, length), ends)
+        tokens = torch.from_numpy(generator.integers(0, self.config.vocab_size, (rows, length)).astype(np.uint16))
+        targets = torch.from_numpy(generator.integers(0, self.config.vocab_size, size).astype(np.int32))
+        targets[torch.from_numpy(ends) - 1] = IGNORE_INDEX  # a document's last token predicts nothing
+        cu_seqlens = torch.full((max(SLOTS, len(edges)),), size, dtype=torch.int32)
+        cu_seqlens[: len(edges)] = torch.from_numpy(edges.astype(np.int32))
+        targets = targets.view(rows, length)
+        if self.device.type == "cuda":
+            tokens, targets, cu_seqlens = (x.pin_memory() for x in (tokens, targets, cu_seqlens))
+        return Batch(tokens, targets, cu_seqlens, int(np.diff(edges).max()), np.arange(rows))
+
+    def step(self) -> tuple[Tensor, int]:
+        """One update: the summed loss on the device, and the valid targets."""
+        which = self._done % len(self._steps)
+        update = self.train_step.update(self._done, self._steps[which], self._targets[which])
+        self._done += 1
+        return update.loss_sum, self._targets[which]
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> Iterator[dict[str, Any]]:
+    """The step's speed, and with `breakdown` where its time goes; one dictionary a line of output."""
+    started = time.perf_counter()
+    bench = Bench(settings)
+    loss = 0.0
+    for index in range(warmup):
+        loss_sum, targets = bench.step()
+        loss = loss_sum.item() / targets
+        if index == 0:
+            first_step_s = time.perf_counter() - started
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds = _step_seconds(bench, steps)
+    median = statistics.median(seconds)
+    tokens = statistics.mean(bench._targets)
+    rate = tokens / median
+    line: dict[str, Any] = {
+        "what": "step", "size": settings.model_name, "precision": settings.precision, "float8": settings.float8,
+        "attention": bench.backend, "checkpointing": settings.activation_checkpointing,
+        "compile": settings.compile is not False, "rows": settings.global_batch_size,
+        "micro_batch": settings.micro_batch_size, "value": round(rate), "unit": "tokens/s",
+        "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),
+        "first_step_s": round(first_step_s, 1), "loss_after_warmup": round(loss, 4),
+    }  # fmt: skip
+    if bench.device.type == "cuda":
+        line["memory_gib"] = round(torch.cuda.max_memory_allocated(bench.device) / 2**30, 2)
+        if peak := peak_flops(torch.cuda.get_device_name(bench.device)):
+            for name, with_embedding in (("mfu_palm", True), ("mfu", False)):
+                line[name] = round(rate * bench.config.flops_per_token(with_embedding=with_embedding) / peak, 4)
+    yield line
+    if breakdown:
+        yield from _breakdown(bench, median)
+
+
+def _step_seconds(bench: Bench, steps: int) -> list[float]:
+    if bench.device.type != "cuda":
+        return [_timed(bench.step) for _ in range(steps)]
+    edges = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    bench.synchronize()
+    edges[0].record()
+    for edge in edges[1:]:
+        bench.step()
+        edge.record()
+    bench.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(edges)]
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _breakdown(bench: Bench, step_s: float) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step by part against the floor that this device's own rates set."""
+    if bench.device.type != "cuda":
+        return
+    flops_s, bytes_s = _product_rate(bench.device), _copy_rate(bench.device)
+    yield {"what": "rate of bf16 products", "value": round(flops_s / 1e12, 1), "unit": "TFLOP/s"}
+    yield {"what": "rate of copies", "value": round(bytes_s / 1e9), "unit": "GB/s, read and written"}
+    spent, kernels = _time_by_part(bench)
+    floors = _floors(bench, flops_s, bytes_s)
+    for part in PARTS:
+        line: dict[str, Any] = {"what": part, "value": round(spent[part] * 1e3, 2), "unit": "ms"}
+        line["share"] = round(spent[part] / step_s, 3)
+        if part in floors:
+            line |= {"floor_ms": round(floors[part] * 1e3, 2), "of_floor": round(floors[part] / spent[part], 3)}
+        yield line
+    idle = step_s - sum(spent.values())
+    yield {"what": "no kernel running", "value": round(idle * 1e3, 2), "unit": "ms", "share": round(idle / step_s, 3)}
+    for (part, name), seconds in sorted(kernels.items(), key=lambda item: -item[1])[:24]:
+        yield {"what": "kernel", "part": part, "value": round(seconds * 1e3, 2), "unit": "ms", "name": name[:90]}
+
+
+def _time_by_part(bench: Bench) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """Seconds a step of each part, and of each kernel: by the operator that launched it, else by its name."""
+    bench.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(PROFILED_STEPS):
+            bench.step()
+        bench.synchronize()
+    parts: dict[str, float] = defaultdict(float)
+    kernels: dict[tuple[str, str], float] = defaultdict(float)
+    for event in recorded.events() or []:
+        for kernel in event.kernels:
+            part = _part(event, kernel.name)
+            seconds = kernel.duration / 1e6 / PROFILED_STEPS
+            parts[part] += seconds
+            kernels[part, kernel.name] += seconds
+    return parts, kernels
+
+
+def _part(event: Any, kernel: str) -> str:
+    ancestor = event
+    while ancestor is not None:
+        if "LinearCrossEntropy" in ancestor.name:
+            return "loss"
+        if ancestor.name.startswith("Optimizer."):
+            return "optimizer"
+        ancestor = ancestor.cpu_parent
+    name = kernel.lower()
+    return next((part for part, words in _KERNELS.items() if any(word in name for word in words)), "rest")
+
+
+def _floors(bench: Bench, flops_s: float, bytes_s: float) -> dict[str, float]:
+    """Seconds that a step's products and the optimizer's memory traffic take at the device's measured rates."""
+    config, settings = bench.config, bench.settings
+    tokens = settings.global_batch_size * config.block_size
+    blocks = config.n_layer * config.block_parameters
+    recompute = 8 if settings.activation_checkpointing == "full" else 6
+    faster = 1 if settings.float8 == "none" else 2
+    lengths = [np.diff(batch.cu_seqlens.numpy()).astype(np.float64) for step in bench._steps for batch in step]
+    pairs = sum(float((x * x).sum()) for x in lengths) / 2 / len(bench._steps)
+    stored = 2 if settings.precision == "bf16-true" else 4
+    return {
+        "attention": 14 * pairs * config.n_embd * config.n_layer / flops_s,  # two products forward, five backward
+        "products": recompute * blocks * tokens / flops_s / faster,
+        "loss": 6 * config.padded_vocab_size * config.n_embd * tokens / flops_s,
+        "optimizer": 7 * stored * config.parameters / bytes_s,  # four numbers read, three written
+    }
+
+
+def _product_rate(device: torch.device) -> float:
+    """FLOP/s of a bf16 product of square matrices of random numbers."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * PRODUCT**3 / _kernel_seconds(lambda: a @ b)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy in device memory."""
+    source = torch.randint(0, 256, (COPY_BYTES,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _kernel_seconds(lambda: target.copy_(source))
+
+
+def _kernel_seconds(call: Callable[[], Any], repetitions: int = 20) -> float:
+    for _ in range(3):
+        call()
+    edges = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    edges[0].record()
+    for edge in edges[1:]:
+        call()
+        edge.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(edges)) / 1e3

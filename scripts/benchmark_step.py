@@ -1,0 +1,82 @@
+"""Measure a training step on this device; one JSON object a line.
+
+    python scripts/benchmark_step.py --size LLaMmlein_1B --rows 16 [--precision bf16-true] [--attention fa4]
+        [--float8 tensorwise] [--checkpointing selective] [--compile false] [--micro_batch N] [--breakdown]
+        [--reference ../shared/gpu/gpu_step.py] [--reference_flags "--backend fa4packed"]
+
+The step is the training program's own, on packed random documents with the lengths of German web text. --breakdown
+says where its time goes, against the floor that the device's measured rates of products and copies set. Where the file
+--reference names is there, it is run afterwards on the same device, and `ratio` is our tokens/s over its.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from lit_gpt.args import Settings
+from lit_gpt.cli import BadInput, Parser, run_program
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "gpu" / "gpu_step.py"
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--size", default="LLaMmlein_1B", help="a name from the registry of models")
+    parser.add_argument("--rows", type=int, default=16, help="rows a step")
+    parser.add_argument("--micro_batch", type=int, help="rows a forward pass (default: all rows of the step)")
+    parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
+    parser.add_argument("--float8", default="none", choices=("none", "tensorwise", "rowwise"))
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--compile", default=None, choices=("true", "false"), help="default: on GPUs")
+    parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--steps", type=int, default=20, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=6, help="steps before")
+    parser.add_argument("--breakdown", action="store_true", help="where the time goes; CUDA")
+    parser.add_argument("--reference", type=Path, default=REFERENCE, help="gpu_step.py, run if it is there")
+    parser.add_argument("--reference_flags", default="--backend cudnn", help="further flags of it")
+    arguments = parser.parse_args()
+    micro_batch = arguments.micro_batch or arguments.rows
+    if arguments.rows < 1 or micro_batch < 1 or arguments.rows % micro_batch:
+        raise BadInput(f"--micro_batch {micro_batch} does not divide --rows {arguments.rows}")
+    for name, least in (("steps", 1), ("warmup", 1)):
+        if getattr(arguments, name) < least:
+            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least {least}")
+    settings = Settings(
+        model_name=arguments.size, global_batch_size=arguments.rows, micro_batch_size=micro_batch,
+        precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,
+        activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=1,
+        compile=None if arguments.compile is None else arguments.compile == "true",
+        train_data_dir="(random tokens)",
+    )  # fmt: skip
+    settings.check()
+    from lit_gpt.step_benchmark import measure  # brings torch
+
+    ours = 0.0
+    for line in measure(settings, steps=arguments.steps, warmup=arguments.warmup, breakdown=arguments.breakdown):
+        ours = line["value"] if line["what"] == "step" else ours
+        print(json.dumps(line), flush=True)
+    if arguments.reference.is_file():
+        print(json.dumps(reference(arguments, micro_batch, ours)), flush=True)
+
+
+def reference(arguments: Namespace, micro_batch: int, ours: float) -> dict[str, object]:
+    """Run the reference program at the same size, rows and precision; what it printed, and our ratio to it."""
+    flags = ["--size", arguments.size.removeprefix("LLaMmlein_"), "--mb", str(micro_batch)]
+    flags += ["--precision", arguments.precision, *shlex.split(arguments.reference_flags)]
+    done = subprocess.run([sys.executable, arguments.reference, *flags], capture_output=True, text=True)
+    found = re.search(r"RESULT .*tok/s=(\d+)", done.stdout)
+    if done.returncode or found is None:
+        raise RuntimeError(f"{arguments.reference} {' '.join(flags)} failed:\n{done.stderr[-2000:]}")
+    rate = int(found[1])
+    return {"what": "reference", "value": rate, "unit": "tokens/s", "ratio": round(ours / rate, 4), "line": found[0]}
+
+
+if __name__ == "__main__":
+    run_program(main)
