@@ -55,7 +55,7 @@ class Bench:
         self.fabric = launch(settings, find_world(settings))
         self.device = self.fabric.device
         model = build_model(self.fabric, self.config, settings)
-        self.backend: str = model.attention_backend
+        self.backend = str(model.attention_backend)
         self.train_step = TrainStep(self.fabric, model, make_optimizer(model, settings), settings)
         generator = np.random.default_rng(settings.seed)
         micro_batches = settings.global_batch_size // settings.micro_batch_size
