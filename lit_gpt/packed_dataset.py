@@ -28,7 +28,8 @@ from lit_gpt.row_reader import RowReader
 from lit_gpt.shard_cache import ShardCache
 from lit_gpt.token_store import TokenStore
 
-_FEWEST_BOUNDARIES = 16
+BOUNDARIES_STEP = 64
+"""cu_seqlens has a multiple of this many entries."""
 _POLL_S = 1.0
 """How often a waiting consumer looks whether the prefetch thread still lives."""
 
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     """(B, T) int32; IGNORE_INDEX where a document ends and on padding."""
     cu_seqlens: torch.Tensor
-    """int32 edges of the segments in the B*T flattened tokens, 0 to B*T; B*T repeats up to a power of two entries."""
+    """int32 edges of the segments in the B*T flattened tokens, 0 to B*T; B*T repeats up to a multiple of BOUNDARIES_STEP entries."""
     max_seqlen: int
     """Tokens of the longest segment."""
     slots: NDArray[np.int64]
@@ -113,7 +114,7 @@ class PackedDataset:
         batches = []
         for micro in range(micro_batches):
             starts = filled.boundaries[edges[micro] : edges[micro + 1]] - micro * size
-            cu_seqlens = torch.empty(_boundary_slots(len(starts) + 1), dtype=torch.int32, pin_memory=pin_memory)
+            cu_seqlens = torch.empty(boundary_entries(len(starts) + 1), dtype=torch.int32, pin_memory=pin_memory)
             array = cu_seqlens.numpy()
             array[: len(starts)] = starts
             array[len(starts) :] = size
@@ -122,9 +123,9 @@ class PackedDataset:
         return tuple(batches), filled.digest
 
 
-def _boundary_slots(entries: int) -> int:
-    """The next power of two: a few lengths only, so that compiled code is not compiled again for each."""
-    return max(_FEWEST_BOUNDARIES, 1 << (entries - 1).bit_length())
+def boundary_entries(needed: int) -> int:
+    """Entries of a cu_seqlens: few lengths, and few empty segments, which attention kernels look at one by one."""
+    return -(-needed // BOUNDARIES_STEP) * BOUNDARIES_STEP
 
 
 class StepLoader:

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lit_gpt.args import Settings
 from lit_gpt.config import IGNORE_INDEX, Config
 from lit_gpt.optim import make_optimizer
-from lit_gpt.packed_dataset import Batch
+from lit_gpt.packed_dataset import Batch, boundary_entries
 from lit_gpt.speed_monitor import peak_flops
 from lit_gpt.strategy import build_model, find_world, launch
 from lit_gpt.train_step import TrainStep
@@ -31,8 +32,6 @@ from lit_gpt.train_step import TrainStep
 
 MEDIAN_TOKENS, SIGMA = 368, 1.14
 """Of a document's length: log-normal, as German web text has it (docs/benchmarks.md)."""
-SLOTS = 1024
-"""Entries of cu_seqlens of every batch: a constant, so that nothing is compiled twice."""
 PRODUCT = 8192
 """Side of the square matrices that measure the device's rate of products."""
 COPY_BYTES = 1 << 30
@@ -41,7 +40,7 @@ PROFILED_STEPS = 3
 PARTS = ("attention", "products", "loss", "optimizer", "rest")
 _KERNELS = {
     "attention": ("flash", "attn", "attention", "fmha"),
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "scaled_mm"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
 }
 """Parts of kernels' names, in lower case."""
 
@@ -73,7 +72,7 @@ class Bench:
         tokens = torch.from_numpy(generator.integers(0, self.config.vocab_size, (rows, length)).astype(np.uint16))
         targets = torch.from_numpy(generator.integers(0, self.config.vocab_size, size).astype(np.int32))
         targets[torch.from_numpy(ends) - 1] = IGNORE_INDEX  # a document's last token predicts nothing
-        cu_seqlens = torch.full((max(SLOTS, len(edges)),), size, dtype=torch.int32)
+        cu_seqlens = torch.full((boundary_entries(len(edges)),), size, dtype=torch.int32)
         cu_seqlens[: len(edges)] = torch.from_numpy(edges.astype(np.int32))
         targets = targets.view(rows, length)
         if self.device.type == "cuda":
@@ -175,24 +174,29 @@ def _time_by_part(bench: Bench) -> tuple[dict[str, float], dict[tuple[str, str],
         bench.synchronize()
     parts: dict[str, float] = defaultdict(float)
     kernels: dict[tuple[str, str], float] = defaultdict(float)
-    for event in recorded.events() or []:
-        for kernel in event.kernels:
-            part = _part(event, kernel.name)
-            seconds = kernel.duration / 1e6 / PROFILED_STEPS
-            parts[part] += seconds
-            kernels[part, kernel.name] += seconds
+    events = recorded.events() or []
+    # calls of the CUDA runtime count their ids apart from operators
+    operators = {e.id: e for e in events if e.device_type == DeviceType.CPU and not e.name.startswith("cu")}
+    for event in events:
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+            continue
+        part = _part(operators.get(event.linked_correlation_id), event.name)
+        seconds = event.time_range.elapsed_us() / 1e6 / PROFILED_STEPS
+        parts[part] += seconds
+        kernels[part, event.name] += seconds
     return parts, kernels
 
 
-def _part(event: Any, kernel: str) -> str:
-    ancestor = event
-    while ancestor is not None:
-        if "LinearCrossEntropy" in ancestor.name:
+def _part(operator: Any, kernel: str) -> str:
+    while operator is not None:
+        if "LinearCrossEntropy" in operator.name:
             return "loss"
-        if ancestor.name.startswith("Optimizer."):
+        if operator.name.startswith("Optimizer."):
             return "optimizer"
-        ancestor = ancestor.cpu_parent
+        operator = operator.cpu_parent
     name = kernel.lower()
+    if name.startswith("triton"):  # fused by torch.compile: named after all that it does
+        return "rest"
     return next((part for part, words in _KERNELS.items() if any(word in name for word in words)), "rest")
 
 
