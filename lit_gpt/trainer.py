@@ -223,10 +223,8 @@ class Trainer:
 
     def _finish(self, stopped: bool) -> int:
         if self.saver.failure:
-            log.error(
-                "ended after step %d, without its last checkpoint: %s. --resume auto goes on from the one before",
-                self.step, self.saver.failure,
-            )  # fmt: skip
+            if self.rank == 0:
+                log.error("ended after step %d, without its last checkpoint: %s", self.step, self.saver.failure)
             return EXIT_NOT_SAVED
         if self.train_step.guard.gave_up:
             log.error(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_gpt.checkpoint import DamagedCheckpoint, checkpoint_name, find, load, model_tensors, prune, publish, verified
 from lit_gpt.cli import BadInput
@@ -150,6 +154,14 @@ def test_pruning_counts_the_newest(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(20), checkpoint_name(30)}
 
 
+def test_every_nth_stays_and_later_ones_are_another_future(run_dir: Path) -> None:
+    save(run_dir, facts(25), *model_and_optimizer(), full=True)
+    prune(run_dir, 25, keep_last=1, keep_every_steps=10)  # the run was wound back to 20
+    assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(step) for step in (10, 20, 25, 30)}
+    prune(run_dir, 30, keep_last=1, keep_every_steps=20)
+    assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(step) for step in (20, 30)}
+
+
 class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (os.environ["PROOF_OF_EXECUTION"],)
@@ -164,6 +176,39 @@ def test_a_pickle_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: py
     publish(path, run_dir / checkpoint_name(31), facts(31) | {"model": TINY.__dict__})
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load(verified(run_dir / checkpoint_name(31)), *model_and_optimizer())
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pickles_of_a_sharded_checkpoint_are_not_executed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its index, and a value that is no tensor: torch itself would run either."""
+    monkeypatch.setenv("PROOF_OF_EXECUTION", str(tmp_path / "executed"))
+    path = run_dir / checkpoint_name(20)
+    facts_of_20 = json.loads((path / "run.json").read_text())
+    index = path / "state" / ".metadata"
+    good = index.read_bytes()
+    index.write_bytes(pickle.dumps(Malicious()))
+    (path / "MANIFEST.json").unlink()
+    publish(path, run_dir / checkpoint_name(21), facts_of_20)
+    with pytest.raises(DamagedCheckpoint, match=r"was not run: \.metadata names posix\.mkdir"):
+        verified(run_dir / checkpoint_name(21))
+    assert find("auto", run_dir).step == 30  # type: ignore[union-attr]
+
+    index = run_dir / checkpoint_name(21) / "state" / ".metadata"
+    index.write_bytes(good)
+    content = pickle.loads(good)
+    value = io.BytesIO()
+    torch.save(Malicious(), value)
+    entry = next(e for name, e in content.storage_data.items() if name.fqn.startswith("optimizer.param_groups"))
+    data = index.parent / entry.relative_path
+    entry.offset, entry.length = data.stat().st_size, len(value.getvalue())
+    data.write_bytes(data.read_bytes() + value.getvalue())
+    index.write_bytes(pickle.dumps(content))
+    (run_dir / checkpoint_name(21) / "MANIFEST.json").unlink()
+    publish(run_dir / checkpoint_name(21), run_dir / checkpoint_name(22), facts_of_20)
+    with pytest.raises(CheckpointException, match=r"[Ww]eights.only"):
+        load(verified(run_dir / checkpoint_name(22)), *model_and_optimizer())
     assert not (tmp_path / "executed").exists()
 
 

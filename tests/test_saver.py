@@ -1,4 +1,4 @@
-"""Saving beside the training: what is written is the moment of the save, whatever happens meanwhile; full disks; NaN."""
+"""Saving beside the training: what is written is the moment of the save, whatever happens then; full disks; NaN."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Held:
 
 @KINDS
 def test_what_is_written_is_the_moment_of_the_save(tmp_path: Path, full: bool) -> None:
-    """The weights and the optimizer change while the thread has not begun to write; twice, as host copies are reused."""
+    """Weights and optimizer change while the thread has not begun to write; twice, as host copies are reused."""
     model, optimizer = model_and_optimizer(seed=5)
     saver = open_saver(tmp_path, (model, optimizer), full=full)
     wanted = {}

@@ -133,6 +133,40 @@ def test_the_end_of_the_data_stops_the_run(store: Path, tmp_path: Path) -> None:
     assert 2 * steps <= len(seen_rows(twice)) <= 2 * steps + 1
 
 
+def test_resume_in_the_second_epoch(store: Path, tmp_path: Path) -> None:
+    """The rows, losses and weights are those of the run that nothing interrupted."""
+    sizes = dict(max_steps=40, global_batch_size=32, micro_batch_size=32, max_epochs=2, eval_interval_steps=100)
+    sizes |= dict(save_interval_steps=5, keep_last_checkpoints=0)
+    train(store, tmp_path / "unbroken", **sizes)
+    lines = metrics(tmp_path / "unbroken")
+    first_of_second = next(int(line["step"]) for line in lines if line["epoch"] == "1")
+    last = int(lines[-1]["step"])
+    assert lines[-1]["epoch"] == "1"
+    after = first_of_second // 5 * 5 + 5
+    assert lines[after - 1]["epoch"] == lines[after]["epoch"] == "1"
+    run = tmp_path / "resumed"
+    train(store, run, resume=tmp_path / "unbroken" / f"iter-{after:08d}-ckpt.pth", **sizes)
+    assert metrics(run) == lines[after:]
+    rows = seen_rows(tmp_path / "unbroken")
+    assert seen_rows(run) == {step: row for step, row in rows.items() if step > after}
+    weights = [full_state(path, last)["model.lm_head.weight"] for path in (run, tmp_path / "unbroken")]
+    assert torch.equal(*weights)
+
+
+def test_every_nth_checkpoint_stays(store: Path, tmp_path: Path) -> None:
+    train(store, tmp_path, save_interval_steps=1, keep_last_checkpoints=1, keep_every_steps=5, async_save="false")
+    names = sorted(path.name for path in tmp_path.glob("iter-*"))
+    assert names == [f"iter-{step:08d}-ckpt.pth" for step in (5, 10, 12)]
+
+
+def test_weights_that_are_not_finite_end_with_74(store: Path, tmp_path: Path) -> None:
+    """A learning rate that blows the weights up: nothing is saved, and the exit code says so."""
+    wild = dict(learning_rate=1e38, min_lr=1e38, warmup_steps=0, max_steps=8)
+    done = train(store, tmp_path, expect=74, **wild)
+    assert "checkpoint of step 8 was NOT saved: the weights are not finite numbers" in done.stderr
+    assert not list(tmp_path.glob("iter-*"))
+
+
 def test_old_checkpoints_are_pruned(store: Path, tmp_path: Path) -> None:
     train(store, tmp_path, save_interval_steps=2, keep_last_checkpoints=3)
     assert sorted(path.name for path in tmp_path.glob("iter-*")) == [
