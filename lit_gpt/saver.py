@@ -102,6 +102,11 @@ class CheckpointSaver:
             raise RuntimeError("a checkpoint could not be written") from error
 
     @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._running is not None and not self._running.done()
+
+    @property
     def broken(self) -> bool:
         """Whether `wait` is going to raise; asks no other rank."""
         return self._running is not None and self._running.done() and self._running.exception() is not None
