@@ -118,8 +118,9 @@ class Settings:
     """Newest checkpoints that stay when a new one is whole; 0 keeps all."""
     keep_every_steps: int = 0
     """Checkpoints of steps that are a multiple of this stay for ever; 0: none does."""
-    async_save: bool = True
-    """Write checkpoints beside the training, from a copy in host memory. The last one is waited for."""
+    async_save: bool | None = None
+    """Write checkpoints beside the training, from a copy of the state in host memory; the last one is waited for.
+    Default: on GPUs; on CPUs both would compete for the same cores."""
     eval_interval_steps: int = 1000
     """Steps between validations; the last step always validates."""
     eval_max_rows: int | None = None

@@ -109,7 +109,7 @@ class Trainer:
             self.model,
             self.optimizer,
             full=kind == "full" or (kind == "auto" and inputs.world.size == 1),
-            overlap=settings.async_save,
+            overlap=settings.async_save if settings.async_save is not None else self.device.type == "cuda",
             keep_last=settings.keep_last_checkpoints,
             keep_every_steps=settings.keep_every_steps,
         )

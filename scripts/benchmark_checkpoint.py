@@ -2,8 +2,8 @@
 
     python scripts/benchmark_checkpoint.py --model_name LLaMmlein_120M [--rows 2 --block_size 256] [--work_dir DIR]
 
-    save    whole_s until the step ended in which it was published, blocked_s of it in which training waited, slowed_s by which the steps beside it
-            were slower, and both in steps; twice, as the first save allocates what the second reuses
+    save    whole_s until the step ended in which it was published; blocked_s of it in which training waited; slowed_s
+            by which the steps beside it were slower; both in steps. Twice: the first save allocates, the second reuses
     load    verify_s (hashes, finite weights) and load_s
 
 Peaks of memory are above the state before: of this process on the host, and of the GPU. Needs two checkpoints' room in

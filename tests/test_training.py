@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -69,7 +70,9 @@ def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
 def test_killed_and_resumed_equals_unbroken(store: Path, unbroken: Path, tmp_path: Path, after_step: int) -> None:
     """SIGKILL in the middle; then --resume auto: weights, optimizer, RNG, losses and rows are bit-identical."""
     process = subprocess.Popen(
-        command(store, tmp_path, keep_last_checkpoints=0), env=environment(), stderr=subprocess.DEVNULL
+        command(store, tmp_path, keep_last_checkpoints=0, async_save="true"),
+        env=environment(),
+        stderr=subprocess.DEVNULL,
     )
     log = tmp_path / "datapoints" / "steps.jsonl"
     deadline = time.monotonic() + 120
@@ -153,8 +156,21 @@ def test_resume_in_the_second_epoch(store: Path, tmp_path: Path) -> None:
     assert torch.equal(*weights)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_and_plain_blocks_load_each_other(store: Path, unbroken: Path, tmp_path: Path) -> None:
+    """plain -> compiled -> plain: the same names, and the losses of plain blocks to 1e-4."""
+    for until, compiled in ((8, True), (12, False)):
+        train(store, tmp_path, resume=unbroken / "iter-00000004-ckpt.pth" if compiled else "auto", compile=compiled)
+        for step in range(until + 4, 13, 4):
+            shutil.rmtree(tmp_path / f"iter-{step:08d}-ckpt.pth")
+    assert full_state(tmp_path, 8).keys() == full_state(unbroken, 8).keys()
+    got = {line["step"]: float(line["loss"]) for line in metrics(tmp_path)}
+    for line in metrics(unbroken)[4:]:
+        assert got[line["step"]] == pytest.approx(float(line["loss"]), rel=1e-4)
+
+
 def test_every_nth_checkpoint_stays(store: Path, tmp_path: Path) -> None:
-    train(store, tmp_path, save_interval_steps=1, keep_last_checkpoints=1, keep_every_steps=5, async_save="false")
+    train(store, tmp_path, save_interval_steps=1, keep_last_checkpoints=1, keep_every_steps=5, async_save="true")
     names = sorted(path.name for path in tmp_path.glob("iter-*"))
     assert names == [f"iter-{step:08d}-ckpt.pth" for step in (5, 10, 12)]
 

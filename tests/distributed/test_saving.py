@@ -15,7 +15,7 @@ from tests.training import command, environment, metrics, seen_rows, small_disk,
 
 pytestmark = pytest.mark.distributed
 
-PARTS = dict(devices=2, micro_batch_size=2, save_interval_steps=1, eval_interval_steps=100)
+PARTS = dict(devices=2, micro_batch_size=2, save_interval_steps=1, eval_interval_steps=100, async_save="true")
 
 
 @pytest.fixture(scope="module")
