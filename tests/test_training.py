@@ -177,7 +177,7 @@ def test_every_nth_checkpoint_stays(store: Path, tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_end_with_74(store: Path, tmp_path: Path) -> None:
     """A learning rate that blows the weights up: nothing is saved, and the exit code says so."""
-    wild = dict(learning_rate=1e38, min_lr=1e38, warmup_steps=0, max_steps=8)
+    wild = dict(learning_rate=1e300, min_lr=1e300, warmup_steps=0, max_steps=8)
     done = train(store, tmp_path, expect=74, **wild)
     assert "checkpoint of step 8 was NOT saved: the weights are not finite numbers" in done.stderr
     assert not list(tmp_path.glob("iter-*"))
