@@ -115,7 +115,12 @@ class Settings:
     save_interval_steps: int = 10_000
     """Steps between checkpoints; the last step and a stop signal always save."""
     keep_last_checkpoints: int = 2
-    """Checkpoints that stay when a new one is whole; 0 keeps all."""
+    """Newest checkpoints that stay when a new one is whole; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are a multiple of this stay for ever; 0: none does."""
+    async_save: bool | None = None
+    """Write checkpoints beside the training, from a copy of the state in host memory; the last one is waited for.
+    Default: on GPUs; on CPUs both would compete for the same cores."""
     eval_interval_steps: int = 1000
     """Steps between validations; the last step always validates."""
     eval_max_rows: int | None = None
@@ -176,7 +181,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"--{name} {value}: must be at least 1")
-        for name in ("warmup_steps", "decay_steps", "keep_last_checkpoints", "weight_decay", "grad_clip", "min_lr"):
+        not_negative = "warmup_steps decay_steps keep_last_checkpoints keep_every_steps weight_decay grad_clip min_lr"
+        for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise BadInput(f"--{name} {getattr(self, name)}: must not be negative")
         if not self.spike_factor > 1:

@@ -8,8 +8,9 @@ A checkpoint is a folder `iter-XXXXXXXX-ckpt.pth`; the number is the step, whate
     MANIFEST.json   size and xxh3 of each file above
 
 A folder without a manifest, or with a file that does not match it, is no checkpoint: it is skipped with a warning and
-never counted by pruning. Either kind loads on any number of processes. Loading runs no code (weights_only, JSON).
-Cost of a save beside the writing: one more read of the files for their hashes, from the page cache.
+never counted by pruning. Neither is one whose weights are not finite numbers. Either kind loads on any number of
+processes. Loading runs no code (weights_only, JSON). How a running training saves is saver.py's.
+Cost of publishing: one more read of the files for their hashes, from the page cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -25,11 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -37,8 +36,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from lit_gpt import sharded_state
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.sharded_state import plain_os_errors
 
 log = logging.getLogger(__name__)
 
@@ -71,50 +72,11 @@ def checkpoint_name(step: int) -> str:
     return f"iter-{step:08d}-ckpt.pth"
 
 
-# Saving
+# Publishing
 
 
-def save(
-    run_dir: Path, facts: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool
-) -> Path:
-    """Publish the state after `facts["step"]` updates; every rank calls it, and returns when the folder is published.
-
-    `facts` goes to run.json on rank 0 and must be plain JSON; the model's shape is added to it.
-    """
-    final = run_dir / checkpoint_name(facts["step"])
-    temporary = run_dir / f".saving-{final.name}"
-    if _rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # left over by a save that was killed
-        temporary.mkdir(parents=True)
-    _barrier()
-    state = _state(model, optimizer, full=full)
-    if not full:
-        dcp.save(state, checkpoint_id=temporary / SHARDED, no_dist=not dist.is_initialized())
-    elif _rank() == 0:
-        torch.save(state, temporary / FULL)
-    if _rank() == 0:
-        _publish(temporary, final, {**facts, "model": asdict(_unwrapped(model).config)})
-    _barrier()
-    return final
-
-
-def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
-    """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere."""
-    temporary = path.parent / f".saving-{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    torch.save({"model": dict(tensors)}, temporary / FULL)
-    _publish(temporary, path, {**facts, "model": asdict(config)})
-    return path
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool) -> dict[str, Any]:
-    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-    weights, optimizer_state = get_state_dict(_unwrapped(model), optimizer, options=options)
-    return {"model": weights, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
-
-
-def _publish(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+def publish(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Make the checkpoint `final` of the state that lies in `temporary`, whole or not at all."""
     (temporary / RUN).write_text(json.dumps(facts, indent=1))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     for path in files:
@@ -130,6 +92,43 @@ def _publish(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     _sync(final.parent)
 
 
+def temporary_path(final: Path) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return final.with_name(f".saving-{final.name}")
+
+
+def write_full(state: dict[str, Any], temporary: Path) -> None:
+    """Write a whole state as one file."""
+    with plain_os_errors(), (temporary / FULL).open("wb") as file:
+        torch.save(state, file)
+
+
+def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
+    """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere.
+
+    Memory holds all weights at once: the one file of a full checkpoint is written from one dictionary.
+    """
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_full({"model": dict(tensors)}, temporary)
+        publish(temporary, path, {**facts, "model": asdict(config)})
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there only if it failed
+    return path
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool, to_host: bool) -> dict[str, Any]:
+    """Weights, optimizer and RNG under the names of a checkpoint; tensors that need no gathering are the live ones.
+
+    full: whole tensors instead of this rank's shards; with to_host on rank 0 alone, in its memory.
+    """
+    options = StateDictOptions(full_state_dict=full, cpu_offload=to_host)
+    weights, optimizer_state = get_state_dict(unwrapped(model), optimizer, options=options)
+    return {"model": weights, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
+
+
 def _remove(path: Path) -> None:
     """Remove a checkpoint so that a kill in the middle leaves nothing that looks like half of one."""
     doomed = path.with_name(f".removing-{path.name}")
@@ -137,18 +136,33 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest keep_last whole checkpoints (0 keeps all), and what killed saves left behind.
+def prune(run_dir: Path, newest_step: int, *, keep_last: int, keep_every_steps: int = 0) -> None:
+    """Remove what is not kept, and what killed saves left behind; called after the one of newest_step is published.
 
-    Damaged ones are not counted and not removed: they are for a person to look at.
+    Kept are the last keep_last whole ones (0 keeps all) and those whose step is a multiple of keep_every_steps (0: no
+    such). Damaged ones are not counted and not removed: they are for a person to look at. Neither are those of later
+    steps: the run was wound back, and they are of another future.
     """
     for left_over in (*run_dir.glob(".saving-iter-*"), *run_dir.glob(".removing-iter-*")):
         shutil.rmtree(left_over)
     if keep_last == 0:
         return
-    whole = [path for path in _newest_first(run_dir) if (path / MANIFEST).is_file() and _size_mismatch(path) is None]
-    for path in whole[keep_last:]:
-        _remove(path)
+    names = [path for path in _newest_first(run_dir) if path.name <= checkpoint_name(newest_step)]
+    for path in [path for path in names if _is_whole(path)][keep_last:]:
+        if not keep_every_steps or _step(path) % keep_every_steps:
+            _remove(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every file is there in its size; hashes are for those who load."""
+    try:
+        return _size_mismatch(path) is None
+    except DamagedCheckpoint:
+        return False
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 # Finding and checking
@@ -185,13 +199,24 @@ def refuse_used(run_dir: Path) -> None:
 
 
 def verified(path: Path) -> Checkpoint:
-    """The checkpoint at `path` after every file matched the manifest's size and hash; raises DamagedCheckpoint."""
+    """The checkpoint at `path` if every file has the manifest's size and hash and every weight is a finite number.
+
+    Raises DamagedCheckpoint. Cost: the files are read once for their hashes, the weights once more from the page cache.
+    """
     if mismatch := _size_mismatch(path):
         raise DamagedCheckpoint(mismatch)
     for name, entry in _manifest(path).items():
-        if (found := _hash(path / name)) != entry["xxh3"]:
-            raise DamagedCheckpoint(f"{path / name} is corrupt: xxh3 {found}, saved as {entry['xxh3']}")
-    return Checkpoint(path, json.loads((path / RUN).read_text()))
+        if (digest := _hash(path / name)) != entry["xxh3"]:
+            raise DamagedCheckpoint(f"{path / name} is corrupt: xxh3 {digest}, saved as {entry['xxh3']}")
+    found = Checkpoint(path, json.loads((path / RUN).read_text()))
+    try:
+        for name, tensor in model_tensors(found):
+            if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):  # NaN spreads to both
+                raise DamagedCheckpoint(f"{path} holds weights that are not finite numbers: {name}")
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedCheckpoint(f"{path} holds more than tensors and plain values; it was not run: {reason}") from None
+    return found
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -228,7 +253,7 @@ def _names(run_dir: Path) -> str:
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the checkpoint's state into model and optimizer, on any number of processes, from either kind."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     if inner.config != checkpoint.config:
         differs = [k for k, v in asdict(inner.config).items() if v != checkpoint.facts["model"][k]]
         raise BadInput(
@@ -241,8 +266,8 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
     if full:
         state = torch.load(checkpoint.path / FULL, map_location="cpu", weights_only=True, mmap=True)
     else:
-        state = _state(model, optimizer, full=False)
-        dcp.load(state, checkpoint_id=checkpoint.path / SHARDED, no_dist=not dist.is_initialized())
+        state = training_state(model, optimizer, full=False, to_host=False)
+        sharded_state.read_into(state, checkpoint.path / SHARDED)
     options = StateDictOptions(full_state_dict=full, cpu_offload=full)
     if "optimizer" not in state:  # an imported model: its optimizer starts afresh
         set_model_state_dict(inner, state["model"], options=options)
@@ -260,29 +285,15 @@ def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         state = torch.load(path / FULL, map_location="cpu", weights_only=True, mmap=True)["model"]
         yield from state.items()
         return
-    metadata = dcp.FileSystemReader(path / SHARDED).read_metadata().state_dict_metadata
-    for key, entry in metadata.items():
-        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata):
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            dcp.load({key: tensor}, checkpoint_id=path / SHARDED, no_dist=True)
-            yield key.removeprefix("model."), tensor
+    yield from sharded_state.tensors(path / SHARDED, "model.")
 
 
 # Small parts
 
 
-def _unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> Any:
     """The GPT inside Fabric's wrapper."""
     return getattr(model, "module", model)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _hash(path: Path) -> str:

@@ -17,6 +17,8 @@ EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_GAVE_UP = 3
 """Training stopped itself: too many updates in a row could not be done. The state is saved."""
+EXIT_NOT_SAVED = 74
+"""EX_IOERR of sysexits.h: the run ended, but its last checkpoint could not be saved; earlier ones are whole."""
 EXIT_REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: the work is saved, run me again."""
 

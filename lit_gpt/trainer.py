@@ -5,8 +5,8 @@ model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state 
 whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken one.
 
 What a step agrees on over ranks travels in one small all-reduce of integers on the host, before the backward pass: the
-number of valid targets (the loss's divisor), the digest of the rows, and whether a rank was asked to stop. The GPU is
-waited for only when a line of metrics is due.
+number of valid targets (the loss's divisor), the digest of the rows, whether a rank was asked to stop, and whether a
+save in the background broke. The GPU is waited for only when a line of metrics or a checkpoint is due.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import torch.distributed as dist
 
 from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
-from lit_gpt.cli import EXIT_GAVE_UP
+from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED
 from lit_gpt.datapoint_log import DatapointLog, Mark
 from lit_gpt.optim import make_optimizer
 from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.profiler import StepProfiler
 from lit_gpt.progress import Progress
 from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
+from lit_gpt.saver import CheckpointSaver
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
 from lit_gpt.strategy import (
@@ -53,6 +54,8 @@ class Agreed(NamedTuple):
     """Digest of the step's rows."""
     stop: bool
     """Some rank was asked to stop after this step."""
+    save_broke: bool
+    """Some rank's save in the background failed."""
 
 
 def train(settings: Settings) -> int:
@@ -100,6 +103,16 @@ class Trainer:
         self.trackers = on_rank_zero(self.fabric, self._open_run_folder)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
+        kind = settings.state_dict_type
+        self.saver = CheckpointSaver(
+            inputs.run_dir,
+            self.model,
+            self.optimizer,
+            full=kind == "full" or (kind == "auto" and inputs.world.size == 1),
+            overlap=settings.async_save if settings.async_save is not None else self.device.type == "cuda",
+            keep_last=settings.keep_last_checkpoints,
+            keep_every_steps=settings.keep_every_steps,
+        )
 
     def _resume(self) -> checkpoint.Checkpoint | None:
         """Load what --resume names; rank 0 finds and verifies it for all."""
@@ -159,11 +172,14 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         log.info("training from step %d to %d in %s", self.step, settings.max_steps, self.inputs.run_dir)
+        self.saver.log_room()
         with loader, collected_by_hand(), Progress(settings.max_steps, self.step, enabled=self.rank == 0) as progress:
             last = self.step + loader.steps
             for data in loader:
                 self.profiler.edge(self.step + 1)
                 agreed = self._agree(data)
+                if agreed.save_broke:
+                    self.saver.wait()
                 update = self.train_step.update(self.step, data.batches, agreed.targets)
                 self.step += 1
                 self.slot += data.rows
@@ -182,7 +198,7 @@ class Trainer:
                 if log_now:
                     progress.show(self._log(agreed.targets, update, evaluate=evaluate))
                 if save_now or guard.gave_up:
-                    self._save()
+                    self._save(wait=ended or guard.gave_up)
                     saved_at = self.step
                 progress.advance(self.step)
                 if stopped or guard.gave_up:
@@ -206,6 +222,10 @@ class Trainer:
                 )  # fmt: skip
 
     def _finish(self, stopped: bool) -> int:
+        if self.saver.failure:
+            if self.rank == 0:
+                log.error("ended after step %d, without its last checkpoint: %s", self.step, self.saver.failure)
+            return EXIT_NOT_SAVED
         if self.train_step.guard.gave_up:
             log.error(
                 "gave up after step %d, saved: %d updates in a row were skipped (--max_skipped_steps)",
@@ -228,11 +248,12 @@ class Trainer:
     def _agree(self, data: Step) -> Agreed:
         """One all-reduce of integers on the host; the digest travels as two halves, whose sums cannot overflow."""
         low, high = data.digest & 0xFFFFFFFF, data.digest >> 32
-        numbers = torch.tensor([data.targets, low, high, self.stop_flag.received is not None], dtype=torch.int64)
+        stop, broke = self.stop_flag.received is not None, self.saver.broken
+        numbers = torch.tensor([data.targets, low, high, stop, broke], dtype=torch.int64)
         if dist.is_initialized():
             dist.all_reduce(numbers)
-        targets, low, high, stop = numbers.tolist()
-        return Agreed(targets, (low + (high << 32)) % 2**64, stop > 0)
+        targets, low, high, stops, breaks = numbers.tolist()
+        return Agreed(targets, (low + (high << 32)) % 2**64, stops > 0, breaks > 0)
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
         """Read the step's numbers from the device (this waits for it), write them, and return them."""
@@ -264,7 +285,7 @@ class Trainer:
             self.trackers.log(row)
         return row
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool) -> None:
         mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
         facts = {
             "step": self.step,
@@ -278,18 +299,14 @@ class Trainer:
                 "hardware": f"{self.inputs.world.size} x {self._device_name()}",
             },
         }
-        kind = self.settings.state_dict_type
-        full = kind == "full" or (kind == "auto" and self.inputs.world.size == 1)
-        path = checkpoint.save(self.inputs.run_dir, facts, self.model, self.optimizer, full=full)
-        if self.rank == 0:
-            log.info("saved %s", path)
-            checkpoint.prune(self.inputs.run_dir, self.settings.keep_last_checkpoints)
+        self.saver.save(facts, wait=wait)
         self.monitor.restart()
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU process"
 
     def close(self) -> None:
+        self.saver.close()
         if self.cache is not None:
             log.info("shard cache: %s", self.cache.report())
             self.cache.close()

@@ -6,8 +6,8 @@
 Settings: defaults < YAML files (--config) < flags. Run folder: --out_dir, else $MODEL_NAME, else out/<model_name>.
 With --plan the program only tells what the run will need, and ends.
 Exit codes: 0 finished, or stopped cleanly at a signal with a checkpoint; 75 the same inside a Slurm job, to be
-requeued; 3 the run gave up with a checkpoint, since too many updates in a row were skipped; 2 bad input, told in one
-line; anything else is a failure with its traceback.
+requeued; 74 ended, but the last checkpoint could not be saved; 3 the run gave up with a checkpoint, since too many
+updates in a row were skipped; 2 bad input, told in one line; anything else is a failure with its traceback.
 """
 
 from lit_gpt.args import Settings

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from lit_gpt import checkpoint
-from lit_gpt.checkpoint import DamagedCheckpoint, checkpoint_name, find, load, model_tensors, prune, save, verified
+from lit_gpt.checkpoint import DamagedCheckpoint, checkpoint_name, find, load, model_tensors, prune, publish, verified
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, initialize
+from lit_gpt.saver import CheckpointSaver
 
 TINY = Config.from_name("debug", n_layer=1, n_embd=16, n_head=2, intermediate_size=16, vocab_size=64, block_size=8)
 
@@ -34,6 +38,23 @@ def model_and_optimizer(seed: int = 1) -> tuple[GPT, torch.optim.Optimizer]:
 
 def facts(step: int) -> dict[str, Any]:
     return {"step": step, "slot": 8 * step, "tokens": 60 * step, "settings": {}}
+
+
+def save(
+    run_dir: Path,
+    facts: dict[str, Any],
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    *,
+    full: bool,
+    keep_last: int = 0,
+) -> Path:
+    """One save, over when it returns."""
+    saver = CheckpointSaver(run_dir, model, optimizer, full=full, overlap=False, keep_last=0)
+    saver.save(facts)
+    saver.close()
+    assert saver.failure is None, saver.failure
+    return run_dir / checkpoint_name(facts["step"])
 
 
 @pytest.fixture
@@ -122,15 +143,23 @@ def test_pruning_keeps_the_good_ones(run_dir: Path) -> None:
     for step in (10, 20, 30):
         os.truncate(run_dir / checkpoint_name(step) / "run.json", 3)
     (run_dir / ".saving-iter-00000040-ckpt.pth").mkdir()
-    prune(run_dir, keep_last=2)
+    prune(run_dir, 30, keep_last=2)
     assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(step) for step in (5, 10, 20, 30)}
 
 
 def test_pruning_counts_the_newest(run_dir: Path) -> None:
-    prune(run_dir, keep_last=0)
+    prune(run_dir, 30, keep_last=0)
     assert len(list(run_dir.glob("iter-*"))) == 3
-    prune(run_dir, keep_last=2)
+    prune(run_dir, 30, keep_last=2)
     assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(20), checkpoint_name(30)}
+
+
+def test_every_nth_stays_and_later_ones_are_another_future(run_dir: Path) -> None:
+    save(run_dir, facts(25), *model_and_optimizer(), full=True)
+    prune(run_dir, 25, keep_last=1, keep_every_steps=10)  # the run was wound back to 20
+    assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(step) for step in (10, 20, 25, 30)}
+    prune(run_dir, 30, keep_last=1, keep_every_steps=20)
+    assert {path.name for path in run_dir.iterdir()} == {checkpoint_name(step) for step in (20, 30)}
 
 
 class Malicious:
@@ -144,9 +173,42 @@ def test_a_pickle_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: py
     path = run_dir / checkpoint_name(30)
     torch.save({"model": Malicious()}, path / "state.pth")
     (path / "MANIFEST.json").unlink()
-    checkpoint._publish(path, run_dir / checkpoint_name(31), facts(31) | {"model": TINY.__dict__})
+    publish(path, run_dir / checkpoint_name(31), facts(31) | {"model": TINY.__dict__})
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load(verified(run_dir / checkpoint_name(31)), *model_and_optimizer())
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pickles_of_a_sharded_checkpoint_are_not_executed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its index, and a value that is no tensor: torch itself would run either."""
+    monkeypatch.setenv("PROOF_OF_EXECUTION", str(tmp_path / "executed"))
+    path = run_dir / checkpoint_name(20)
+    facts_of_20 = json.loads((path / "run.json").read_text())
+    index = path / "state" / ".metadata"
+    good = index.read_bytes()
+    index.write_bytes(pickle.dumps(Malicious()))
+    (path / "MANIFEST.json").unlink()
+    publish(path, run_dir / checkpoint_name(21), facts_of_20)
+    with pytest.raises(DamagedCheckpoint, match=r"was not run: \.metadata names posix\.mkdir"):
+        verified(run_dir / checkpoint_name(21))
+    assert find("auto", run_dir).step == 30  # type: ignore[union-attr]
+
+    index = run_dir / checkpoint_name(21) / "state" / ".metadata"
+    index.write_bytes(good)
+    content = pickle.loads(good)
+    value = io.BytesIO()
+    torch.save(Malicious(), value)
+    entry = next(e for name, e in content.storage_data.items() if name.fqn.startswith("optimizer.param_groups"))
+    data = index.parent / entry.relative_path
+    entry.offset, entry.length = data.stat().st_size, len(value.getvalue())
+    data.write_bytes(data.read_bytes() + value.getvalue())
+    index.write_bytes(pickle.dumps(content))
+    (run_dir / checkpoint_name(21) / "MANIFEST.json").unlink()
+    publish(run_dir / checkpoint_name(21), run_dir / checkpoint_name(22), facts_of_20)
+    with pytest.raises(CheckpointException, match=r"[Ww]eights.only"):
+        load(verified(run_dir / checkpoint_name(22)), *model_and_optimizer())
     assert not (tmp_path / "executed").exists()
 
 
@@ -175,5 +237,5 @@ def test_killed_while_saving(tmp_path: Path, delay_ms: int) -> None:
     published = sorted(tmp_path.glob("iter-*"))
     for path in published:
         load(verified(path), *model_and_optimizer())
-    prune(tmp_path, keep_last=1)
+    prune(tmp_path, 1_000_000, keep_last=1)
     assert list(tmp_path.iterdir()) == published[-1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -69,7 +70,9 @@ def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
 def test_killed_and_resumed_equals_unbroken(store: Path, unbroken: Path, tmp_path: Path, after_step: int) -> None:
     """SIGKILL in the middle; then --resume auto: weights, optimizer, RNG, losses and rows are bit-identical."""
     process = subprocess.Popen(
-        command(store, tmp_path, keep_last_checkpoints=0), env=environment(), stderr=subprocess.DEVNULL
+        command(store, tmp_path, keep_last_checkpoints=0, async_save="true"),
+        env=environment(),
+        stderr=subprocess.DEVNULL,
     )
     log = tmp_path / "datapoints" / "steps.jsonl"
     deadline = time.monotonic() + 120
@@ -131,6 +134,53 @@ def test_the_end_of_the_data_stops_the_run(store: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice"
     train(store, twice, max_epochs=2, **sizes)
     assert 2 * steps <= len(seen_rows(twice)) <= 2 * steps + 1
+
+
+def test_resume_in_the_second_epoch(store: Path, tmp_path: Path) -> None:
+    """The rows, losses and weights are those of the run that nothing interrupted."""
+    sizes = dict(max_steps=40, global_batch_size=32, micro_batch_size=32, max_epochs=2, eval_interval_steps=100)
+    sizes |= dict(save_interval_steps=5, keep_last_checkpoints=0)
+    train(store, tmp_path / "unbroken", **sizes)
+    lines = metrics(tmp_path / "unbroken")
+    first_of_second = next(int(line["step"]) for line in lines if line["epoch"] == "1")
+    last = int(lines[-1]["step"])
+    assert lines[-1]["epoch"] == "1"
+    after = first_of_second // 5 * 5 + 5
+    assert lines[after - 1]["epoch"] == lines[after]["epoch"] == "1"
+    run = tmp_path / "resumed"
+    train(store, run, resume=tmp_path / "unbroken" / f"iter-{after:08d}-ckpt.pth", **sizes)
+    assert metrics(run) == lines[after:]
+    rows = seen_rows(tmp_path / "unbroken")
+    assert seen_rows(run) == {step: row for step, row in rows.items() if step > after}
+    weights = [full_state(path, last)["model.lm_head.weight"] for path in (run, tmp_path / "unbroken")]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_and_plain_blocks_load_each_other(store: Path, unbroken: Path, tmp_path: Path) -> None:
+    """plain -> compiled -> plain: the same names, and the losses of plain blocks to 1e-4."""
+    for until, compiled in ((8, True), (12, False)):
+        train(store, tmp_path, resume=unbroken / "iter-00000004-ckpt.pth" if compiled else "auto", compile=compiled)
+        for step in range(until + 4, 13, 4):
+            shutil.rmtree(tmp_path / f"iter-{step:08d}-ckpt.pth")
+    assert full_state(tmp_path, 8).keys() == full_state(unbroken, 8).keys()
+    got = {line["step"]: float(line["loss"]) for line in metrics(tmp_path)}
+    for line in metrics(unbroken)[4:]:
+        assert got[line["step"]] == pytest.approx(float(line["loss"]), rel=1e-4)
+
+
+def test_every_nth_checkpoint_stays(store: Path, tmp_path: Path) -> None:
+    train(store, tmp_path, save_interval_steps=1, keep_last_checkpoints=1, keep_every_steps=5, async_save="true")
+    names = sorted(path.name for path in tmp_path.glob("iter-*"))
+    assert names == [f"iter-{step:08d}-ckpt.pth" for step in (5, 10, 12)]
+
+
+def test_weights_that_are_not_finite_end_with_74(store: Path, tmp_path: Path) -> None:
+    """A learning rate that blows the weights up: nothing is saved, and the exit code says so."""
+    wild = dict(learning_rate=1e300, min_lr=1e300, warmup_steps=0, max_steps=8)
+    done = train(store, tmp_path, expect=74, **wild)
+    assert "checkpoint of step 8 was NOT saved: the weights are not finite numbers" in done.stderr
+    assert not list(tmp_path.glob("iter-*"))
 
 
 def test_old_checkpoints_are_pruned(store: Path, tmp_path: Path) -> None:

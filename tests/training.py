@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from lit_gpt.token_store import write_store
@@ -57,6 +59,19 @@ def environment(**extra: str) -> dict[str, str]:
     """One thread a process, and no launcher of the machine that the tests run on."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k != "MODEL_NAME"}
     return {**clean, "OMP_NUM_THREADS": "1", **extra}
+
+
+@contextmanager
+def small_disk(path: Path, *, size: int, inodes: int = 0) -> Iterator[Path]:
+    """A real file system of `size` bytes, on which the kernel answers ENOSPC; skips where none can be mounted."""
+    path.mkdir()
+    options = f"size={size}" + (f",nr_inodes={inodes}" if inodes else "")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here: this test needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def train(store: Path, out_dir: Path, *, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
