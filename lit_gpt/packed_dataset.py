@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     """(B, T) int32; IGNORE_INDEX where a document ends and on padding."""
     cu_seqlens: torch.Tensor
-    """int32 edges of the segments in the B*T flattened tokens, 0 to B*T; B*T repeats up to a multiple of BOUNDARIES_STEP entries."""
+    """int32 edges of the segments in the B*T flattened tokens, 0 to B*T; B*T repeats up to full BOUNDARIES_STEPs."""
     max_seqlen: int
     """Tokens of the longest segment."""
     slots: NDArray[np.int64]

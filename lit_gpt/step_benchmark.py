@@ -174,16 +174,16 @@ def _time_by_part(bench: Bench) -> tuple[dict[str, float], dict[tuple[str, str],
         bench.synchronize()
     parts: dict[str, float] = defaultdict(float)
     kernels: dict[tuple[str, str], float] = defaultdict(float)
-    events = recorded.events() or []
     # calls of the CUDA runtime count their ids apart from operators
-    operators = {e.id: e for e in events if e.device_type == DeviceType.CPU and not e.name.startswith("cu")}
-    for event in events:
-        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+    operators = {e.id: e for e in recorded.events() or [] if not e.name.startswith("cu")}
+    assert recorded.profiler is not None
+    for event in recorded.profiler.kineto_results.events():
+        if event.device_type() != DeviceType.CUDA or event.is_user_annotation():
             continue
-        part = _part(operators.get(event.linked_correlation_id), event.name)
-        seconds = event.time_range.elapsed_us() / 1e6 / PROFILED_STEPS
+        part = _part(operators.get(event.linked_correlation_id()), event.name())
+        seconds = event.duration_ns() / 1e9 / PROFILED_STEPS
         parts[part] += seconds
-        kernels[part, event.name] += seconds
+        kernels[part, event.name()] += seconds
     return parts, kernels
 
 

@@ -14,7 +14,7 @@ import xxhash
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import IGNORE_INDEX
-from lit_gpt.packed_dataset import Batch, PackedDataset, StepLoader, validation_batches
+from lit_gpt.packed_dataset import BOUNDARIES_STEP, Batch, PackedDataset, StepLoader, validation_batches
 from lit_gpt.token_store import HEADER_BYTES, DamagedShard, TokenStore, document_ends
 from tests.small_store import EOS, VOCABULARY, make_store, shard_tokens
 
@@ -60,8 +60,8 @@ def check_batch(batch: Batch, rows: Sequence[Row], block_size: int) -> None:
     entries = batch.cu_seqlens.tolist()
     assert entries[: len(starts)] == starts
     assert set(entries[len(starts) :]) == {size}
-    assert len(entries) >= 16
-    assert len(entries).bit_count() == 1
+    assert len(entries) % BOUNDARIES_STEP == 0
+    assert len(entries) - len(starts) <= BOUNDARIES_STEP
     assert batch.max_seqlen == max(b - a for a, b in zip(starts, [*starts[1:], size], strict=True))
 
 
