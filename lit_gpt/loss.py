@@ -5,8 +5,8 @@ only the training loop knows, so that every token weighs the same however rows a
 
 Logits of all rows would be the largest tensor of a step (16 rows x 2048 x 32,064 in fp32: 4.2 GB). Here they exist for
 CHUNK_TOKENS tokens at a time: the forward pass computes a chunk's loss and at once its gradients, so nothing of size
-tokens x vocabulary is kept. Compiled, softmax, loss and gradient are one kernel, which writes the gradient over a
-chunk's logits. Cost: the gradient of the weight is accumulated in fp32 (one extra vocabulary x width).
+tokens x vocabulary is kept. Compiled, softmax, loss and gradient are one kernel over a chunk's logits, which reads them
+from memory once. Cost: the gradient of the weight is accumulated in fp32 (one extra vocabulary x width).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lit_gpt.config import IGNORE_INDEX
 
 # Shapes: N tokens, n tokens of a chunk, C width, V padded vocabulary.
 
-CHUNK_TOKENS = 8192
-"""Enough for matrix products at their full rate; a chunk's logits take 525 MB in bf16."""
+CHUNK_TOKENS = 4096
+"""Enough for matrix products at their full rate; a chunk's logits take 263 MB in bf16."""
 
-CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over valid targets of -log softmax(logits)[target] in nats, fp32; leaves its gradient in `logits`.
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over valid targets of -log softmax(logits)[target] in nats, fp32, and its gradient in the logits' type.
 
     logits (n, V), targets (n,) int64 with IGNORE_INDEX; all arithmetic is fp32. To be compiled.
     """
@@ -37,8 +37,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     log_total = scores.logsumexp(dim=1, keepdim=True)
     loss = ((log_total - scores.gather(1, target)) * valid).sum()
     is_target = torch.arange(logits.shape[1], device=logits.device) == target  # (n, V)
-    logits.copy_(((scores - log_total).exp() - is_target.float()) * valid)
-    return loss
+    d_logits = ((scores - log_total).exp() - is_target.float()) * valid
+    return loss, d_logits.to(logits.dtype)
 
 
 def linear_cross_entropy(
@@ -60,15 +60,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if needs_dx else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if needs_dw else None
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        logits = x.new_empty(min(CHUNK_TOKENS, x.shape[0]), w.shape[0])
         for start in range(0, x.shape[0], CHUNK_TOKENS):
-            part = x[start : start + CHUNK_TOKENS]
-            scores = torch.mm(part, w.T, out=logits[: len(part)])
-            loss += chunk_loss(scores, targets[start : start + CHUNK_TOKENS])
+            chunk = slice(start, start + CHUNK_TOKENS)
+            chunk_sum, d_logits = chunk_loss(x[chunk] @ w.T, targets[chunk])
+            loss += chunk_sum
             if dx is not None:
-                torch.mm(scores, w, out=dx[start : start + CHUNK_TOKENS])
+                torch.mm(d_logits, w, out=dx[chunk])
             if dw is not None:
-                _add_product(dw, scores.T, part)
+                _add_product(dw, d_logits.T, x[chunk])
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return loss

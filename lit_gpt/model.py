@@ -11,8 +11,6 @@ processes, and independent of how the model was built (a start on the meta devic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +23,6 @@ from lit_gpt.config import Config
 from lit_gpt.loss import cross_entropy, linear_cross_entropy
 
 # Shapes: B rows, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width, V vocabulary.
-
-BLOCK_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"max_pointwise_cat_inputs": 1}
-"""Of torch.compile: halves that are joined (gradients of SwiGLU and rotation) are made by one kernel that reads their
-inputs once, not by one that reads them for each half."""
 
 
 class Linear(nn.Linear):
@@ -120,7 +114,7 @@ class GPT(nn.Module):
         In place, so that the weights keep their names; blocks share one compilation.
         """
         for block in self.transformer.h:
-            block.compile(options=BLOCK_OPTIONS)
+            block.compile()
         self.cross_entropy = torch.compile(cross_entropy)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from lit_gpt.row_reader import RowReader
 from lit_gpt.shard_cache import ShardCache
 from lit_gpt.token_store import TokenStore
 
-BOUNDARIES_STEP = 16
+BOUNDARIES_STEP = 64
 """cu_seqlens has a multiple of this many entries."""
 _POLL_S = 1.0
 """How often a waiting consumer looks whether the prefetch thread still lives."""

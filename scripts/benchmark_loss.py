@@ -14,7 +14,6 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from lit_gpt import loss as ours
 from lit_gpt.cli import BadInput, Parser, run_program
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-CHUNKS = (8192, 4096, 16384)
+CHUNKS = (2048, 4096, 8192)
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def main() -> None:
     weight = weight.to(getattr(torch, arguments.dtype)).requires_grad_()
     targets = torch.randint(0, arguments.vocabulary, shape[:1], device="cuda", generator=generator)
     wanted = gradients(lambda x, w, t: F.cross_entropy(x.float() @ w.float().T, t, reduction="sum"), x, weight, targets)
-    first = 0.0
+    first = None
     for name, loss in candidates():
         line = {"what": name, **measure(loss, x, weight, targets, wanted, arguments.repetitions)}
         first = first or line["value"]
@@ -77,7 +76,7 @@ def gradients(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[T
 
 def measure(
     loss: Loss, x: Tensor, weight: Tensor, targets: Tensor, wanted: tuple[Tensor, ...], repetitions: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     found = gradients(loss, x, weight, targets)
     errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, wanted, strict=True)]
     del found
