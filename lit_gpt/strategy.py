@@ -25,6 +25,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -139,7 +140,7 @@ def be_deterministic() -> None:
             f"--deterministic with CUBLAS_WORKSPACE_CONFIG={workspace} in the environment: unset it. "
             f"Valid: {', '.join(CUBLAS_WORKSPACES)}"
         )
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # no kernel chosen by a stopwatch; read at the first compilation
+    inductor_config.deterministic = True  # no kernel is chosen by a stopwatch
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written before read
 

@@ -137,12 +137,13 @@ def test_deterministic_runs_agree(store: Path, tmp_path: Path) -> None:
 def test_deterministic_reaches_torch_and_cublas() -> None:
     code = (
         "import os, torch, lit_gpt.strategy as s; s.be_deterministic()\n"
-        "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+        "print(torch.are_deterministic_algorithms_enabled(), torch._inductor.config.deterministic)\n"
+        "print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
     )
     program = [command(Path(), Path())[0], "-c", code]
     clean = {name: value for name, value in environment().items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     done = subprocess.run(program, env=clean, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", ":4096:8"]
+    assert done.stdout.split() == ["True", "True", ":4096:8"]
     other = {**clean, "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
     done = subprocess.run(program, env=other, capture_output=True, text=True, check=False)
     assert "CUBLAS_WORKSPACE_CONFIG=:0:0 in the environment: unset it. Valid: :4096:8, :16:8" in done.stderr
