@@ -161,6 +161,7 @@ def test_tokens_time_and_disk() -> None:
     assert "0.30 days, 58 GPU hours" in text
     assert "a copy of the weights on 8" in text
     assert plan(replace(settings, keep_last_checkpoints=0)).checkpoints == 11
+    assert plan(replace(settings, keep_every_steps=15)).checkpoints == 7  # steps 30, 60 and 90 stay as well
 
 
 def test_the_largest_micro_batch() -> None:
