@@ -109,6 +109,8 @@ class Settings:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What blocks compute again for the backward pass, to save memory. selective: all but products of matrices and
     attention; full: everything but each block's input."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time: exact repetition on GPUs too, at a price in speed."""
 
     log_interval_steps: int = 10
     """Steps between lines of metrics."""

@@ -13,6 +13,8 @@ asked for by name that cannot run here is an error that says what to install. Ev
 | torch    | none                                | all: varlen_attn on GPUs in 16 bits, else SDPA with a mask |
 
 fa3 and fa4 are called through one custom operator with its own backward, so that torch.compile keeps a block whole.
+Under torch.use_deterministic_algorithms each kernel is asked for its deterministic backward pass (`torch` needs no
+asking), and a backend that has none is refused.
 """
 
 from __future__ import annotations
@@ -90,6 +92,8 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major not in {"fa3": (9,), "fa4": (9, 10, 11, 12)}.get(backend, range(8, 13)):
         return f"it has no kernels for compute capability {major}.{minor}"
+    if torch.are_deterministic_algorithms_enabled() and (backend == "xformers" or (backend, major) == ("fa4", 12)):
+        return "its backward pass here is not --deterministic; use fa3, fa2 or torch"
     module, install = PACKAGES[backend]
     try:
         importlib.import_module(module)
@@ -136,7 +140,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str)
     if backend in ("fa3", "fa4"):
         out, _ = torch.ops.llammlein.varlen_attention(q, k, v, cu, longest, backend)
     elif backend == "fa2":
-        out = _package("fa2").flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+        out = _package("fa2").flash_attn_varlen_func(
+            q, k, v, cu, cu, longest, longest, causal=True, deterministic=torch.are_deterministic_algorithms_enabled()
+        )
     elif backend == "xformers":
         out = _xformers(q, k, v, segments.mask)
     else:
@@ -208,15 +214,16 @@ def _varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = _package(backend)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if backend == "fa3":
         module._flash_attn_backward(
             d_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, None, None, longest, longest, dq, dk, dv,
-            q.shape[-1] ** -0.5, True,
+            q.shape[-1] ** -0.5, True, deterministic=deterministic,
         )  # fmt: skip
     else:
         module.interface._flash_attn_bwd(
             q, k, v, out, d_out, lse, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=longest, max_seqlen_k=longest, dq=dq, dk=dk, dv=dv,
+            max_seqlen_q=longest, max_seqlen_k=longest, dq=dq, dk=dk, dv=dv, deterministic=deterministic,
         )  # fmt: skip
     return dq, dk, dv
 

@@ -8,8 +8,10 @@ pass is what torch.compile's partitioner keeps of it (tests/test_memory_plan.py 
     rotated queries and keys: C + G D;  output of the qkv product, of which the values are a view: C + 2 G D
     gate and up: 2 I;  log-sum-exp of attention: H in fp32;  1 / RMS of both norms: 2 in fp32
 
-and, on one device with fp32 weights, each matrix once more in bf16. An uncompiled block also keeps silu(gate): I. The
-loss (loss.py) holds logits of CHUNK_TOKENS tokens, and the gradients of its input and weight until the backward pass.
+and, on one device with fp32 weights, each matrix once more in bf16. An uncompiled block also keeps silu(gate): I. Of
+blocks that compute again (recomputation.py) `full` keeps C, `selective` the results of products and attention; what
+such a block makes anew counts once, in the backward pass. The loss (loss.py) holds logits of CHUNK_TOKENS tokens and
+their gradient, and the gradients of its input and weight until the backward pass. float8 is counted as 16 bits.
 
 Over several processes (FSDP2): a rank holds its share of weights, gradients and optimizer; whole are the outer unit
 (embedding, head), the block in use, the one fetched ahead and the buffer it comes in, or every block where weights
@@ -71,7 +73,7 @@ def step_memory(config: Config, settings: Settings, world_size: int, shards: int
     micro_batches = settings.global_batch_size // (settings.micro_batch_size * world_size)
     sizes = _Sizes(
         tokens=settings.micro_batch_size * config.block_size,
-        element=4 if settings.precision == "32-true" else 2,
+        element=_element(settings),
         stored=2 if settings.precision == "bf16-true" else 4,
         shards=shards,
         alone=world_size == 1,
@@ -92,22 +94,42 @@ def peak_bytes(config: Config, settings: Settings, world_size: int, shards: int)
 def largest_gathered_unit(config: Config, settings: Settings) -> int:
     """Bytes of the largest part that several processes hold whole in the computation's type: a block, or the rest."""
     outer = config.parameters - config.n_layer * config.block_parameters
-    return max(outer, config.block_parameters) * (4 if settings.precision == "32-true" else 2)
+    return max(outer, config.block_parameters) * _element(settings)
 
 
-def saved_bytes_per_token(config: Config, *, element: int, compiled: bool) -> int:
+def kept_bytes_per_token(config: Config, settings: Settings) -> int:
     """What one block keeps of each token for its backward pass."""
-    width, keys = config.n_embd, config.n_query_groups * config.head_size
-    numbers = 7 * width + 3 * keys + (3 if compiled else 4) * config.intermediate_size
-    return numbers * element + (config.n_head + 2) * 4
+    if settings.activation_checkpointing == "full":
+        return config.n_embd * _element(settings)
+    width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
+    if settings.activation_checkpointing == "selective":
+        return (4 * width + 2 * keys + 2 * hidden) * _element(settings) + config.n_head * 4
+    return _all_bytes_per_token(config, settings)
+
+
+def _all_bytes_per_token(config: Config, settings: Settings) -> int:
+    """What a block's backward pass needs of each token."""
+    width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
+    numbers = 7 * width + 3 * keys + (3 if _compiled(settings) else 4) * hidden
+    return numbers * _element(settings) + (config.n_head + 2) * 4
+
+
+def _compiled(settings: Settings) -> bool:
+    return settings.compile is not False
+
+
+def _element(settings: Settings) -> int:
+    """Bytes of a number in the computation."""
+    return 4 if settings.precision == "32-true" else 2
 
 
 def _end_of_forward(config: Config, settings: Settings, sizes: _Sizes) -> Memory:
     element, vocabulary = sizes.element, config.padded_vocab_size
     head = vocabulary * config.n_embd
     chunk = min(sizes.tokens, CHUNK_TOKENS) * vocabulary
-    # fp32 logits and log-probabilities; from the second chunk on beside the last one's, and its gradient
-    logits = chunk * (8 if sizes.tokens <= CHUNK_TOKENS else 12 + element)
+    # logits, their gradient, and from the second chunk on that of the last one; uncompiled, fp32 steps between them
+    last, between = (element if sizes.tokens > CHUNK_TOKENS else 0), (0 if _compiled(settings) else 17)
+    logits = chunk * (element + last + (between or element))
     head_copy = element * head if sizes.alone and sizes.stored != element else 0
     residual = element * sizes.tokens * config.n_embd
     return _memory(
@@ -125,10 +147,7 @@ def _last_block_backward(config: Config, settings: Settings, sizes: _Sizes) -> M
     """The loss's gradients are handed on; the block holds those of its MLP: residual, act, gate and up."""
     element = sizes.element
     working = (2 * config.n_embd + 3 * config.intermediate_size) * element * sizes.tokens
-    recomputed = 0
-    if settings.activation_checkpointing == "full":
-        compiled = settings.compile is not False
-        recomputed = saved_bytes_per_token(config, element=element, compiled=compiled) * sizes.tokens
+    anew = (_all_bytes_per_token(config, settings) - kept_bytes_per_token(config, settings)) * sizes.tokens
     head_gradient = config.padded_vocab_size * config.n_embd * (sizes.stored if sizes.alone else element)
     block_gradients = config.block_parameters * (sizes.stored if sizes.alone else element + 4)  # reduced in fp32
     return _memory(
@@ -137,7 +156,7 @@ def _last_block_backward(config: Config, settings: Settings, sizes: _Sizes) -> M
         sizes,
         gradients=_accumulated(config, sizes) + head_gradient + block_gradients,
         compute_weights=_weights_in_use(config, settings, sizes, in_backward=True),
-        activations=_kept(config, settings, sizes) + recomputed + working,
+        activations=_kept(config, settings, sizes) + anew + working,
         loss=0,
     )
 
@@ -176,7 +195,7 @@ def _weights_in_use(config: Config, settings: Settings, sizes: _Sizes, *, in_bac
     if sizes.alone:
         if sizes.stored == sizes.element:
             return 0
-        if settings.activation_checkpointing == "full":
+        if settings.activation_checkpointing != "none":  # the casts are done anew
             return block if in_backward else 0
         return blocks * block
     outer = (config.parameters - blocks * config.block_parameters) * sizes.element
@@ -186,10 +205,5 @@ def _weights_in_use(config: Config, settings: Settings, sizes: _Sizes, *, in_bac
 
 def _kept(config: Config, settings: Settings, sizes: _Sizes) -> int:
     """What all blocks keep, the input of the last norm, and the rotary angles."""
-    element = sizes.element
-    if settings.activation_checkpointing == "full":
-        a_block = element * config.n_embd
-    else:
-        a_block = saved_bytes_per_token(config, element=element, compiled=settings.compile is not False)
-    outside = element * config.n_embd + 4 * config.head_size
-    return (config.n_layer * a_block + outside) * sizes.tokens
+    outside = sizes.element * config.n_embd + 4 * config.head_size
+    return (config.n_layer * kept_bytes_per_token(config, settings) + outside) * sizes.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -77,7 +78,10 @@ def _largest_micro_batch(config: Config, settings: Settings, world_size: int, sh
 
 def _checkpoints(settings: Settings) -> int:
     written = -(-settings.max_steps // settings.save_interval_steps)
-    return min(written, settings.keep_last_checkpoints or written) + 1
+    for_ever = 0
+    if settings.keep_every_steps:
+        for_ever = settings.max_steps // math.lcm(settings.save_interval_steps, settings.keep_every_steps)
+    return min(written, (settings.keep_last_checkpoints or written) + for_ever) + 1
 
 
 def lines(plan: Plan) -> Iterator[str]:

@@ -25,6 +25,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -40,6 +41,9 @@ Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer means a dead rank."""
+
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+"""Workspaces with which cuBLAS gives the same bits each time, as its documentation has it; the first is the faster."""
 
 
 class World(NamedTuple):
@@ -128,8 +132,23 @@ def _launcher(settings: Settings) -> tuple[ClusterEnvironment, int, int | None]:
     return LightningEnvironment(), settings.num_nodes, None
 
 
+def be_deterministic() -> None:
+    """From here on only kernels that give the same bits each time; raises BadInput if the environment forbids it."""
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # read when CUDA starts
+    if workspace not in CUBLAS_WORKSPACES:
+        raise BadInput(
+            f"--deterministic with CUBLAS_WORKSPACE_CONFIG={workspace} in the environment: unset it. "
+            f"Valid: {', '.join(CUBLAS_WORKSPACES)}"
+        )
+    inductor_config.deterministic = True  # no kernel is chosen by a stopwatch
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written before read
+
+
 def launch(settings: Settings, world: World) -> Fabric:
     """A launched Fabric: from here on this code runs in world.size processes."""
+    if settings.deterministic:
+        be_deterministic()
     # the launcher was found and checked above, also where srun is installed and not used
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     for name in ("lightning.fabric", "lightning.pytorch"):  # their banner of ranks, a line from each

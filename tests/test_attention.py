@@ -191,6 +191,60 @@ def test_calls_of_flash_attention_packages(
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def asked(called: list[bool], backend: str) -> types.ModuleType:
+    """A package whose backward pass notes whether it was asked to be deterministic; signatures as of their sources."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0])
+
+    def backward(*_: Any, deterministic: bool = False, **__: Any) -> None:
+        called.append(deterministic)
+
+    def whole(q: Tensor, *_: Any, deterministic: bool = False, **__: Any) -> Tensor:
+        called.append(deterministic)
+        return q.clone()
+
+    module = types.ModuleType(backend)
+    module._flash_attn_forward, module._flash_attn_backward = forward, backward
+    module.flash_attn_varlen_func = whole
+    module.interface = types.SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+    return module
+
+
+@pytest.fixture
+def deterministic() -> Any:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3", "fa4"])
+def test_kernels_are_asked_to_be_deterministic(
+    backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr("lit_gpt.attention._package", lambda name: asked(called, name))
+    cu_seqlens = torch.tensor([0, 24, 48], dtype=torch.int32)
+    for wanted in (False, True):
+        if wanted:
+            request.getfixturevalue("deterministic")
+        q, k, v = (x.requires_grad_() for x in random_qkv(2, 24, 6, 2, 16))
+        segments = make_segments(cu_seqlens, 2, 24, CPU, torch.float32, backend)
+        attention(q, k, v, segments, backend).sum().backward()
+        assert called.pop() is wanted
+        assert not called
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_backends_without_determinism_are_refused(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers.ops", types.ModuleType("xformers.ops"))
+    with pytest.raises(
+        BadInput, match=r"--attention xformers cannot run here: .*--deterministic; use fa3, fa2 or torch"
+    ):
+        choose_backend("xformers", on_hopper)
+    assert choose_backend("torch", on_hopper) == "torch"
+
+
 def test_custom_operator_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake implementation and autograd registration agree with what the operator does."""
     monkeypatch.setitem(sys.modules, "flash_attn_interface", fake_fa3())

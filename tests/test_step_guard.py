@@ -115,3 +115,16 @@ def test_a_spike_is_skipped(store: Path, tmp_path: Path) -> None:
     assert full_state(tmp_path / "skip", 12)["optimizer.lm_head.weight.step"].item() == 11
     faulty(store, tmp_path / "none", "6:0:gradient_x100")
     assert skipped(tmp_path / "none") == []
+
+
+def test_a_resume_knows_the_usual_norm(store: Path, tmp_path: Path) -> None:
+    """A spike right after the checkpoint: by the norms that the checkpoint holds the resumed run skips it too."""
+    settings = dict(spike_policy="skip", spike_factor=5, spike_window_steps=4)
+    faulty(store, tmp_path / "unbroken", "9:0:gradient_x100", **settings)
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "iter-00000012-ckpt.pth")
+    faulty(store, tmp_path / "resumed", "9:0:gradient_x100", resume="auto", **settings)
+    assert skipped(tmp_path / "resumed") == skipped(tmp_path / "unbroken") == [(9, "spike", 64, 8)]
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "unbroken")
+    got, wanted = full_state(tmp_path / "resumed", 12), full_state(tmp_path / "unbroken", 12)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)

@@ -125,6 +125,30 @@ def test_a_signal_saves_and_stops(store: Path, tmp_path: Path, number: signal.Si
     assert (tmp_path / f"iter-{int(last):08d}-ckpt.pth" / "MANIFEST.json").is_file()
 
 
+def test_deterministic_runs_agree(store: Path, tmp_path: Path) -> None:
+    """With compiled blocks and two threads, where sums could be cut up differently."""
+    for name in ("1", "2"):
+        flags = [*command(store, tmp_path / name, compile="true"), "--deterministic"]
+        done = subprocess.run(flags, env=environment(OMP_NUM_THREADS="2"), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path / "1", tmp_path / "2")
+
+
+def test_deterministic_reaches_torch_and_cublas() -> None:
+    code = (
+        "import os, torch, lit_gpt.strategy as s; s.be_deterministic()\n"
+        "print(torch.are_deterministic_algorithms_enabled(), torch._inductor.config.deterministic)\n"
+        "print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    )
+    program = [command(Path(), Path())[0], "-c", code]
+    clean = {name: value for name, value in environment().items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run(program, env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", ":4096:8"]
+    other = {**clean, "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+    done = subprocess.run(program, env=other, capture_output=True, text=True, check=False)
+    assert "CUBLAS_WORKSPACE_CONFIG=:0:0 in the environment: unset it. Valid: :4096:8, :16:8" in done.stderr
+
+
 def test_the_end_of_the_data_stops_the_run(store: Path, tmp_path: Path) -> None:
     sizes = dict(max_steps=1000, global_batch_size=32, micro_batch_size=32, eval_interval_steps=100)
     done = train(store, tmp_path, **sizes)
