@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
 EXIT_OK = 0
+EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_GAVE_UP = 3
 """Training stopped itself: too many updates in a row could not be done. The state is saved."""
@@ -61,6 +63,13 @@ def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:
     for argument, after in zip(argv, [*argv[1:], "--"], strict=True):
         spelled += [argument, "true"] if argument in switches and after.startswith("--") else [argument]
     return spelled
+
+
+def tell_failure(where: str, error: Exception) -> int:
+    """The traceback, and below it the line that somebody reads first; the exit code of a failure."""
+    traceback.print_exception(error)
+    logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
+    return EXIT_FAILURE
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:

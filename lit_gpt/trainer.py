@@ -5,25 +5,28 @@ model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state 
 whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken one.
 
 What a step agrees on over ranks travels in one small all-reduce of integers on the host, before the backward pass: the
-number of valid targets (the loss's divisor), the digest of the rows, and whether a rank was asked to stop. The GPU is
-waited for only when a line of metrics is due.
+number of valid targets (the loss's divisor), the digest of the rows, and whether a rank was asked to stop or sees the
+end of its job. The GPU is waited for only when a line of metrics is due.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
-from lit_gpt.cli import EXIT_GAVE_UP
+from lit_gpt.cli import EXIT_GAVE_UP, BadInput, tell_failure
 from lit_gpt.datapoint_log import DatapointLog, Mark
+from lit_gpt.job import exit_code_after_stop
 from lit_gpt.optim import make_optimizer
 from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.profiler import StepProfiler
@@ -31,15 +34,21 @@ from lit_gpt.progress import Progress
 from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
+from lit_gpt.stop_request import StopRequest
 from lit_gpt.strategy import (
+    Fabric,
+    any_rank,
     build_model,
-    exit_code_after_stop,
+    describe_rank,
     launch,
     on_rank_zero,
+    record_collectives,
+    starts_alone,
 )
 from lit_gpt.trackers import Trackers
 from lit_gpt.train_step import TrainStep, Update
 from lit_gpt.validation import validate
+from lit_gpt.watchdog import Limits, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +60,43 @@ class Agreed(NamedTuple):
     """Valid targets of the step."""
     digest: int
     """Digest of the step's rows."""
-    stop: bool
-    """Some rank was asked to stop after this step."""
+    stop: Literal["signal", "time"] | None
+    """Why some rank wants to stop after this step."""
 
 
-def train(settings: Settings) -> int:
-    """Run to max_steps, the end of the data, or a stop signal; returns the program's exit code."""
+def train(settings: Settings, stop_flag: StopFlag) -> int:
+    """Run to max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code."""
+    stop = StopRequest(stop_flag, time_limit_s=settings.time_limit_s, margin_s=settings.stop_margin_s)
     inputs = open_inputs(settings)
-    trainer = Trainer(settings, inputs)
+    if starts_alone(inputs.world) and stop.signal:
+        return _stopped_before_the_first_step(stop)
+    record_collectives(inputs.run_dir / "watchdog")
+    fabric = launch(settings, inputs.world)
+    who, trainer = describe_rank(fabric.global_rank, fabric.device), None
     try:
+        if any_rank(stop.signal is not None):
+            return _stopped_before_the_first_step(stop)
+        trainer = Trainer(settings, inputs, fabric, stop, who)
         return trainer.run()
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001 - told here, as it needs the rank's name; nothing goes on after it
+        if trainer is not None:
+            trainer.watchdog.close()  # does not return where the failure follows from a stall that it is about to tell
+            trainer.close()
+        code = tell_failure(f"{who} failed at step {trainer.step + 1 if trainer else 0}", error)
+        logging.shutdown()
+        os._exit(code)  # an orderly end would wait for ranks that wait for this one
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _stopped_before_the_first_step(stop: StopRequest) -> int:
+    log.info("stopped by a signal (%s) before the first step: nothing new to save", stop.signal or "to another rank")
+    return exit_code_after_stop()
 
 
 @contextmanager
@@ -81,13 +115,12 @@ def collected_by_hand() -> Iterator[None]:
 class Trainer:
     """One rank of a run; `step` updates are done and `slot` rows are consumed, over all ranks and earlier parts."""
 
-    def __init__(self, settings: Settings, inputs: Inputs) -> None:
-        self.settings = settings
-        self.inputs = inputs
+    def __init__(self, settings: Settings, inputs: Inputs, fabric: Fabric, stop: StopRequest, who: str) -> None:
+        self.settings, self.inputs, self.fabric, self.stop = settings, inputs, fabric, stop
         self.step = self.slot = self.tokens = 0
-        self.stop_flag = StopFlag()
-        self.fabric = launch(settings, inputs.world)
-        self.rank, self.device = self.fabric.global_rank, self.fabric.device
+        self.rank, self.device = fabric.global_rank, fabric.device
+        limits = Limits(settings.watchdog_factor, settings.watchdog_floor_s, settings.watchdog_long_s)
+        self.watchdog = Watchdog(inputs.run_dir / "watchdog", who, self.rank, inputs.world.size, limits)
         torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings)
@@ -111,7 +144,9 @@ class Trainer:
         if found is None:
             log.info("no checkpoint in %s: a fresh start", run_dir)
             return None
+        began = time.monotonic()
         checkpoint.load(found, self.model, self.optimizer)
+        self.stop.note_save(time.monotonic() - began)
         self.step, self.slot, self.tokens = found.step, found.facts["slot"], found.facts["tokens"]
         if "step_guard" in found.facts:  # an imported model has none
             self.train_step.guard.load(found.facts["step_guard"])
@@ -147,7 +182,10 @@ class Trainer:
 
     def run(self) -> int:
         """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
-        settings, guard, stopped, saved_at = self.settings, self.train_step.guard, False, self.step
+        settings, guard, stopped, saved_at = self.settings, self.train_step.guard, None, self.step
+        on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
+        if any_rank(self.stop.signal is not None):
+            return _stopped_before_the_first_step(self.stop)
         loader = StepLoader(
             self.dataset,
             global_batch_size=settings.global_batch_size,
@@ -172,7 +210,7 @@ class Trainer:
                     self.datapoints.append(self.step, data.first_slot, data.rows, agreed.targets, agreed.digest)
                 guard.note(self.step, data.first_slot, data.rows, update.verdict, update.grad_norm)
                 self.monitor.count(agreed.targets, loader.take_wait_s())
-                stopped, ended = agreed.stop, agreed.stop or self.step == last
+                stopped, ended = agreed.stop, agreed.stop is not None or self.step == last
                 evaluate = self.step % settings.eval_interval_steps == 0 or self.step == last
                 log_now = evaluate or ended or self.step % settings.log_interval_steps == 0
                 save_now = ended or self.step % settings.save_interval_steps == 0
@@ -184,6 +222,7 @@ class Trainer:
                 if save_now or guard.gave_up:
                     self._save()
                     saved_at = self.step
+                self.watchdog.step_done(self.step)
                 progress.advance(self.step)
                 if stopped or guard.gave_up:
                     break
@@ -205,17 +244,20 @@ class Trainer:
                     first_slot=skipped.first_slot, rows=skipped.rows,
                 )  # fmt: skip
 
-    def _finish(self, stopped: bool) -> int:
+    def _finish(self, stopped: Literal["signal", "time"] | None) -> int:
         if self.train_step.guard.gave_up:
             log.error(
                 "gave up after step %d, saved: %d updates in a row were skipped (--max_skipped_steps)",
                 self.step, self.settings.max_skipped_steps,
             )  # fmt: skip
             return EXIT_GAVE_UP
-        if stopped:
+        if stopped == "signal":
+            log.info("stopped by a signal (%s) after step %d, saved", self.stop.signal or "to another rank", self.step)
+        elif stopped == "time":
             log.info(
-                "stopped by a signal (%s) after step %d, saved", self.stop_flag.received or "to another rank", self.step
+                "stopped %.0f s before the job's time limit after step %d, saved", self.stop.remaining_s(), self.step
             )
+        if stopped:
             return exit_code_after_stop()
         if self.step < self.settings.max_steps:
             log.warning(
@@ -228,14 +270,19 @@ class Trainer:
     def _agree(self, data: Step) -> Agreed:
         """One all-reduce of integers on the host; the digest travels as two halves, whose sums cannot overflow."""
         low, high = data.digest & 0xFFFFFFFF, data.digest >> 32
-        numbers = torch.tensor([data.targets, low, high, self.stop_flag.received is not None], dtype=torch.int64)
+        stops = [self.stop.signal is not None, self.stop.out_of_time()]
+        numbers = torch.tensor([data.targets, low, high, *stops], dtype=torch.int64)
+        self.watchdog.at("agree")
         if dist.is_initialized():
             dist.all_reduce(numbers)
-        targets, low, high, stop = numbers.tolist()
-        return Agreed(targets, (low + (high << 32)) % 2**64, stop > 0)
+        self.watchdog.at("update")
+        targets, low, high, signalled, out_of_time = numbers.tolist()
+        stop: Literal["signal", "time"] | None = "signal" if signalled else "time" if out_of_time else None
+        return Agreed(targets, (low + (high << 32)) % 2**64, stop)
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
         """Read the step's numbers from the device (this waits for it), write them, and return them."""
+        self.watchdog.at("log")
         if dist.is_initialized():
             dist.all_reduce(update.loss_sum)
         row: dict[str, Any] = {
@@ -250,6 +297,7 @@ class Trainer:
             **self.monitor.read()._asdict(),
         }
         if evaluate and self.validation is not None and self.inputs.val is not None:
+            self.watchdog.at("validate")
             result = validate(
                 self.train_step.loss,
                 self.validation,
@@ -265,6 +313,8 @@ class Trainer:
         return row
 
     def _save(self) -> None:
+        self.watchdog.at("save")
+        began = time.monotonic()
         mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
         facts = {
             "step": self.step,
@@ -284,12 +334,14 @@ class Trainer:
         if self.rank == 0:
             log.info("saved %s", path)
             checkpoint.prune(self.inputs.run_dir, self.settings.keep_last_checkpoints)
+        self.stop.note_save(time.monotonic() - began)
         self.monitor.restart()
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU process"
 
     def close(self) -> None:
+        self.watchdog.close()
         if self.cache is not None:
             log.info("shard cache: %s", self.cache.report())
             self.cache.close()
@@ -297,5 +349,3 @@ class Trainer:
             self.trackers.close()
         if self.datapoints is not None:
             self.datapoints.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""Whether a run should stop at the next step's edge: a signal came, or the job is about to end.
+
+The job's end is Slurm's (job.py) or --time_limit_s after the program's start, whichever is earlier. Time is kept free
+for twice the longest save and twice the longest step so far, and --stop_margin_s on top. Deadlines are kept on the
+monotonic clock, so a clock that is set does not move them.
+"""
+
+from __future__ import annotations
+
+import time
+
+from lit_gpt.cli import BadInput
+from lit_gpt.job import seconds_left
+from lit_gpt.signals import StopFlag
+
+
+class StopRequest:
+    """One rank's view; the ranks agree on it once a step."""
+
+    def __init__(self, flag: StopFlag, *, time_limit_s: float | None, margin_s: float) -> None:
+        self._flag = flag
+        self._margin_s = margin_s
+        limits = [limit for limit in (seconds_left(), time_limit_s) if limit is not None]
+        self._ends_at = time.monotonic() + min(limits) if limits else None
+        self._save_s = self._step_s = 0.0
+        self._edge: float | None = None
+        self._steps = 0
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the first stop signal that came."""
+        return self._flag.received
+
+    def remaining_s(self) -> float:
+        """Until the job ends; infinite where it does not."""
+        return float("inf") if self._ends_at is None else self._ends_at - time.monotonic()
+
+    def needed_s(self) -> float:
+        """Seconds to be kept free for one more step, its save, and the end of the program."""
+        return self._margin_s + 2 * (self._save_s + self._step_s)
+
+    def note_save(self, seconds: float) -> None:
+        """A save took so long; before the first one, what loading a checkpoint took stands for it."""
+        self._save_s = max(self._save_s, seconds)
+        self._edge = None  # the step that a save interrupts is not a measure
+
+    def out_of_time(self) -> bool:
+        """Called at each step's edge: whether the next step and a save would not fit any more."""
+        now = time.monotonic()
+        self._steps += 1
+        if self._edge is not None and self._steps > 2:  # the first step also compiles
+            self._step_s = max(self._step_s, now - self._edge)
+        self._edge = now
+        return self.remaining_s() <= self.needed_s()
+
+    def refuse_too_short_a_job(self) -> None:
+        """A job that has to stop before its first step would be requeued for ever; raises BadInput."""
+        if self.remaining_s() <= self.needed_s():
+            raise BadInput(
+                f"the job ends in {max(self.remaining_s(), 0):.0f} s, of which {self.needed_s():.0f} s are kept free "
+                "to save: no step fits. Ask for more time (sbatch --time, --time_limit_s) or lower --stop_margin_s"
+            )
