@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.began = time.monotonic()
+        """When the program began: it makes its flag first of all."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=self._listen, name="stop-signals", daemon=True).start()
 

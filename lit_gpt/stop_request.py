@@ -20,8 +20,11 @@ class StopRequest:
     def __init__(self, flag: StopFlag, *, time_limit_s: float | None, margin_s: float) -> None:
         self._flag = flag
         self._margin_s = margin_s
-        limits = [limit for limit in (seconds_left(), time_limit_s) if limit is not None]
-        self._ends_at = time.monotonic() + min(limits) if limits else None
+        ends = [] if time_limit_s is None else [flag.began + time_limit_s]
+        left_s = seconds_left()
+        if left_s is not None:
+            ends.append(time.monotonic() + left_s)
+        self._ends_at = min(ends, default=float("inf"))
         self._save_s = self._step_s = 0.0
         self._edge: float | None = None
         self._steps = 0
@@ -33,7 +36,7 @@ class StopRequest:
 
     def remaining_s(self) -> float:
         """Until the job ends; infinite where it does not."""
-        return float("inf") if self._ends_at is None else self._ends_at - time.monotonic()
+        return self._ends_at - time.monotonic()
 
     def needed_s(self) -> float:
         """Seconds to be kept free for one more step, its save, and the end of the program."""

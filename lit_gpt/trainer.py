@@ -176,7 +176,7 @@ class Trainer:
 
     def _open_run_folder(self) -> Trackers:
         run_folder.write_settings(self.inputs.run_dir, self.settings)
-        return Trackers(self.inputs.run_dir, self.step, tensorboard=self.settings.tensorboard)
+        return Trackers(self.inputs.run_dir, self.step, self.settings)
 
     # The loop
 

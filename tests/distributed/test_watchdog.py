@@ -13,7 +13,7 @@ from typing import IO
 import pytest
 
 from lit_gpt.watchdog import Heartbeat, Limits, verdict
-from tests.training import command, environment, metrics
+from tests.training import SECRETS, assert_no_secret, command, environment, metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -22,6 +22,7 @@ ENDLESS = dict(max_steps=100_000, max_epochs=100_000, save_interval_steps=100_00
 
 def start(store: Path, out: Path, log: IO[str], *, in_slurm: bool, **settings: object) -> subprocess.Popen[str]:
     extra = {"SLURM_JOB_ID": "7", "REQUEUE_FILE": str(out / "requeue")} if in_slurm else {}
+    extra |= SECRETS
     flags = command(store, out, devices=2, micro_batch_size=2, watchdog_floor_s=4, **ENDLESS | settings)
     return subprocess.Popen(flags, env=environment(**extra), stderr=log, text=True)
 
@@ -72,6 +73,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(store: Path, tmp_path: Path, s
     assert "trainer.py" in stacks
     assert "packed_dataset.py" in stacks, "the loader's thread is a thread of the rank"
     assert (tmp_path / "requeue").exists() == (stopped == 1)
+    assert_no_secret(tmp_path)  # the log is there, too
 
 
 def state(pid: int) -> str:
