@@ -15,18 +15,19 @@ import secrets
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb-id"
+Mode = Literal["online", "offline"]
 
 
 class WandbRun:
     """One start of a run; `step` is the number of updates that are done."""
 
     def __init__(
-        self, run_dir: Path, mode: str, *, project: str, name: str | None, config: Mapping[str, Any], sent_step: int,
+        self, run_dir: Path, mode: Mode, *, project: str, name: str | None, config: Mapping[str, Any], sent_step: int,
         timeout_s: int,
     ) -> None:  # fmt: skip
         """`sent_step`: the last step that an earlier start of this run may have sent."""
@@ -38,7 +39,7 @@ class WandbRun:
         facts = dict(project=project, name=name or run_dir.resolve().name, id=id_file.read_text(), config=dict(config))
         self._run = self._start(mode, facts)
 
-    def _start(self, mode: str, facts: dict[str, Any]) -> Any:
+    def _start(self, mode: Mode, facts: dict[str, Any]) -> Any:
         try:
             import wandb
         except ImportError:
