@@ -138,7 +138,7 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             dump_collectives(self._folder, self._rank)
-            if self._steps_done:  # a run that never takes a step would be requeued for ever
+            if self._is_worth_a_requeue():
                 code = exit_code_after_stall()
                 ask_for_requeue()
             time.sleep(3 * self._limits.poll_s)  # peers, whose threads look a little later, write theirs
@@ -150,6 +150,16 @@ class Watchdog:
             for handler in logging.getLogger().handlers:
                 handler.flush()
             os._exit(code)  # the main thread hangs, and would hang in any orderly end
+
+    def _is_worth_a_requeue(self) -> bool:
+        """A run that took no step, or that stalled from the same checkpoint before, would be requeued for ever."""
+        record = self._folder / f"stalled-rank-{self._rank:05d}.txt"
+        started_from = str(self._step - self._steps_done)
+        again = record.exists() and record.read_text() == started_from
+        record.write_text(started_from)
+        if again or not self._steps_done:
+            log.error("watchdog: no requeue: no step since the start, or the second stall from step %s", started_from)
+        return self._steps_done > 0 and not again
 
     def _blame(self) -> None:
         """The last line: told by the first rank that still speaks, after the others have ended."""

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -79,6 +80,25 @@ def test_a_stopped_rank_is_named_and_the_run_ends(store: Path, tmp_path: Path, s
 def state(pid: int) -> str:
     """Z once it has ended and its stopped parent has not taken notice."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_a_second_stall_from_the_same_checkpoint_is_not_requeued(tmp_path: Path) -> None:
+    """One process, whose main thread sleeps in its fourth step; 75, then 1; from a later checkpoint 75 again."""
+    code = """
+import sys, time
+from pathlib import Path
+from lit_gpt.watchdog import Limits, Watchdog
+watchdog = Watchdog(Path(sys.argv[1]), "rank 0 on here", 0, 1, Limits(factor=3, floor_s=0.5, long_s=20))
+for step in range(3):
+    time.sleep(0.05)
+    watchdog.step_done(int(sys.argv[2]) + step + 1)
+time.sleep(30)
+"""
+    for started_from, expected in (("10", 75), ("10", 1), ("20", 75)):
+        run = [sys.executable, "-c", code, str(tmp_path), started_from]
+        done = subprocess.run(run, env=environment(SLURM_JOB_ID="7"), capture_output=True, text=True, timeout=25)
+        assert done.returncode == expected, done.stderr
+        assert ("no requeue" in done.stderr) == (expected == 1)
 
 
 def test_limits() -> None:
