@@ -92,18 +92,21 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_end_of_the_job_saves_in_time_on_all_ranks(store: Path, tmp_path: Path) -> None:
-    """SLURM_JOB_END_TIME 40 s ahead, of which 8 are kept free; nobody sends a signal."""
-    end = int(time.time()) + 40
-    process = subprocess.run(
-        command(store, tmp_path, devices=2, micro_batch_size=2, stop_margin_s=8, **ENDLESS),
-        env=environment(SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(end)), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    ended = time.time()
+    """SLURM_JOB_END_TIME a little ahead, of which 8 s are kept free; nobody sends a signal."""
+    for ahead_s in (20, 50, 150):  # a slow machine is still importing torch when the shorter ones end
+        end = int(time.time()) + ahead_s
+        process = subprocess.run(
+            command(store, tmp_path, devices=2, micro_batch_size=2, stop_margin_s=8, **ENDLESS),
+            env=environment(SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(end)), capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        ended = time.time()
+        if "no step fits" not in process.stderr:
+            break
     assert process.returncode == 75, process.stderr
-    assert end - 12 < ended < end
+    assert ended < end
     found = re.search(r"stopped (\d+) s before the job's time limit after step (\d+), saved", process.stderr)
     assert found, process.stderr
-    assert 4 <= int(found[1]) <= 12
+    assert 1 <= int(found[1]) <= 8
     assert (tmp_path / f"iter-{int(found[2]):08d}-ckpt.pth" / "MANIFEST.json").is_file()
     assert int(metrics(tmp_path)[-1]["step"]) == int(found[2]), "all ranks stopped at the same step"
 
@@ -112,7 +115,7 @@ def test_a_job_that_is_too_short_is_refused(store: Path, tmp_path: Path) -> None
     """It would save nothing, and be put back for ever."""
     done = train(store, tmp_path, expect=2, time_limit_s=30, stop_margin_s=60)
     (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert re.search(r"the job ends in [12]\d s, of which 60 s are kept free to save: no step fits", line)
+    assert re.search(r"the job ends in [12]?\d s, of which 60 s are kept free to save: no step fits", line)
 
 
 def test_time_that_a_save_and_a_step_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,8 @@ def submit(slurm: Path, store: Path, folder: Path, *flags: str, **settings: obje
 
 
 def stopped_at(log: str, name: str) -> int:
-    """The step after which a run was stopped by a signal, as its log says."""
+    """The step after which a run was stopped by a signal, as its log says; `pytest -rP` shows the log's lines of it."""
+    print("\n".join(line for line in log.splitlines() if re.search("stopped|resumed|train_fabric.sh:", line)))
     found = re.search(rf"stopped by a signal \({name}\) after step (\d+), saved", log)
     assert found, log
     return int(found[1])
