@@ -106,7 +106,7 @@ def test_the_end_of_the_job_saves_in_time_on_all_ranks(store: Path, tmp_path: Pa
     assert ended < end
     found = re.search(r"stopped (\d+) s before the job's time limit after step (\d+), saved", process.stderr)
     assert found, process.stderr
-    assert 1 <= int(found[1]) <= 8
+    assert 1 <= int(found[1]) <= 20  # 8, and twice what a step takes here
     assert (tmp_path / f"iter-{int(found[2]):08d}-ckpt.pth" / "MANIFEST.json").is_file()
     assert int(metrics(tmp_path)[-1]["step"]) == int(found[2]), "all ranks stopped at the same step"
 
