@@ -32,7 +32,7 @@ def ask_for_requeue() -> None:
 
 
 def seconds_left() -> float | None:
-    """Until Slurm ends the job (SLURM_JOB_END_TIME, Slurm 22.05 and newer); None where nobody says when that is."""
+    """Until Slurm ends the job (SLURM_JOB_END_TIME, from Slurm or the batch script); None where nobody says when."""
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     return int(end) - time.time() if end.isdigit() else None
 

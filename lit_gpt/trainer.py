@@ -183,7 +183,8 @@ class Trainer:
     def run(self) -> int:
         """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
         settings, guard, stopped, saved_at = self.settings, self.train_step.guard, None, self.step
-        on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
+        if self.step < settings.max_steps:
+            on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
             return _stopped_before_the_first_step(self.stop)
         loader = StepLoader(

@@ -134,6 +134,17 @@ def test_refused_requeue_is_told(tmp_path: Path) -> None:
     assert "error: Slurm refuses to requeue job 77: submit it again" in done.stderr
 
 
+def test_an_older_slurm_is_asked_when_the_job_ends(tmp_path: Path) -> None:
+    executable(tmp_path / "bin" / "srun", 'echo "ends ${SLURM_JOB_END_TIME:-unknown}"')
+    variables = dict(
+        CLUSTER_ENV=site(tmp_path), SLURM_JOB_ID="77", TZ="UTC", PATH=f"{tmp_path}/bin:{os.environ['PATH']}"
+    )  # fmt: skip
+    for answer, known in (("2026-01-02T03:04:05", 1767323045), ("N/A", "unknown"), ("", "unknown")):
+        executable(tmp_path / "bin" / "squeue", f'[[ $* == *"--jobs=77 --format=%e" ]] && echo "{answer}"')
+        assert bash(TRAIN, cwd=tmp_path, **variables).stdout == f"ends {known}\n"
+    assert bash(TRAIN, cwd=tmp_path, SLURM_JOB_END_TIME="9", **variables).stdout == "ends 9\n"
+
+
 def test_a_stalled_run_is_requeued_though_its_hung_rank_was_killed(tmp_path: Path) -> None:
     """srun tells 137, the highest code; the watchdog left its file. What an earlier start left does not count."""
     executable(tmp_path / "bin" / "scontrol", f'echo "$@" > {tmp_path}/scontrol')

@@ -150,6 +150,12 @@ fi
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is no Slurm job: start it by sbatch $0, or set DRY_RUN=1"
 export REQUEUE_FILE=$PWD/.requeue-$SLURM_JOB_ID # left by the watchdog: lit_gpt/job.py
 rm -f "$REQUEUE_FILE"
+# Newer Slurms tell a job when it ends; an older one is asked, for the run saves in time by itself.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null) || ends=''
+    ends=$(date --date="${ends:-unknown}" +%s 2>/dev/null) || ends=''
+    [[ -z $ends ]] || export SLURM_JOB_END_TIME=$ends
+fi
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes ${SLURM_JOB_NODELIST:-?}, port $MASTER_PORT"
 run_to_the_end
 requeue_or_end
