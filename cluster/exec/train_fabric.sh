@@ -103,13 +103,13 @@ run_to_the_end() {
 }
 
 requeue_or_end() {
-    local stopped_early=''
+    local stopped_early='' how='saved and stopped'
     [[ $status != "$EXIT_USR1" || -z $stop_asked ]] || stopped_early=yes
     # A rank that hung had to be killed, and srun tells only the highest code: 137.
     if [[ -e $REQUEUE_FILE ]]; then
         rm "$REQUEUE_FILE"
         say "job $SLURM_JOB_ID: the watchdog ended the run ($status)"
-        status=$EXIT_REQUEUE
+        status=$EXIT_REQUEUE how='was hanging'
     fi
     if [[ $status != "$EXIT_REQUEUE" && -z $stopped_early ]]; then
         say "job $SLURM_JOB_ID ended with $status"
@@ -120,10 +120,10 @@ requeue_or_end() {
         exit "$EXIT_REQUEUE"
     fi
     if [[ -n ${CHAIN_LINK:-} ]]; then
-        say "job $SLURM_JOB_ID saved and stopped ($status): the next link of the chain goes on"
+        say "job $SLURM_JOB_ID $how ($status): the next link of the chain goes on"
         exit "$EXIT_REQUEUE"
     fi
-    say "job $SLURM_JOB_ID saved and stopped ($status): back into the queue"
+    say "job $SLURM_JOB_ID $how ($status): back into the queue"
     scontrol requeue "$SLURM_JOB_ID" || say "error: Slurm refuses to requeue job $SLURM_JOB_ID: submit it again"
     exit "$EXIT_REQUEUE"
 }
