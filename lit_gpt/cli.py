@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -65,11 +66,16 @@ def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:
     return spelled
 
 
-def tell_failure(where: str, error: Exception) -> int:
-    """The traceback, and below it the line that somebody reads first; the exit code of a failure."""
+def end_failed(where: str, error: Exception) -> NoReturn:
+    """End at once, with the traceback and below it the line that somebody reads first.
+
+    For one process of several: an orderly end would wait for others, which wait for this one.
+    """
     traceback.print_exception(error)
     logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
-    return EXIT_FAILURE
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(EXIT_FAILURE)
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:

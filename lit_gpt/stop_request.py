@@ -7,11 +7,17 @@ monotonic clock, so a clock that is set does not move them.
 
 from __future__ import annotations
 
+import logging
 import time
+from typing import Literal
 
 from lit_gpt.cli import BadInput
-from lit_gpt.job import seconds_left
+from lit_gpt.job import exit_code_after_stop, seconds_left
 from lit_gpt.signals import StopFlag
+
+log = logging.getLogger(__name__)
+
+Reason = Literal["signal", "time"]
 
 
 class StopRequest:
@@ -63,3 +69,19 @@ class StopRequest:
                 f"the job ends in {max(self.remaining_s(), 0):.0f} s, of which {self.needed_s():.0f} s are kept free "
                 "to save: no step fits. Ask for more time (sbatch --time, --time_limit_s) or lower --stop_margin_s"
             )
+
+    def tell_early(self) -> int:
+        """A signal came before the first step; returns the program's exit code."""
+        log.info("stopped by a signal (%s) before the first step: nothing new to save", self._sender())
+        return exit_code_after_stop()
+
+    def tell(self, reason: Reason, step: int) -> int:
+        """The ranks stopped after this step, and saved it; returns the program's exit code."""
+        if reason == "signal":
+            log.info("stopped by a signal (%s) after step %d, saved", self._sender(), step)
+        else:
+            log.info("stopped %.0f s before the job's time limit after step %d, saved", self.remaining_s(), step)
+        return exit_code_after_stop()
+
+    def _sender(self) -> str:
+        return self.signal or "to another rank"

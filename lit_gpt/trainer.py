@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
-from lit_gpt.cli import EXIT_GAVE_UP, BadInput, tell_failure
+from lit_gpt.cli import EXIT_GAVE_UP, BadInput, end_failed
 from lit_gpt.datapoint_log import DatapointLog, Mark
-from lit_gpt.job import exit_code_after_stop
 from lit_gpt.optim import make_optimizer
 from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.profiler import StepProfiler
@@ -34,7 +32,7 @@ from lit_gpt.progress import Progress
 from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
-from lit_gpt.stop_request import StopRequest
+from lit_gpt.stop_request import Reason, StopRequest
 from lit_gpt.strategy import (
     Fabric,
     any_rank,
@@ -60,7 +58,7 @@ class Agreed(NamedTuple):
     """Valid targets of the step."""
     digest: int
     """Digest of the step's rows."""
-    stop: Literal["signal", "time"] | None
+    stop: Reason | None
     """Why some rank wants to stop after this step."""
 
 
@@ -69,13 +67,13 @@ def train(settings: Settings, stop_flag: StopFlag) -> int:
     stop = StopRequest(stop_flag, time_limit_s=settings.time_limit_s, margin_s=settings.stop_margin_s)
     inputs = open_inputs(settings)
     if starts_alone(inputs.world) and stop.signal:
-        return _stopped_before_the_first_step(stop)
+        return stop.tell_early()
     record_collectives(inputs.run_dir / "watchdog")
     fabric = launch(settings, inputs.world)
     who, trainer = describe_rank(fabric.global_rank, fabric.device), None
     try:
         if any_rank(stop.signal is not None):
-            return _stopped_before_the_first_step(stop)
+            return stop.tell_early()
         trainer = Trainer(settings, inputs, fabric, stop, who)
         return trainer.run()
     except BadInput:
@@ -84,19 +82,12 @@ def train(settings: Settings, stop_flag: StopFlag) -> int:
         if trainer is not None:
             trainer.watchdog.close()  # does not return where the failure follows from a stall that it is about to tell
             trainer.close()
-        code = tell_failure(f"{who} failed at step {trainer.step + 1 if trainer else 0}", error)
-        logging.shutdown()
-        os._exit(code)  # an orderly end would wait for ranks that wait for this one
+        end_failed(f"{who} failed at step {trainer.step + 1 if trainer else 0}", error)
     finally:
         if trainer is not None:
             trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _stopped_before_the_first_step(stop: StopRequest) -> int:
-    log.info("stopped by a signal (%s) before the first step: nothing new to save", stop.signal or "to another rank")
-    return exit_code_after_stop()
 
 
 @contextmanager
@@ -186,7 +177,7 @@ class Trainer:
         if self.step < settings.max_steps:
             on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
-            return _stopped_before_the_first_step(self.stop)
+            return self.stop.tell_early()
         loader = StepLoader(
             self.dataset,
             global_batch_size=settings.global_batch_size,
@@ -245,21 +236,15 @@ class Trainer:
                     first_slot=skipped.first_slot, rows=skipped.rows,
                 )  # fmt: skip
 
-    def _finish(self, stopped: Literal["signal", "time"] | None) -> int:
+    def _finish(self, stopped: Reason | None) -> int:
         if self.train_step.guard.gave_up:
             log.error(
                 "gave up after step %d, saved: %d updates in a row were skipped (--max_skipped_steps)",
                 self.step, self.settings.max_skipped_steps,
             )  # fmt: skip
             return EXIT_GAVE_UP
-        if stopped == "signal":
-            log.info("stopped by a signal (%s) after step %d, saved", self.stop.signal or "to another rank", self.step)
-        elif stopped == "time":
-            log.info(
-                "stopped %.0f s before the job's time limit after step %d, saved", self.stop.remaining_s(), self.step
-            )
         if stopped:
-            return exit_code_after_stop()
+            return self.stop.tell(stopped, self.step)
         if self.step < self.settings.max_steps:
             log.warning(
                 "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
@@ -278,7 +263,7 @@ class Trainer:
             dist.all_reduce(numbers)
         self.watchdog.at("update")
         targets, low, high, signalled, out_of_time = numbers.tolist()
-        stop: Literal["signal", "time"] | None = "signal" if signalled else "time" if out_of_time else None
+        stop: Reason | None = "signal" if signalled else "time" if out_of_time else None
         return Agreed(targets, (low + (high << 32)) % 2**64, stop)
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
