@@ -22,7 +22,7 @@ PEER = GOOD._replace(who="rank 1 on n2", host="n2", clock_offset_s=0.02, write_b
 def check(run_dir: Path, *flags: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "scripts/check_node.py", "--run_dir", run_dir, "--write_mb", 1, *flags]
     return subprocess.run(
-        [str(part) for part in command], env=environment(), capture_output=True, text=True, timeout=100
+        [str(part) for part in command], env=environment(), capture_output=True, text=True, timeout=240
     )
 
 

@@ -31,7 +31,7 @@ def test_a_signal_before_the_first_step_is_a_clean_stop(store: Path, tmp_path: P
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(number)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=240)
     assert process.returncode == (75 if in_slurm else 0), log
     assert f"stopped by a signal ({number.name}) before the first step: nothing new to save" in log
     assert not list(tmp_path.glob("iter-*"))
@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_during_set_up_stops_all(store: Path, tmp_path: Pat
         listening = [pid for pid in pids if len(list(Path(f"/proc/{pid}/task").iterdir())) > 1 and is_program(pid)]
         time.sleep(0.002)
     subprocess.run(["kill", "-USR1", str(listening[0])], check=True)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert "stopped by a signal (to another rank) before the first step" in log
 
@@ -85,7 +85,7 @@ if __name__ == "__main__":
 """
     (tmp_path / "program.py").write_text(code)
     run = [sys.executable, str(tmp_path / "program.py")]
-    done = subprocess.run(run, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(run, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=240)
     assert done.stdout == "0 [0, 0, 0, 2, 4, 6] None\n", done.stderr
 
 
@@ -154,7 +154,7 @@ def test_a_port_that_another_run_has_is_one_clear_line(store: Path, tmp_path: Pa
         time.sleep(0.05)
     second = subprocess.run(
         command(store, tmp_path / "b", devices=2, micro_batch_size=2), env=shared, capture_output=True, text=True,
-        timeout=60,
+        timeout=240,
     )  # fmt: skip
     assert second.returncode == 2
     (line,) = second.stderr.splitlines()
@@ -164,4 +164,4 @@ def test_a_port_that_another_run_has_is_one_clear_line(store: Path, tmp_path: Pa
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=60) == 0
+    assert first.wait(timeout=240) == 0

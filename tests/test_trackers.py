@@ -70,7 +70,7 @@ def test_training_does_not_depend_on_the_server(
     home.mkdir()
     done = subprocess.run(
         command(store, tmp_path / "run", wandb="online", wandb_timeout_s=3, tensorboard="true"),
-        env=environment(WANDB_BASE_URL=url, HOME=str(home), **SECRETS), capture_output=True, text=True, timeout=60,
+        env=environment(WANDB_BASE_URL=url, HOME=str(home), **SECRETS), capture_output=True, text=True, timeout=240,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -152,7 +152,7 @@ def test_a_crash_names_the_rank_and_leaks_no_key(tmp_path: Path) -> None:
         shard.write_bytes(data)
     done = subprocess.run(
         command(store, tmp_path / "run", eval_interval_steps=1000, wandb="offline"), env=environment(**SECRETS),
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
