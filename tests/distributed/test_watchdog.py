@@ -61,7 +61,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(store: Path, tmp_path: Path, s
                 while state(other) not in "Z":
                     assert time.monotonic() < began + 240
                     time.sleep(0.1)
-            assert 4 <= time.monotonic() - began
+            assert time.monotonic() - began >= 4
         finally:
             os.kill(victim, signal.SIGKILL)
         process.wait()
