@@ -131,6 +131,25 @@ class Settings:
     """A:B traces steps A to B - 1 by torch.profiler into the run folder, rank 0's, with a snapshot of GPU memory."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder beside metrics.csv."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases beside metrics.csv; offline: into the run folder, to be uploaded later by `wandb sync`."""
+    wandb_project: str = "llammlein"
+    """Project of Weights & Biases that the run appears in."""
+    wandb_name: str | None = None
+    """Name of the run there. Default: the run folder's name."""
+    wandb_timeout_s: int = 30
+    """Seconds that the start and the end of a run wait for the server of Weights & Biases."""
+
+    time_limit_s: float | None = None
+    """Seconds after which the run saves and stops, counted from its start; a Slurm job also knows its own end."""
+    stop_margin_s: float = 60
+    """Seconds kept free before the job's end, beside twice the longest save and step."""
+    watchdog_factor: float = 10
+    """A step that takes this many times the usual ends the run with the stacks of all ranks; 0 turns that off."""
+    watchdog_floor_s: float = 300
+    """Seconds that every step may take, whatever the usual is."""
+    watchdog_long_s: float = 1800
+    """Seconds that the set-up, the first two steps (they compile), a validation or a save may take."""
 
     plan: bool = False
     """Print what the run will need (memory of a GPU, tokens, time, disk) and end; needs no GPU and no data. devices and
@@ -174,7 +193,8 @@ class Settings:
         Config.from_name(self.model_name)
         at_least_one = (
             "global_batch_size micro_batch_size max_steps max_epochs num_nodes log_interval_steps "
-            "save_interval_steps eval_interval_steps cache_bytes max_skipped_steps spike_window_steps"
+            "save_interval_steps eval_interval_steps cache_bytes max_skipped_steps spike_window_steps "
+            "wandb_timeout_s"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -183,7 +203,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"--{name} {value}: must be at least 1")
-        not_negative = "warmup_steps decay_steps keep_last_checkpoints keep_every_steps weight_decay grad_clip min_lr"
+        for name in ("time_limit_s", "watchdog_floor_s", "watchdog_long_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BadInput(f"--{name} {value}: must be above 0")
+        not_negative = (
+            "warmup_steps decay_steps keep_last_checkpoints keep_every_steps weight_decay grad_clip min_lr "
+            "stop_margin_s watchdog_factor"
+        )
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise BadInput(f"--{name} {getattr(self, name)}: must not be negative")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
 EXIT_OK = 0
+EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_GAVE_UP = 3
 """Training stopped itself: too many updates in a row could not be done. The state is saved."""
@@ -63,6 +66,18 @@ def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:
     for argument, after in zip(argv, [*argv[1:], "--"], strict=True):
         spelled += [argument, "true"] if argument in switches and after.startswith("--") else [argument]
     return spelled
+
+
+def end_failed(where: str, error: Exception) -> NoReturn:
+    """End at once, with the traceback and below it the line that somebody reads first.
+
+    For one process of several: an orderly end would wait for others, which wait for this one.
+    """
+    traceback.print_exception(error)
+    logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(EXIT_FAILURE)
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:

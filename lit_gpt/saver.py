@@ -60,6 +60,8 @@ class CheckpointSaver:
     ) -> None:
         self.failure: str | None = None
         """Why the newest save came to nothing; None if it is published or still being written."""
+        self.longest_s = 0.0
+        """Seconds of the longest save so far, from its call to its publication."""
         self._run_dir, self._model, self._optimizer = run_dir, model, optimizer
         self._full, self._overlap = full, overlap
         self._prune = partial(checkpoint.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
@@ -174,8 +176,9 @@ class CheckpointSaver:
             self._on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
             self._give_up(facts["step"], reason)
             return
+        seconds = time.monotonic() - began
+        self.longest_s = max(self.longest_s, seconds)
         if self._rank == 0:
-            seconds = time.monotonic() - began
             log.info("saved %s in %.2f s, training waited %.2f s", final, seconds, waited_s or seconds)
             self._remove_old(facts["step"])
 

@@ -11,6 +11,7 @@ Costs: three kernels on one number a step; with a spike policy also the median o
 
 from __future__ import annotations
 
+import logging
 import math
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from lit_gpt.args import Settings
+from lit_gpt.datapoint_log import DatapointLog
+
+log = logging.getLogger(__name__)
 
 
 class Verdict(IntEnum):
@@ -99,6 +103,20 @@ class StepGuard:
             )
         self.skipped += len(skipped)
         return skipped
+
+    def record(self, datapoints: DatapointLog | None) -> None:
+        """`read`, told in the log and, on the rank that has one, in the record of what each step saw."""
+        for skipped in self.read():
+            reason = skipped.reason.name.lower()
+            log.warning(
+                "step %d: update skipped (%s, gradient norm %g, rows %d to %d)",
+                skipped.step, reason, skipped.grad_norm, skipped.first_slot, skipped.first_slot + skipped.rows - 1,
+            )  # fmt: skip
+            if datapoints is not None:
+                datapoints.deviation(
+                    "skipped", skipped.step, reason=reason, grad_norm=str(skipped.grad_norm),  # JSON has no NaN
+                    first_slot=skipped.first_slot, rows=skipped.rows,
+                )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds, as plain JSON; everything noted must have been read."""

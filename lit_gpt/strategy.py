@@ -1,4 +1,4 @@
-"""From settings to processes, devices and a model spread over them: the only reader of os.environ for launching.
+"""From settings to processes, devices and a model spread over them; with job.py the only reader of os.environ.
 
 One process: a plain module. Several: FSDP2 (`fully_shard`) inside Fabric's ModelParallelStrategy, each block its own
 unit, over a mesh that the sharding strategy names. The launcher's world (srun, torchrun, or none) is compared with the
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
@@ -31,9 +34,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_gpt.args import Settings
 from lit_gpt.attention import choose_backend
-from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE, BadInput
+from lit_gpt.cli import EXIT_BAD_INPUT, BadInput
 from lit_gpt.config import Config
 from lit_gpt.float8 import use_float8
+from lit_gpt.job import host
 from lit_gpt.model import GPT, initialize
 from lit_gpt.recomputation import checkpoint_activations
 
@@ -41,6 +45,8 @@ Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer means a dead rank."""
+RECORDED_COLLECTIVES = 2000
+"""Of each rank, in the ring buffer of PyTorch's flight recorder."""
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 """Workspaces with which cuBLAS gives the same bits each time, as its documentation has it; the first is the faster."""
@@ -65,11 +71,6 @@ class World(NamedTuple):
 def default_run_dir(model_name: str) -> str:
     """The run folder when none is given: $MODEL_NAME, as the cluster scripts set it, else out/<model_name>."""
     return os.environ.get("MODEL_NAME") or os.path.join("out", model_name)
-
-
-def exit_code_after_stop() -> int:
-    """What a run that saved and stopped at a signal exits with: in a Slurm job, the code that asks for a requeue."""
-    return EXIT_REQUEUE if "SLURM_JOB_ID" in os.environ else EXIT_OK
 
 
 def on_rank_zero(fabric: Fabric, call: Callable[[], Result], *, share: bool = False) -> Result | None:
@@ -145,10 +146,17 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written before read
 
 
+def starts_alone(world: World) -> bool:
+    """This process has no peers yet: it is the only one, or the one that starts the others in `launch`."""
+    return world.size == 1 or not world.environment.creates_processes_externally
+
+
 def launch(settings: Settings, world: World) -> Fabric:
     """A launched Fabric: from here on this code runs in world.size processes."""
     if settings.deterministic:
         be_deterministic()
+    if world.size > 1:
+        _refuse_taken_port(world)
     # the launcher was found and checked above, also where srun is installed and not used
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     for name in ("lightning.fabric", "lightning.pytorch"):  # their banner of ranks, a line from each
@@ -176,6 +184,48 @@ def launch(settings: Settings, world: World) -> Fabric:
     if not fabric.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)
     return fabric
+
+
+def _refuse_taken_port(world: World) -> None:
+    """Two jobs that meet on a port would wait for each other's ranks; raises BadInput before ours are asked to come."""
+    in_slurm = isinstance(world.environment, SLURMEnvironment)
+    opens_it = world.environment.global_rank() == 0 if in_slurm else starts_alone(world)
+    if not opens_it or "MASTER_PORT" not in os.environ:  # without the variable a free one is chosen
+        return
+    port = world.environment.main_port
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise BadInput(
+            f"port {port} of {socket.gethostname()}, where the ranks would meet, cannot be used ({error.strerror}): "
+            "set MASTER_PORT to a free one, such as 10000 + the job's number"
+        ) from None
+
+
+def record_collectives(folder: Path) -> None:
+    """Let NCCL's flight recorder run, and write to `folder` when a collective runs into COLLECTIVE_TIMEOUT.
+
+    Before `launch`. What is set in the environment wins; the names are those of torch 2.10 to 2.14.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str((folder / "nccl-rank-").resolve()))
+
+
+def dump_collectives(folder: Path, rank: int) -> None:
+    """Write the flight recorder's buffer now, as `torchfrtrace` reads it; nothing to write without NCCL."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is not None and dist.is_initialized() and "nccl" in dist.get_backend_config():
+        (folder / f"nccl-rank-{rank}").write_bytes(dump())
+
+
+def describe_rank(rank: int, device: torch.device) -> str:
+    """Which process on which hardware, for the people who have to find it: rank, host, node of the job, GPU."""
+    gpu = ""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = f", GPU {device.index} {properties.name} {properties.uuid}"
+    return f"rank {rank} on {host()}{gpu}"
 
 
 def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module:
@@ -221,6 +271,14 @@ def _mesh(settings: Settings, world: World) -> DeviceMesh:
         shape = (world.size // shards, shards)  # neighbouring ranks share a copy
         return init_device_mesh(world.accelerator, shape, mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(world.accelerator, (shards,), mesh_dim_names=("shard",))
+
+
+def any_rank(yes: bool) -> bool:
+    """Whether it is true on some rank; every rank calls it."""
+    number = torch.tensor(int(yes))
+    if dist.is_initialized():
+        dist.all_reduce(number)
+    return number.item() > 0
 
 
 def sync_gradients(module: nn.Module, last: bool) -> None:

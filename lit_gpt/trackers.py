@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.csv always, TensorBoard on request; one continuous series over resumes.
+"""Where a run's numbers go: metrics.csv always, TensorBoard and Weights & Biases on request; one series over resumes.
 
 Rank 0 only. A resume at step s drops the lines after s, which the run is about to write again.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+
+from lit_gpt.args import Settings
+from lit_gpt.wandb_run import WandbRun
 
 COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
@@ -20,14 +24,15 @@ skipped_steps: steps of the run so far whose update was skipped."""
 
 
 class Trackers:
-    """metrics.csv and TensorBoard of one run folder; `step` is the number of updates that are done."""
+    """The trackers of one run folder; `step` is the number of updates that are done."""
 
-    def __init__(self, run_dir: Path, resume_step: int, *, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, settings: Settings) -> None:
         path = run_dir / "metrics.csv"
-        kept: list[dict[str, str]] = []
+        lines: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if _is_whole(row) and int(row["step"]) <= resume_step]
+                lines = [row for row in csv.DictReader(file) if _is_whole(row)]
+        kept = [row for row in lines if int(row["step"]) <= resume_step]
         temporary = path.with_suffix(".csv.new")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -37,10 +42,17 @@ class Trackers:
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._board = None
-        if tensorboard:
+        if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = None
+        if settings.wandb != "off":
+            self._wandb = WandbRun(
+                run_dir, settings.wandb, project=settings.wandb_project, name=settings.wandb_name,
+                config=asdict(settings), sent_step=max((int(row["step"]) for row in lines), default=0),
+                timeout_s=settings.wandb_timeout_s,
+            )  # fmt: skip
 
     def log(self, values: Mapping[str, float | int | None]) -> None:
         """One line; columns that are missing or None stay empty. Flushed at once: a killed run keeps its lines."""
@@ -51,11 +63,15 @@ class Trackers:
             for name, value in present.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(values["step"] or 0))
+        if self._wandb is not None:
+            self._wandb.log(int(values["step"] or 0), present)
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
 
 def _is_whole(row: dict[str, str]) -> bool:

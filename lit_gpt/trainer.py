@@ -5,16 +5,16 @@ model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state 
 whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken one.
 
 What a step agrees on over ranks travels in one small all-reduce of integers on the host, before the backward pass: the
-number of valid targets (the loss's divisor), the digest of the rows, whether a rank was asked to stop, and whether a
-save in the background broke. The GPU is waited for only when a line of metrics or a checkpoint is due.
+number of valid targets (the loss's divisor), the digest of the rows, whether a rank was asked to stop or sees the end
+of its job, and whether a save in the background broke. The GPU is waited for only when a line of metrics or a
+checkpoint is due.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
-from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED
+from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
 from lit_gpt.datapoint_log import DatapointLog, Mark
+from lit_gpt.garbage import collected_by_hand
 from lit_gpt.optim import make_optimizer
 from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.profiler import StepProfiler
@@ -32,15 +33,21 @@ from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, train
 from lit_gpt.saver import CheckpointSaver
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
+from lit_gpt.stop_request import Reason, StopRequest
 from lit_gpt.strategy import (
+    Fabric,
+    any_rank,
     build_model,
-    exit_code_after_stop,
+    describe_rank,
     launch,
     on_rank_zero,
+    record_collectives,
+    starts_alone,
 )
 from lit_gpt.trackers import Trackers
 from lit_gpt.train_step import TrainStep, Update
 from lit_gpt.validation import validate
+from lit_gpt.watchdog import Limits, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -52,45 +59,49 @@ class Agreed(NamedTuple):
     """Valid targets of the step."""
     digest: int
     """Digest of the step's rows."""
-    stop: bool
-    """Some rank was asked to stop after this step."""
+    stop: Reason | None
+    """Why some rank wants to stop after this step."""
     save_broke: bool
     """Some rank's save in the background failed."""
 
 
-def train(settings: Settings) -> int:
-    """Run to max_steps, the end of the data, or a stop signal; returns the program's exit code."""
+def train(settings: Settings, stop_flag: StopFlag) -> int:
+    """Run to max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code."""
+    stop = StopRequest(stop_flag, time_limit_s=settings.time_limit_s, margin_s=settings.stop_margin_s)
     inputs = open_inputs(settings)
-    trainer = Trainer(settings, inputs)
+    if starts_alone(inputs.world) and stop.signal:
+        return stop.tell_early()
+    record_collectives(inputs.run_dir / "watchdog")
+    fabric = launch(settings, inputs.world)
+    who, trainer = describe_rank(fabric.global_rank, fabric.device), None
     try:
+        if any_rank(stop.signal is not None):
+            return stop.tell_early()
+        trainer = Trainer(settings, inputs, fabric, stop, who)
         return trainer.run()
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001 - told here, as it needs the rank's name; nothing goes on after it
+        if trainer is not None:
+            trainer.watchdog.close()  # does not return where the failure follows from a stall that it is about to tell
+            trainer.close()
+        end_failed(f"{who} failed at step {trainer.step + 1 if trainer else 0}", error)
     finally:
-        trainer.close()
-
-
-@contextmanager
-def collected_by_hand() -> Iterator[None]:
-    """Python's garbage collector does not run by itself, in the middle of a step; what is alive now it leaves out."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
+        if trainer is not None:
+            trainer.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Trainer:
     """One rank of a run; `step` updates are done and `slot` rows are consumed, over all ranks and earlier parts."""
 
-    def __init__(self, settings: Settings, inputs: Inputs) -> None:
-        self.settings = settings
-        self.inputs = inputs
+    def __init__(self, settings: Settings, inputs: Inputs, fabric: Fabric, stop: StopRequest, who: str) -> None:
+        self.settings, self.inputs, self.fabric, self.stop = settings, inputs, fabric, stop
         self.step = self.slot = self.tokens = 0
-        self.stop_flag = StopFlag()
-        self.fabric = launch(settings, inputs.world)
-        self.rank, self.device = self.fabric.global_rank, self.fabric.device
+        self.rank, self.device = fabric.global_rank, fabric.device
+        limits = Limits(settings.watchdog_factor, settings.watchdog_floor_s, settings.watchdog_long_s)
+        self.watchdog = Watchdog(inputs.run_dir / "watchdog", who, self.rank, inputs.world.size, limits)
         torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings)
@@ -124,7 +135,9 @@ class Trainer:
         if found is None:
             log.info("no checkpoint in %s: a fresh start", run_dir)
             return None
+        began = time.monotonic()
         checkpoint.load(found, self.model, self.optimizer)
+        self.stop.note_save(time.monotonic() - began)
         self.step, self.slot, self.tokens = found.step, found.facts["slot"], found.facts["tokens"]
         if "step_guard" in found.facts:  # an imported model has none
             self.train_step.guard.load(found.facts["step_guard"])
@@ -154,13 +167,17 @@ class Trainer:
 
     def _open_run_folder(self) -> Trackers:
         run_folder.write_settings(self.inputs.run_dir, self.settings)
-        return Trackers(self.inputs.run_dir, self.step, tensorboard=self.settings.tensorboard)
+        return Trackers(self.inputs.run_dir, self.step, self.settings)
 
     # The loop
 
     def run(self) -> int:
         """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
-        settings, guard, stopped, saved_at = self.settings, self.train_step.guard, False, self.step
+        settings, guard, stopped, saved_at = self.settings, self.train_step.guard, None, self.step
+        if self.step < settings.max_steps:
+            on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
+        if any_rank(self.stop.signal is not None):
+            return self.stop.tell_early()
         loader = StepLoader(
             self.dataset,
             global_batch_size=settings.global_batch_size,
@@ -188,18 +205,19 @@ class Trainer:
                     self.datapoints.append(self.step, data.first_slot, data.rows, agreed.targets, agreed.digest)
                 guard.note(self.step, data.first_slot, data.rows, update.verdict, update.grad_norm)
                 self.monitor.count(agreed.targets, loader.take_wait_s())
-                stopped, ended = agreed.stop, agreed.stop or self.step == last
+                stopped, ended = agreed.stop, agreed.stop is not None or self.step == last
                 evaluate = self.step % settings.eval_interval_steps == 0 or self.step == last
                 log_now = evaluate or ended or self.step % settings.log_interval_steps == 0
                 save_now = ended or self.step % settings.save_interval_steps == 0
                 if log_now or save_now:
                     gc.collect()
-                    self._record_skipped()
+                    guard.record(self.datapoints)
                 if log_now:
                     progress.show(self._log(agreed.targets, update, evaluate=evaluate))
                 if save_now or guard.gave_up:
                     self._save(wait=ended or guard.gave_up)
                     saved_at = self.step
+                self.watchdog.step_done(self.step)
                 progress.advance(self.step)
                 if stopped or guard.gave_up:
                     break
@@ -207,21 +225,7 @@ class Trainer:
         assert saved_at == self.step
         return self._finish(stopped)
 
-    def _record_skipped(self) -> None:
-        """Read which updates were skipped since the last time (this waits for the device), and record them."""
-        for skipped in self.train_step.guard.read():
-            reason = skipped.reason.name.lower()
-            log.warning(
-                "step %d: update skipped (%s, gradient norm %g, rows %d to %d)",
-                skipped.step, reason, skipped.grad_norm, skipped.first_slot, skipped.first_slot + skipped.rows - 1,
-            )  # fmt: skip
-            if self.datapoints is not None:
-                self.datapoints.deviation(
-                    "skipped", skipped.step, reason=reason, grad_norm=str(skipped.grad_norm),  # JSON has no NaN
-                    first_slot=skipped.first_slot, rows=skipped.rows,
-                )  # fmt: skip
-
-    def _finish(self, stopped: bool) -> int:
+    def _finish(self, stopped: Reason | None) -> int:
         if self.saver.failure:
             if self.rank == 0:
                 log.error("ended after step %d, without its last checkpoint: %s", self.step, self.saver.failure)
@@ -233,10 +237,7 @@ class Trainer:
             )  # fmt: skip
             return EXIT_GAVE_UP
         if stopped:
-            log.info(
-                "stopped by a signal (%s) after step %d, saved", self.stop_flag.received or "to another rank", self.step
-            )
-            return exit_code_after_stop()
+            return self.stop.tell(stopped, self.step)
         if self.step < self.settings.max_steps:
             log.warning(
                 "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
@@ -248,15 +249,19 @@ class Trainer:
     def _agree(self, data: Step) -> Agreed:
         """One all-reduce of integers on the host; the digest travels as two halves, whose sums cannot overflow."""
         low, high = data.digest & 0xFFFFFFFF, data.digest >> 32
-        stop, broke = self.stop_flag.received is not None, self.saver.broken
-        numbers = torch.tensor([data.targets, low, high, stop, broke], dtype=torch.int64)
+        stops = [self.stop.signal is not None, self.stop.out_of_time(self.saver.longest_s)]
+        numbers = torch.tensor([data.targets, low, high, *stops, self.saver.broken], dtype=torch.int64)
+        self.watchdog.at("agree")
         if dist.is_initialized():
             dist.all_reduce(numbers)
-        targets, low, high, stops, breaks = numbers.tolist()
-        return Agreed(targets, (low + (high << 32)) % 2**64, stops > 0, breaks > 0)
+        self.watchdog.at("update")
+        targets, low, high, signalled, out_of_time, broke = numbers.tolist()
+        stop: Reason | None = "signal" if signalled else "time" if out_of_time else None
+        return Agreed(targets, (low + (high << 32)) % 2**64, stop, broke > 0)
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
         """Read the step's numbers from the device (this waits for it), write them, and return them."""
+        self.watchdog.at("log")
         if dist.is_initialized():
             dist.all_reduce(update.loss_sum)
         row: dict[str, Any] = {
@@ -271,6 +276,7 @@ class Trainer:
             **self.monitor.read()._asdict(),
         }
         if evaluate and self.validation is not None and self.inputs.val is not None:
+            self.watchdog.at("validate")
             result = validate(
                 self.train_step.loss,
                 self.validation,
@@ -286,6 +292,8 @@ class Trainer:
         return row
 
     def _save(self, *, wait: bool) -> None:
+        self.watchdog.at("save")
+        began = time.monotonic()
         mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
         facts = {
             "step": self.step,
@@ -300,12 +308,14 @@ class Trainer:
             },
         }
         self.saver.save(facts, wait=wait)
+        self.stop.note_save(time.monotonic() - began)
         self.monitor.restart()
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU process"
 
     def close(self) -> None:
+        self.watchdog.close()
         self.saver.close()
         if self.cache is not None:
             log.info("shard cache: %s", self.cache.report())
@@ -314,5 +324,3 @@ class Trainer:
             self.trackers.close()
         if self.datapoints is not None:
             self.datapoints.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()

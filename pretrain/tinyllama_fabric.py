@@ -12,9 +12,11 @@ updates in a row were skipped; 2 bad input, told in one line; anything else is a
 
 from lit_gpt.args import Settings
 from lit_gpt.cli import parse_settings, run_program
+from lit_gpt.signals import StopFlag
 
 
 def main() -> int:
+    stop_flag = StopFlag()  # first of all: a signal that comes while torch is imported must not kill
     settings = parse_settings(Settings, None, __doc__)
     settings.check()
     if settings.plan:
@@ -24,7 +26,7 @@ def main() -> int:
         return 0
     from lit_gpt.trainer import train  # imports torch, for which --help and a mistyped setting need not wait
 
-    return train(settings)
+    return train(settings, stop_flag)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 from tests.training import ROOT, environment
 
 TRAIN = ROOT / "cluster/exec/train_fabric.sh"
+CHAIN = ROOT / "cluster/exec/submit_chain.sh"
 CREATE = ROOT / "cluster/exec/create.sh"
 BUILD = ROOT / "cluster/building/build-image.sh"
 DEFINITION = ROOT / "cluster/building/llammlein.def"
@@ -131,6 +132,55 @@ def test_refused_requeue_is_told(tmp_path: Path) -> None:
     done = bash(TRAIN, cwd=tmp_path, CLUSTER_ENV=site(tmp_path), SLURM_JOB_ID="77", PATH=path)
     assert done.returncode == 75
     assert "error: Slurm refuses to requeue job 77: submit it again" in done.stderr
+
+
+def test_an_older_slurm_is_asked_when_the_job_ends(tmp_path: Path) -> None:
+    executable(tmp_path / "bin" / "srun", 'echo "ends ${SLURM_JOB_END_TIME:-unknown}"')
+    variables = dict(
+        CLUSTER_ENV=site(tmp_path), SLURM_JOB_ID="77", TZ="UTC", PATH=f"{tmp_path}/bin:{os.environ['PATH']}"
+    )  # fmt: skip
+    for answer, known in (("2026-01-02T03:04:05", 1767323045), ("N/A", "unknown"), ("", "unknown")):
+        executable(tmp_path / "bin" / "squeue", f'[[ $* == *"--jobs=77 --format=%e" ]] && echo "{answer}"')
+        assert bash(TRAIN, cwd=tmp_path, **variables).stdout == f"ends {known}\n"
+    assert bash(TRAIN, cwd=tmp_path, SLURM_JOB_END_TIME="9", **variables).stdout == "ends 9\n"
+
+
+def test_a_stalled_run_is_requeued_though_its_hung_rank_was_killed(tmp_path: Path) -> None:
+    """srun tells 137, the highest code; the watchdog left its file. What an earlier start left does not count."""
+    executable(tmp_path / "bin" / "scontrol", f'echo "$@" > {tmp_path}/scontrol')
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    mark = tmp_path / ".requeue-77"
+    for leave, expected in (('touch "$REQUEUE_FILE"', 75), ("true", 137)):
+        executable(tmp_path / "bin" / "srun", f"{leave}; exit 137")
+        mark.touch()
+        done = bash(TRAIN, cwd=tmp_path, CLUSTER_ENV=site(tmp_path), SLURM_JOB_ID="77", PATH=path)
+        assert done.returncode == expected, done.stderr
+        assert ("the watchdog ended the run (137)" in done.stderr) == (expected == 75)
+        assert (tmp_path / "scontrol").exists() == (expected == 75)
+        assert not mark.exists()
+        (tmp_path / "scontrol").unlink(missing_ok=True)
+
+
+def test_a_chain_of_jobs(tmp_path: Path) -> None:
+    """sbatch is a stand-in that counts; each link waits for the one before, and does not requeue itself."""
+    counts = f'echo "$CHAIN_LINK $@" >> {tmp_path}/calls; echo "$((100 + $(wc -l < {tmp_path}/calls)));cluster"'
+    executable(tmp_path / "bin" / "sbatch", counts)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = bash(CHAIN, "3", "--nodes=2", "--", "--max_steps", "5", cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"link {link} of 3: job {100 + link}" for link in (1, 2, 3)]
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"1 --parsable --no-requeue --nodes=2 {TRAIN} --max_steps 5",
+        f"2 --parsable --no-requeue --dependency=afterany:101 --nodes=2 {TRAIN} --max_steps 5",
+        f"3 --parsable --no-requeue --dependency=afterany:102 --nodes=2 {TRAIN} --max_steps 5",
+    ]
+    executable(tmp_path / "bin" / "srun", "exit 75")
+    link = bash(TRAIN, cwd=tmp_path, CLUSTER_ENV=site(tmp_path), SLURM_JOB_ID="77", CHAIN_LINK="1", PATH=path)
+    assert link.returncode == 75
+    assert "the next link of the chain goes on" in link.stderr
+    wrong = bash(CHAIN, "--nodes=2", cwd=tmp_path, PATH=path)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "submit_chain.sh: error: the first argument is the number of jobs, not '--nodes=2'\n"
 
 
 def test_jobs_get_ports_of_their_own_and_the_checkout(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     )  # fmt: skip
     run = tmp_path / "run"
     run.mkdir()
-    trackers = Trackers(run, 0, tensorboard=False)
+    trackers = Trackers(run, 0, Settings(tensorboard=False))
     for step, loss in ((10, 5.0), (20, 4.0), (30, 3.0)):
         trackers.log({"step": step, "loss": loss, "val_loss": loss + 0.5, "val_bits_per_byte": loss / 4})
     trackers.close()

@@ -74,6 +74,19 @@ def small_disk(path: Path, *, size: int, inodes: int = 0) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+SECRETS = {"WANDB_API_KEY": "0badc0de" * 5, "HF_TOKEN": "hf_" + "Secret42" * 4}
+"""Made up, in the shape of real ones."""
+
+
+def assert_no_secret(folder: Path, *logs: str) -> None:
+    """No key of SECRETS stands in any file below the folder, or in a log."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    for name, value in SECRETS.items():
+        assert [str(path) for path in files if value.encode() in path.read_bytes()] == [], name
+        assert not [log for log in logs if value in log], name
+
+
 def train(store: Path, out_dir: Path, *, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run the program to its end and check its exit code."""
     done = subprocess.run(

@@ -59,8 +59,9 @@ export CONTAINER_PATH="${CONTAINER_PATH-}"
 export NCCL_DEBUG="${NCCL_DEBUG-WARN}"
 # With INFO, a file a process instead of the job's log; %h is the host, %p the process id.
 # export NCCL_DEBUG_FILE="${NCCL_DEBUG_FILE-nccl-%h-%p.log}"
-# PyTorch keeps the last collectives of each rank, and writes them to FILE followed by the rank when one runs into its
-# time limit: they show which rank did not come.
+# PyTorch keeps the last collectives of each rank (how many), and writes them to FILE followed by the rank when one runs
+# into its time limit of ten minutes, or when the watchdog ends the run: they show which rank did not come. These are
+# the program's own defaults; the file is nccl-rank-N in the run folder's watchdog/. torch 2.10 to 2.14 know these names.
 # export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE-2000}"
 # export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT-1}"
-# export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE-/scratch/nccl-trace-}"
+# export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE-/scratch/nccl-rank-}"

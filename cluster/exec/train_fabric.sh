@@ -10,7 +10,8 @@
 #
 # How a job stops and goes on: 120 s before its end Slurm signals this script (USR1), which hands the signal to srun and
 # so to all ranks; they save the same step and exit with 75; this script then puts the job back into the queue, and
-# --resume auto goes on from the newest whole checkpoint. A plain scancel (TERM) saves too, but is not put back.
+# --resume auto goes on from the newest whole checkpoint. A plain scancel (TERM) saves too, but is not put back. A run that
+# hangs is ended by its watchdog and put back once; cluster/exec/submit_chain.sh is for sites that do not requeue.
 #SBATCH --job-name=llammlein
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:4
@@ -25,7 +26,7 @@ set -euo pipefail
 shopt -s inherit_errexit
 
 EXIT_BAD_INPUT=2 EXIT_REQUEUE=75 # as in lit_gpt/cli.py
-EXIT_USR1=138                    # of a process that USR1 ended: a rank that was still importing torch
+EXIT_USR1=138                    # of a process that USR1 ended: Python itself was still starting
 FIRST_PORT=10000 PORTS=20000     # below the ports that Linux gives to outgoing connections (32768 and up)
 PEERS_WAIT_S=120                 # once one rank has ended, what the others get before srun ends them
 
@@ -102,8 +103,14 @@ run_to_the_end() {
 }
 
 requeue_or_end() {
-    local stopped_early=''
+    local stopped_early='' how='saved and stopped'
     [[ $status != "$EXIT_USR1" || -z $stop_asked ]] || stopped_early=yes
+    # A rank that hung had to be killed, and srun tells only the highest code: 137.
+    if [[ -e $REQUEUE_FILE ]]; then
+        rm "$REQUEUE_FILE"
+        say "job $SLURM_JOB_ID: the watchdog ended the run ($status)"
+        status=$EXIT_REQUEUE how='was hanging'
+    fi
     if [[ $status != "$EXIT_REQUEUE" && -z $stopped_early ]]; then
         say "job $SLURM_JOB_ID ended with $status"
         exit "$status"
@@ -112,7 +119,11 @@ requeue_or_end() {
         say "job $SLURM_JOB_ID was cancelled: saved, not put back. The same sbatch goes on from the checkpoint"
         exit "$EXIT_REQUEUE"
     fi
-    say "job $SLURM_JOB_ID saved and stopped ($status): back into the queue"
+    if [[ -n ${CHAIN_LINK:-} ]]; then
+        say "job $SLURM_JOB_ID $how ($status): the next link of the chain goes on"
+        exit "$EXIT_REQUEUE"
+    fi
+    say "job $SLURM_JOB_ID $how ($status): back into the queue"
     scontrol requeue "$SLURM_JOB_ID" || say "error: Slurm refuses to requeue job $SLURM_JOB_ID: submit it again"
     exit "$EXIT_REQUEUE"
 }
@@ -137,6 +148,14 @@ if [[ -n ${DRY_RUN:-} ]]; then
     exit
 fi
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is no Slurm job: start it by sbatch $0, or set DRY_RUN=1"
+export REQUEUE_FILE=$PWD/.requeue-$SLURM_JOB_ID # left by the watchdog: lit_gpt/job.py
+rm -f "$REQUEUE_FILE"
+# Newer Slurms tell a job when it ends; an older one is asked, for the run saves in time by itself.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null) || ends=''
+    ends=$(date --date="${ends:-unknown}" +%s 2>/dev/null) || ends=''
+    [[ -z $ends ]] || export SLURM_JOB_END_TIME=$ends
+fi
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes ${SLURM_JOB_NODELIST:-?}, port $MASTER_PORT"
 run_to_the_end
 requeue_or_end

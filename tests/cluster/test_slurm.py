@@ -113,7 +113,8 @@ def submit(slurm: Path, store: Path, folder: Path, *flags: str, **settings: obje
 
 
 def stopped_at(log: str, name: str) -> int:
-    """The step after which a run was stopped by a signal, as its log says."""
+    """The step after which a run was stopped by a signal, as its log says; `pytest -rP` shows the log's lines of it."""
+    print("\n".join(line for line in log.splitlines() if re.search("stopped|resumed|train_fabric.sh:", line)))
     found = re.search(rf"stopped by a signal \({name}\) after step (\d+), saved", log)
     assert found, log
     return int(found[1])
@@ -137,6 +138,7 @@ def test_signals_save_requeue_and_resume(slurm: Path, store: Path, unbroken: Pat
     assert 10 <= step < 60
     assert f"resumed from {job.out_dir}/iter-{step:08d}-ckpt.pth: step {step}, slot {step * ROWS_A_STEP}" in log
     assert "(75): back into the queue" in log
+    assert "(SIGUSR1) before the first step: nothing new to save" in log or "(138): back into the queue" in log
     assert f"port {10000 + int(job.number)}" in log
     assert metrics(job.out_dir) == metrics(unbroken)
     assert seen_rows(job.out_dir) == seen_rows(unbroken)
@@ -195,7 +197,7 @@ def test_time_limit_requeues_and_scancel_does_not(slurm: Path, store: Path, tmp_
     """Slurm warns the script 60 to 90 s before the limit of 120 s; nothing else stops the first start."""
     job = submit(
         slurm, store, tmp_path, "--time=2", "--signal=B:USR1@60", max_steps=1_000_000, max_epochs=1_000_000,
-        save_interval_steps=1_000_000,
+        save_interval_steps=1_000_000, stop_margin_s=1,
     )  # fmt: skip
     job.wait_for_text("start 2,")
     warned_at = stopped_at(job.text(), "SIGUSR1")

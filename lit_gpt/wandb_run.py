@@ -1,0 +1,92 @@
+"""A run's curves in Weights & Biases, on request; the training never depends on it.
+
+Whatever goes wrong there (no package, no server, no name of it, a wrong key) is one warning, and the run goes on:
+offline if the package is there, so that nothing is lost, and without it otherwise. The run's id lies in the run folder,
+so that a resumed run goes on in the same series; a step that an earlier start has sent is not sent again, as an exact
+resume computes the same numbers. Keys are read by the package itself, never by us.
+
+Costs: a line is handed to the package's own process; only start and end wait for the server, at most `timeout_s` each.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+log = logging.getLogger(__name__)
+
+ID_FILE = "wandb-id"
+Mode = Literal["online", "offline"]
+
+
+class WandbRun:
+    """One start of a run; `step` is the number of updates that are done."""
+
+    def __init__(
+        self, run_dir: Path, mode: Mode, *, project: str, name: str | None, config: Mapping[str, Any], sent_step: int,
+        timeout_s: int,
+    ) -> None:  # fmt: skip
+        """`sent_step`: the last step that an earlier start of this run may have sent."""
+        id_file = run_dir / ID_FILE
+        self._sent_step = sent_step if id_file.exists() else 0
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        self._timeout_s, self._run_dir = timeout_s, run_dir
+        facts = dict(project=project, name=name or run_dir.resolve().name, id=id_file.read_text(), config=dict(config))
+        self._run = self._start(mode, facts)
+
+    def _start(self, mode: Mode, facts: dict[str, Any]) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            log.warning("--wandb %s: the package is not installed (pip install wandb): going on without it", mode)
+            return None
+        settings = wandb.Settings(
+            init_timeout=self._timeout_s, login_timeout=self._timeout_s, silent=True, console="off", disable_git=True
+        )
+        try:
+            return wandb.init(dir=self._run_dir, mode=mode, resume="allow", settings=settings, **facts)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the training
+            reason = " ".join(str(error).split())[:300]
+            if mode == "offline":
+                log.warning("--wandb offline: %s: going on without it", reason)
+                return None
+            log.warning(
+                "--wandb online: %s: going on offline, in %s; `wandb sync` uploads it later", reason, self._run_dir
+            )
+            wandb.teardown()  # else its process still holds the run's id
+            logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its errors would follow at the end
+            return self._start("offline", facts)
+
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
+        """One line of metrics."""
+        if self._run is None or step <= self._sent_step:
+            return
+        try:
+            self._run.log({name: value for name, value in values.items() if name != "step"}, step=step)
+        except Exception as error:  # noqa: BLE001 - as above
+            log.warning("Weights & Biases failed at step %d: %s: going on without it", step, error)
+            self._run = None
+
+    def close(self) -> None:
+        """Wait for what is still to be sent, but not longer than the time limit: a job's last seconds are few."""
+        if self._run is None:
+            return
+        failures: list[Exception] = []
+        sender = threading.Thread(target=_finish, args=(self._run, failures), name="wandb-finish", daemon=True)
+        sender.start()
+        sender.join(self._timeout_s)
+        if sender.is_alive() or failures:
+            reason = failures[0] if failures else f"not done after {self._timeout_s} s"
+            log.warning("Weights & Biases: the last lines were not sent (%s): `wandb sync` does it later", reason)
+
+
+def _finish(run: Any, failures: list[Exception]) -> None:
+    try:
+        run.finish()
+    except Exception as error:  # noqa: BLE001 - told by close
+        failures.append(error)

@@ -1,0 +1,66 @@
+"""Check a node, or all nodes of a job, before a long run: GPUs, network, disk, clocks, packages.
+
+    python scripts/check_node.py --run_dir out/look                    the GPUs of this machine, or its CPU
+    srun --ntasks-per-node=4 python scripts/check_node.py --run_dir /scratch/runs/LLaMmlein_1B
+
+Exit code 0: nothing speaks against a run. 1: something does; the table says what, on which node. What could not be
+checked is told, and is not a reason for 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, BadInput, Parser, run_program
+
+CHECKPOINT_BYTES_A_WEIGHT = 12
+"""fp32: the weight and AdamW's two averages."""
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--run_dir", type=Path, required=True, help="where the run will write; made if it is not there")
+    parser.add_argument("--model_name", default="LLaMmlein_1B", help="whose checkpoints have to fit")
+    parser.add_argument("--checkpoints", type=int, default=3, help="how many: those that are kept, and one in writing")
+    parser.add_argument("--write_mb", type=int, default=1024, help="megabytes of the test file")
+    parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--devices", type=int, help="processes on this node, where no launcher starts them")
+    arguments = parser.parse_args()
+    for name in ("checkpoints", "write_mb"):
+        if getattr(arguments, name) < 1:
+            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    from lit_gpt.config import Config
+
+    weights = Config.from_name(arguments.model_name).parameters
+    needed_bytes = arguments.checkpoints * CHECKPOINT_BYTES_A_WEIGHT * weights
+
+    import torch.distributed as dist  # brings torch, for which --help and a mistake need not wait
+    from rich.console import Console
+    from rich.table import Table
+
+    from lit_gpt import run_folder
+    from lit_gpt.args import Settings
+    from lit_gpt.node_check import Measured, judge, measure
+    from lit_gpt.strategy import describe_rank, find_world, launch
+
+    settings = Settings(accelerator=arguments.accelerator, devices=arguments.devices)
+    world = find_world(settings)
+    run_folder.create(arguments.run_dir)
+    fabric = launch(settings, world)
+    who = describe_rank(fabric.global_rank, fabric.device)
+    mine = measure(who, fabric.device, fabric.local_rank == 0, arguments.run_dir, arguments.write_mb << 20)
+    ranks: list[Measured] = [mine] * world.size
+    if dist.is_initialized():
+        dist.all_gather_object(ranks, mine)
+        dist.destroy_process_group()
+    findings = judge(ranks, needed_bytes)
+    if fabric.is_global_zero:
+        table = Table("", "what", "value", title=f"{world.size} ranks on {world.nodes} nodes")
+        for finding in findings:
+            table.add_row({True: "ok", False: "BAD", None: ""}[finding.ok], finding.what, finding.value)
+        Console(width=None if Console().is_terminal else 160).print(table)
+    return EXIT_FAILURE if any(finding.ok is False for finding in findings) else EXIT_OK
+
+
+if __name__ == "__main__":
+    run_program(main)
