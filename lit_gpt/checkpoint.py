@@ -147,7 +147,7 @@ def prune(run_dir: Path, newest_step: int, *, keep_last: int, keep_every_steps: 
         shutil.rmtree(left_over)
     if keep_last == 0:
         return
-    names = [path for path in _newest_first(run_dir) if path.name <= checkpoint_name(newest_step)]
+    names = [path for path in newest_first(run_dir) if path.name <= checkpoint_name(newest_step)]
     for path in [path for path in names if _is_whole(path)][keep_last:]:
         if not keep_every_steps or _step(path) % keep_every_steps:
             _remove(path)
@@ -182,7 +182,7 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
             return verified(path)
         except DamagedCheckpoint as error:
             raise BadInput(f"--resume {resume}: {error}. In {run_dir}: {_names(run_dir)}") from None
-    for path in _newest_first(run_dir):
+    for path in newest_first(run_dir):
         try:
             return verified(path)
         except DamagedCheckpoint as error:
@@ -192,7 +192,7 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
 
 def refuse_used(run_dir: Path) -> None:
     """Refuse a fresh start in a folder that holds checkpoints: they would be mixed with the new run's, and pruned."""
-    if _newest_first(run_dir):
+    if newest_first(run_dir):
         raise BadInput(
             f"{run_dir} holds a run already ({_names(run_dir)}): go on by --resume auto, or choose another --out_dir"
         )
@@ -240,12 +240,13 @@ def _size_mismatch(path: Path) -> str | None:
     return None
 
 
-def _newest_first(run_dir: Path) -> list[Path]:
+def newest_first(run_dir: Path) -> list[Path]:
+    """The folders that are named as checkpoints, whole or not."""
     return sorted((path for path in run_dir.glob("iter-*") if NAME.fullmatch(path.name)), reverse=True)
 
 
 def _names(run_dir: Path) -> str:
-    return ", ".join(path.name for path in _newest_first(run_dir)) or "no checkpoint"
+    return ", ".join(path.name for path in newest_first(run_dir)) or "no checkpoint"
 
 
 # Loading
