@@ -60,6 +60,8 @@ class HubRepository:
         self.name = name
         self._patience = patience
         self._api = HfApi()
+        for library in ("httpx", "httpx2"):  # a line a request
+            logging.getLogger(library).setLevel(logging.WARNING)
         self._try(f"open {name}", lambda: self._api.create_repo(name, exist_ok=True, private=private or None))
 
     def title(self, branch: str) -> str | None:
