@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -283,10 +284,25 @@ def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The weights, one after another on the CPU; memory holds one at a time, whatever the kind of checkpoint."""
     path = checkpoint.path
     if (path / FULL).is_file():
-        state = torch.load(path / FULL, map_location="cpu", weights_only=True, mmap=True)["model"]
-        yield from state.items()
+        yield from _read_one_by_one(path / FULL)
         return
     yield from sharded_state.tensors(path / SHARDED, "model.")
+
+
+def _read_one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights in a state.pth by plain reads. torch's own mmap is a private, writable mapping of the whole file, for
+    which Linux wants memory in reserve: it refuses a file that is larger than the machine's memory."""
+    with FakeTensorMode():
+        weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    with path.open("rb") as file:
+        for name, fake in weights.items():
+            storage = fake.untyped_storage()
+            file.seek(storage._checkpoint_offset)
+            data = bytearray(storage.nbytes())
+            if file.readinto(data) != len(data):
+                raise DamagedCheckpoint(f"{path} ends within weight {name!r}")
+            whole = torch.frombuffer(data, dtype=fake.dtype)
+            yield name, whole.as_strided(fake.size(), fake.stride(), fake.storage_offset())
 
 
 # Small parts

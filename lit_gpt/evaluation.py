@@ -22,6 +22,7 @@ from lit_gpt.hf_weights import config_from_hf, to_lit
 from lit_gpt.model import GPT
 from lit_gpt.packed_dataset import Batch, PackedDataset
 from lit_gpt.token_store import TokenStore
+from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.validation import Validation, validate
 
 
@@ -45,6 +46,7 @@ def folder_loss(
 ) -> Validation:
     """Loss of the folder's model on the first rows (all, or max_rows) of `store`."""
     facts = read_json(folder / "config.json")
+    _require_vocabulary(Tokenizer.from_folder(folder), folder, store)
     config = config_from_hf(facts, model_name=None, vocab_size=store.vocab_size)
     weights = HFWeights(folder)
     with torch.device("meta"):
@@ -66,6 +68,16 @@ def folder_loss(
     return validate(loss, rows, store, micro_batch_size=micro_batch_size, max_rows=max_rows, device=device)
 
 
+def _require_vocabulary(tokenizer: Tokenizer, folder: Path, store: TokenStore) -> None:
+    """The export writes the tokenizer's files anew, so their fingerprint says nothing here; size and EOS do."""
+    found, made_with = (tokenizer.vocab_size, tokenizer.eos_id), (store.vocab_size, store.eos_id)
+    if found != made_with:
+        raise BadInput(
+            f"{store.path} was made with another tokenizer than that of {folder}: "
+            f"a vocabulary of {made_with[0]} ids with EOS {made_with[1]}, not of {found[0]} with EOS {found[1]}"
+        )
+
+
 def task_scores(
     folder: Path,
     tasks: Sequence[str],
@@ -80,7 +92,9 @@ def task_scores(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(task_dir) if task_dir else None)
+    manager = TaskManager(include_path=str(task_dir), include_defaults=False) if task_dir else TaskManager()
+    if task_dir and not set(tasks) <= set(manager.all_tasks):  # lm-eval's own take it 20 s to look through
+        manager = TaskManager(include_path=str(task_dir))
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=5)
