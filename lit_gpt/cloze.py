@@ -71,7 +71,7 @@ def make_items(texts: Iterable[str], count: int, seed: int, *, max_documents: in
     ]
     if len({number for number, _ in places}) < CHOICES:
         raise BadInput(
-            f"{len(documents)} documents, too little text for a cloze task: at least {CHOICES} must have two sentences, "
+            f"{len(documents)} documents, too little text for a cloze task: {CHOICES} or more must have two sentences, "
             f"of {_SENTENCE_CHARACTERS[0]} to {_SENTENCE_CHARACTERS[-1]} characters"
         )
     choice = random.Random(seed)
@@ -114,9 +114,7 @@ def write_task(folder: Path, name: str, items: Sequence[Item], source: str) -> N
     """name.yaml and name.jsonl in `folder`: a task for lm-eval's --include_path and for scripts/evaluate.py."""
     folder.mkdir(parents=True, exist_ok=True)
     data = (folder / f"{name}.jsonl").absolute()
-    data.write_text(
-        "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items), encoding="utf-8"
-    )
+    data.write_text("".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
     metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
     task = {
         "task": name,

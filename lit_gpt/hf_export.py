@@ -70,9 +70,7 @@ def export(
 def config_facts(config: Config, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
     """What config.json says of a model of `config`, exported in `form`."""
     rows = form.vocabulary_rows(config)
-    return hf_config(
-        config, dtype=form.dtype, vocabulary_rows=rows, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
-    )
+    return hf_config(config, dtype=form.dtype, vocabulary_rows=rows, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
 
 def _write_facts(folder: Path, config: Config, tokenizer: Tokenizer, form: Form) -> None:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAIN = "main"
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """Base of the errors of the HTTP library that the installed huggingface_hub is built on: there were three so far."""
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 _ALWAYS_THERE = ".gitattributes"

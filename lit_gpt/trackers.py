@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.csv always, TensorBoard on request; one continuous series over resumes.
+"""Where a run's numbers and samples go: metrics.csv and samples.jsonl, TensorBoard on request; one series over resumes.
 
 Rank 0 only. A resume at step s drops the lines after s, which the run is about to write again.
 """
@@ -6,9 +6,12 @@ Rank 0 only. A resume at step s drops the lines after s, which the run is about 
 from __future__ import annotations
 
 import csv
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from lit_gpt.sampling import Sample
 
 COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
@@ -20,7 +23,7 @@ skipped_steps: steps of the run so far whose update was skipped."""
 
 
 class Trackers:
-    """metrics.csv and TensorBoard of one run folder; `step` is the number of updates that are done."""
+    """metrics.csv, samples.jsonl and TensorBoard of one run folder; `step` is the number of updates that are done."""
 
     def __init__(self, run_dir: Path, resume_step: int, *, tensorboard: bool) -> None:
         path = run_dir / "metrics.csv"
@@ -36,6 +39,9 @@ class Trackers:
         os.replace(temporary, path)
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._samples = run_dir / "samples.jsonl"
+        if self._samples.exists():
+            _keep_samples(self._samples, resume_step)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -52,6 +58,15 @@ class Trackers:
                 if name != "step":
                     self._board.add_scalar(name, value, int(values["step"] or 0))
 
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """A line a sample."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            texts = (f"**{sample.prompt}**{sample.text}" for sample in samples)
+            self._board.add_text("samples", "\n\n".join(texts), step)
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
@@ -61,3 +76,11 @@ class Trackers:
 def _is_whole(row: dict[str, str]) -> bool:
     """False for a line that a kill cut short: DictReader fills what is missing with None."""
     return row["val_bits_per_byte"] is not None and row["step"].isdigit()
+
+
+def _keep_samples(path: Path, resume_step: int) -> None:
+    """Drop the samples after `resume_step`, and a last line that a kill cut short."""
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    temporary = path.with_suffix(".jsonl.new")
+    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= resume_step), encoding="utf-8")
+    os.replace(temporary, path)

@@ -29,6 +29,7 @@ from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.profiler import StepProfiler
 from lit_gpt.progress import Progress
 from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
+from lit_gpt.sampling import sample
 from lit_gpt.saver import CheckpointSaver
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
@@ -201,6 +202,8 @@ class Trainer:
                     self._save(wait=ended or guard.gave_up)
                     saved_at = self.step
                 progress.advance(self.step)
+                if settings.sample_interval_steps and self.step % settings.sample_interval_steps == 0 and not stopped:
+                    self._sample()
                 if stopped or guard.gave_up:
                     break
         self.profiler.stop()
@@ -284,6 +287,21 @@ class Trainer:
         if self.trackers is not None:
             self.trackers.log(row)
         return row
+
+    def _sample(self) -> None:
+        assert self.inputs.prompts is not None
+        samples = sample(
+            lambda tokens, cu_seqlens, at: self.model(tokens, cu_seqlens, at=at),
+            self.inputs.prompts,
+            self.settings,
+            block_size=self.inputs.config.block_size,
+            vocab_size=self.inputs.config.vocab_size,
+            step=self.step,
+            device=self.device,
+        )
+        if self.trackers is not None:
+            self.trackers.log_samples(self.step, samples)
+        self.monitor.restart()
 
     def _save(self, *, wait: bool) -> None:
         mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None

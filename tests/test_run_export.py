@@ -1,4 +1,4 @@
-"""create.sh --all: every checkpoint of a run, as folders and as branches of a stand-in of the Hub, through its faults."""
+"""create.sh --all: every checkpoint of a run as a folder, and as a branch of a stand-in of the Hub, through faults."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def assert_no_token(folder: Path, *texts: str) -> None:
 def test_every_checkpoint_becomes_a_branch_through_faults_and_again(
     german_run: Path, names: list[str], hub: tuple[Hub, str], tmp_path: Path
 ) -> None:
-    """500s, a connection cut in an upload, a commit whose answer is lost; then a later checkpoint, and no double work."""
+    """500s, a connection cut in an upload, a commit whose answer is lost; then a later one, and nothing twice."""
     state, address = hub
     run = copy_of(german_run, tmp_path / "run", *STEPS[:2])
     state.faults += [
