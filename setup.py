@@ -32,6 +32,7 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
         "gguf": ["gguf>=0.10,<1"],
+        "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
         "dev": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
@@ -40,6 +41,7 @@ setup(
             "mypy>=2.4,<2.5",
             "types-PyYAML>=6,<7",
             "gguf>=0.10,<1",
+            "lm-eval[hf]>=0.4.9,<0.5",
         ],
     },
 )
