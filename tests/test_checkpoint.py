@@ -242,7 +242,7 @@ def test_killed_while_saving(tmp_path: Path, delay_ms: int) -> None:
 
 
 def test_a_checkpoint_larger_than_memory_is_read_weight_by_weight(tmp_path: Path) -> None:
-    """A sparse file of 2 TiB, for which Linux refuses a private mapping: its first, small weight is read all the same."""
+    """A sparse file of 2 TiB, for which Linux refuses a private mapping: its first, small weight is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     path = tmp_path / checkpoint_name(1)
