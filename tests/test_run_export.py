@@ -246,7 +246,8 @@ def test_a_checkpoint_that_retention_removes_meanwhile_is_passed_over(
     monkeypatch.setattr(hf_export, "require_same_ids", prune_then_prove)
     export_all(run, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [names[1]]
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    ours = [record for record in caplog.records if record.name.startswith("lit_gpt")]  # torchao warns of the machine
+    warnings = [record.getMessage() for record in ours if record.levelname == "WARNING"]
     expected = f"passing over {checkpoint_name(STEPS[0])}: it was removed meanwhile (keep_last_checkpoints of the run)"
     assert warnings == [expected]
 
