@@ -132,7 +132,7 @@ def boundary_entries(needed: int) -> int:
 def full_rows(rows: int, block_size: int) -> torch.Tensor:
     """cu_seqlens of a batch whose rows are one segment each, padded as those of read_batches are."""
     edges = torch.arange(rows + 1, dtype=torch.int32) * block_size
-    return F.pad(edges, (0, _boundary_slots(rows + 1) - len(edges)), value=rows * block_size)
+    return F.pad(edges, (0, boundary_entries(rows + 1) - len(edges)), value=rows * block_size)
 
 
 class StepLoader:
