@@ -32,6 +32,8 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
         "gguf": ["gguf>=0.10,<1"],
+        "float8": ["torchao>=0.14,<0.19"],
+        "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
         "dev": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
@@ -41,6 +43,8 @@ setup(
             "types-PyYAML>=6,<7",
             "gguf>=0.10,<1",
             "wandb>=0.19,<1",
+            "torchao>=0.14,<0.19",
+            "lm-eval[hf]>=0.4.9,<0.5",
         ],
     },
 )

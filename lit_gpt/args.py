@@ -6,7 +6,7 @@ looking at data, devices or checkpoints; the rest is refused by the module that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lit_gpt.cli import BadInput
@@ -129,6 +129,14 @@ class Settings:
     """Rows of the validation split that a validation reads. Default: all."""
     profile_steps: str | None = None
     """A:B traces steps A to B - 1 by torch.profiler into the run folder, rank 0's, with a snapshot of GPU memory."""
+    sample_interval_steps: int = 0
+    """Steps between texts that the model writes, to samples.jsonl and TensorBoard; 0 writes none."""
+    sample_prompts: list[str] = field(default_factory=lambda: ["Am Morgen", "Die Stadt Würzburg"])
+    """What the model continues."""
+    sample_tokens: int = 64
+    """Tokens of a continuation at most; each costs a forward pass."""
+    sample_temperature: float = 0.0
+    """0: always the likeliest token; above: drawn, the same text for the same seed, step and weights."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder beside metrics.csv."""
     wandb: Literal["off", "online", "offline"] = "off"
@@ -194,7 +202,7 @@ class Settings:
         at_least_one = (
             "global_batch_size micro_batch_size max_steps max_epochs num_nodes log_interval_steps "
             "save_interval_steps eval_interval_steps cache_bytes max_skipped_steps spike_window_steps "
-            "wandb_timeout_s"
+            "wandb_timeout_s sample_tokens"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -209,7 +217,7 @@ class Settings:
                 raise BadInput(f"--{name} {value}: must be above 0")
         not_negative = (
             "warmup_steps decay_steps keep_last_checkpoints keep_every_steps weight_decay grad_clip min_lr "
-            "stop_margin_s watchdog_factor"
+            "stop_margin_s watchdog_factor sample_interval_steps sample_temperature"
         )
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
@@ -239,6 +247,8 @@ class Settings:
             )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise BadInput(f"--beta1 {self.beta1} --beta2 {self.beta2}: each must lie in [0, 1)")
+        if self.sample_interval_steps and not self.sample_prompts:
+            raise BadInput("--sample_interval_steps without --sample_prompts: name at least one beginning of a text")
         if not self.plan_gpu_gib > 0:
             raise BadInput(f"--plan_gpu_gib {self.plan_gpu_gib}: must be above 0")
         if self.plan_tokens_per_s is not None and not self.plan_tokens_per_s > 0:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -147,7 +148,7 @@ def prune(run_dir: Path, newest_step: int, *, keep_last: int, keep_every_steps: 
         shutil.rmtree(left_over)
     if keep_last == 0:
         return
-    names = [path for path in _newest_first(run_dir) if path.name <= checkpoint_name(newest_step)]
+    names = [path for path in newest_first(run_dir) if path.name <= checkpoint_name(newest_step)]
     for path in [path for path in names if _is_whole(path)][keep_last:]:
         if not keep_every_steps or _step(path) % keep_every_steps:
             _remove(path)
@@ -182,7 +183,7 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
             return verified(path)
         except DamagedCheckpoint as error:
             raise BadInput(f"--resume {resume}: {error}. In {run_dir}: {_names(run_dir)}") from None
-    for path in _newest_first(run_dir):
+    for path in newest_first(run_dir):
         try:
             return verified(path)
         except DamagedCheckpoint as error:
@@ -192,7 +193,7 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
 
 def refuse_used(run_dir: Path) -> None:
     """Refuse a fresh start in a folder that holds checkpoints: they would be mixed with the new run's, and pruned."""
-    if _newest_first(run_dir):
+    if newest_first(run_dir):
         raise BadInput(
             f"{run_dir} holds a run already ({_names(run_dir)}): go on by --resume auto, or choose another --out_dir"
         )
@@ -240,12 +241,13 @@ def _size_mismatch(path: Path) -> str | None:
     return None
 
 
-def _newest_first(run_dir: Path) -> list[Path]:
+def newest_first(run_dir: Path) -> list[Path]:
+    """The folders that are named as checkpoints, whole or not."""
     return sorted((path for path in run_dir.glob("iter-*") if NAME.fullmatch(path.name)), reverse=True)
 
 
 def _names(run_dir: Path) -> str:
-    return ", ".join(path.name for path in _newest_first(run_dir)) or "no checkpoint"
+    return ", ".join(path.name for path in newest_first(run_dir)) or "no checkpoint"
 
 
 # Loading
@@ -282,10 +284,25 @@ def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The weights, one after another on the CPU; memory holds one at a time, whatever the kind of checkpoint."""
     path = checkpoint.path
     if (path / FULL).is_file():
-        state = torch.load(path / FULL, map_location="cpu", weights_only=True, mmap=True)["model"]
-        yield from state.items()
+        yield from _read_one_by_one(path / FULL)
         return
     yield from sharded_state.tensors(path / SHARDED, "model.")
+
+
+def _read_one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights in a state.pth by plain reads. torch's own mmap is a private, writable mapping of the whole file, for
+    which Linux wants memory in reserve: it refuses a file that is larger than the machine's memory."""
+    with FakeTensorMode():
+        weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    with path.open("rb") as file:
+        for name, fake in weights.items():
+            storage = fake.untyped_storage()
+            file.seek(storage._checkpoint_offset)
+            data = bytearray(storage.nbytes())
+            if file.readinto(data) != len(data):
+                raise DamagedCheckpoint(f"{path} ends within weight {name!r}")
+            whole = torch.frombuffer(data, dtype=fake.dtype)
+            yield name, whole.as_strided(fake.size(), fake.stride(), fake.storage_offset())
 
 
 # Small parts

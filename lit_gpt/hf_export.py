@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,13 +38,17 @@ class Form(NamedTuple):
     """Leave out the rows of the embedding and of the head that no token has."""
     max_shard_bytes: int
 
+    def vocabulary_rows(self, config: Config) -> int:
+        """Rows of the embedding and of the head."""
+        return config.vocab_size if self.cut_vocabulary else config.padded_vocab_size
+
 
 def export(
     checkpoint: Checkpoint, tokenizer: Tokenizer, destination: Path, form: Form, twin: Twin, license: str
 ) -> Parity:
     """Publish `destination`; BadInput, and nothing published, if a proof fails."""
     config = checkpoint.config
-    rows = config.vocab_size if form.cut_vocabulary else config.padded_vocab_size
+    rows = form.vocabulary_rows(config)
     shapes = hf_shapes(config, rows)
     sample, add_bos = _sample(checkpoint, tokenizer)
 
@@ -52,7 +56,7 @@ def export(
         return ((name, tensor.to(form.dtype)) for name, tensor in model_tensors(checkpoint))
 
     with publishing(destination) as folder:
-        _write_facts(folder, config, tokenizer, form.dtype, rows)
+        _write_facts(folder, config, tokenizer, form)
         write_tokenizer(tokenizer, folder, block_size=config.block_size, add_bos=add_bos)
         require_same_ids(tokenizer, twin.encoder(folder), (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=add_bos)
         hashes = write_weights(folder, shapes, form.dtype, to_hf(config, rounded(), rows), form.max_shard_bytes)
@@ -63,11 +67,20 @@ def export(
         return parity
 
 
-def _write_facts(folder: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype, rows: int) -> None:
-    bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
-    facts = hf_config(config, dtype=dtype, vocabulary_rows=rows, bos_id=bos_id, eos_id=eos_id)
-    write_json(folder / "config.json", facts)
-    generation = hf_generation_config(vocab_size=config.vocab_size, vocabulary_rows=rows, bos_id=bos_id, eos_id=eos_id)
+def config_facts(config: Config, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
+    """What config.json says of a model of `config`, exported in `form`."""
+    rows = form.vocabulary_rows(config)
+    return hf_config(config, dtype=form.dtype, vocabulary_rows=rows, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+
+def _write_facts(folder: Path, config: Config, tokenizer: Tokenizer, form: Form) -> None:
+    write_json(folder / "config.json", config_facts(config, tokenizer, form))
+    generation = hf_generation_config(
+        vocab_size=config.vocab_size,
+        vocabulary_rows=form.vocabulary_rows(config),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
     write_json(folder / "generation_config.json", generation)
 
 
@@ -95,15 +108,21 @@ def open_checkpoint(path: Path, model_name: str | None) -> Checkpoint:
         checkpoint = verified(path)
     except DamagedCheckpoint as error:
         raise BadInput(f"--checkpoint {path}: {error}") from None
-    if model_name is not None:
-        entry, config = Config.from_name(model_name), checkpoint.config
-        for field in SHAPE_FIELDS:
-            if getattr(entry, field) != getattr(config, field):
-                raise BadInput(
-                    f"{path} is a checkpoint of {config.name}, not of {model_name}: "
-                    f"its {field} is {getattr(config, field)}, not {getattr(entry, field)}"
-                )
+    require_shape(checkpoint, model_name)
     return checkpoint
+
+
+def require_shape(checkpoint: Checkpoint, model_name: str | None) -> None:
+    """BadInput unless the checkpoint has the shape of the registered model; None asks for none."""
+    if model_name is None:
+        return
+    entry, config = Config.from_name(model_name), checkpoint.config
+    for field in SHAPE_FIELDS:
+        if getattr(entry, field) != getattr(config, field):
+            raise BadInput(
+                f"{checkpoint.path} is a checkpoint of {config.name}, not of {model_name}: "
+                f"its {field} is {getattr(config, field)}, not {getattr(entry, field)}"
+            )
 
 
 def open_tokenizer(checkpoint: Checkpoint, path: Path | None) -> Tokenizer:

@@ -117,8 +117,15 @@ class GPT(nn.Module):
             block.compile()
         self.cross_entropy = torch.compile(cross_entropy)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T) int64; given targets (B, T) int64, the sum of their losses in nats, fp32.
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T) int64; given targets (B, T) int64, the sum of their losses in nats, fp32;
+        given `at` (B,) int64, the logits (B, V) of one position of each row, without the memory of all the others.
 
         cu_seqlens (S + 1,) int32: segment starts in the B * T tokens, ending with B * T; None: one segment a row.
         """
@@ -131,6 +138,8 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x, cos, sin, segments, self.attention_backend)
         x = self.transformer.ln_f(x)
+        if at is not None:
+            x = x[torch.arange(rows, device=x.device), at]  # (B, C)
         if targets is None:
             return self.lm_head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.cross_entropy)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lit_gpt.cli import BadInput
@@ -126,6 +127,12 @@ class PackedDataset:
 def boundary_entries(needed: int) -> int:
     """Entries of a cu_seqlens: few lengths, and few empty segments, which attention kernels look at one by one."""
     return -(-needed // BOUNDARIES_STEP) * BOUNDARIES_STEP
+
+
+def full_rows(rows: int, block_size: int) -> torch.Tensor:
+    """cu_seqlens of a batch whose rows are one segment each, padded as those of read_batches are."""
+    edges = torch.arange(rows + 1, dtype=torch.int32) * block_size
+    return F.pad(edges, (0, boundary_entries(rows + 1) - len(edges)), value=rows * block_size)
 
 
 class StepLoader:

@@ -12,6 +12,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.packed_dataset import PackedDataset, check_batch_sizes
 from lit_gpt.row_reader import open_sources
+from lit_gpt.sampling import Prompts, open_prompts
 from lit_gpt.shard_cache import ShardCache
 from lit_gpt.strategy import World, default_run_dir, find_world
 from lit_gpt.token_store import TokenStore
@@ -28,6 +29,8 @@ class Inputs(NamedTuple):
     val: TokenStore | None
     run_dir: Path
     world: World
+    prompts: Prompts | None
+    """What the model continues at intervals, if asked for."""
 
 
 def open_inputs(settings: Settings) -> Inputs:
@@ -42,9 +45,10 @@ def open_inputs(settings: Settings) -> Inputs:
     config = settings.config.with_vocabulary(train[0].vocab_size)
     val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
     _require_one_tokenizer(settings, [*train, *([val] if val else [])])
+    prompts = open_prompts(settings, config.block_size, add_bos=bool(train[0].settings.get("add_bos", False)))
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
     run_folder.create(run_dir)
-    return Inputs(config, tuple(train), weights, val, run_dir, world)
+    return Inputs(config, tuple(train), weights, val, run_dir, world, prompts)
 
 
 def run_facts(inputs: Inputs, settings: Settings) -> dict[str, Any]:

@@ -1,17 +1,19 @@
-"""Where a run's numbers go: metrics.csv always, TensorBoard and Weights & Biases on request; one series over resumes.
+"""Where a run's numbers and samples go: metrics.csv and samples.jsonl; TensorBoard and Weights & Biases on request.
 
-Rank 0 only. A resume at step s drops the lines after s, which the run is about to write again.
+One series over resumes: a resume at step s drops the lines after s, which the run is about to write again. Rank 0 only.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from lit_gpt.args import Settings
+from lit_gpt.sampling import Sample
 from lit_gpt.wandb_run import WandbRun
 
 COLUMNS = (
@@ -41,6 +43,9 @@ class Trackers:
         os.replace(temporary, path)
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._samples = run_dir / "samples.jsonl"
+        if self._samples.exists():
+            _keep_samples(self._samples, resume_step)
         self._board = None
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +71,15 @@ class Trackers:
         if self._wandb is not None:
             self._wandb.log(int(values["step"] or 0), present)
 
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """A line a sample."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            texts = (f"**{sample.prompt}**{sample.text}" for sample in samples)
+            self._board.add_text("samples", "\n\n".join(texts), step)
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
@@ -77,3 +91,11 @@ class Trackers:
 def _is_whole(row: dict[str, str]) -> bool:
     """False for a line that a kill cut short: DictReader fills what is missing with None."""
     return row["val_bits_per_byte"] is not None and row["step"].isdigit()
+
+
+def _keep_samples(path: Path, resume_step: int) -> None:
+    """Drop the samples after `resume_step`, and a last line that a kill cut short."""
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    temporary = path.with_suffix(".jsonl.new")
+    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= resume_step), encoding="utf-8")
+    os.replace(temporary, path)

@@ -30,6 +30,7 @@ from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.profiler import StepProfiler
 from lit_gpt.progress import Progress
 from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
+from lit_gpt.sampling import sample
 from lit_gpt.saver import CheckpointSaver
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
@@ -219,6 +220,8 @@ class Trainer:
                     saved_at = self.step
                 self.watchdog.step_done(self.step)
                 progress.advance(self.step)
+                if settings.sample_interval_steps and self.step % settings.sample_interval_steps == 0 and not stopped:
+                    self._sample()
                 if stopped or guard.gave_up:
                     break
         self.profiler.stop()
@@ -290,6 +293,22 @@ class Trainer:
         if self.trackers is not None:
             self.trackers.log(row)
         return row
+
+    def _sample(self) -> None:
+        assert self.inputs.prompts is not None
+        self.watchdog.at("sample")
+        samples = sample(
+            lambda tokens, cu_seqlens, at: self.model(tokens, cu_seqlens, at=at),
+            self.inputs.prompts,
+            self.settings,
+            block_size=self.inputs.config.block_size,
+            vocab_size=self.inputs.config.vocab_size,
+            step=self.step,
+            device=self.device,
+        )
+        if self.trackers is not None:
+            self.trackers.log_samples(self.step, samples)
+        self.monitor.restart()
 
     def _save(self, *, wait: bool) -> None:
         self.watchdog.at("save")

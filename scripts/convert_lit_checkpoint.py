@@ -1,30 +1,71 @@
 """Export a checkpoint of a training run as a Hugging Face folder: safetensors, config, tokenizer.
 
-Works on any checkpoint (sharded or full, from any number of processes), without a GPU, in the memory of one layer. The
+Works on any checkpoint (sharded or full, from any number of processes), without a GPU, in the memory of one layer. A
 folder appears only after the logits of transformers' model and of ours agree on real text, in fp32, with its weights.
+
+With --run_dir in place of --checkpoint, every checkpoint of the run: folders step-00010000-tokens-21B in
+--destination_path and, with --push_to, branches of that name on the Hub, where main holds the newest. What is there is
+skipped. The training may go on meanwhile; --watch waits for its next checkpoints.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import re
 import signal
 import sys
+import time
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lit_gpt.cli import Parser, run_program
+from lit_gpt.cli import BadInput, Parser, run_program
+
+if TYPE_CHECKING:
+    from lit_gpt.hf_export import Form
+    from lit_gpt.parity import Twin
 
 log = logging.getLogger(__name__)
 
 UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+NICENESS = 10
+"""Of the export of a whole run: on a node that trains, the training comes first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
+
+    import transformers
+
+    from lit_gpt.hf_export import Form, export, open_checkpoint, open_tokenizer
+    from lit_gpt.hf_weights import DTYPES
+    from lit_gpt.parity import Twin
+
+    form = Form(DTYPES[arguments.dtype], arguments.vocabulary == "cut", arguments.max_shard_size)
+    destination = arguments.destination_path.absolute()
+    if arguments.run_dir is not None:
+        _export_run(arguments, destination, form, Twin(transformers))
+        return
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.model_name)
+    tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
+    parity = export(checkpoint, tokenizer, destination, form, Twin(transformers), arguments.license)
+    log.info("logits agree: %s", parity)
+    log.info("published %s", destination)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder iter-XXXXXXXX-ckpt.pth")
-    parser.add_argument("--destination_path", type=Path, required=True, help="folder to write; must not exist")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="folder iter-XXXXXXXX-ckpt.pth")
+    source.add_argument("--run_dir", type=Path, help="run folder: export each of its checkpoints")
+    parser.add_argument(
+        "--destination_path", type=Path, required=True,
+        help="folder to write, which must not exist; with --run_dir, the folder of the folders",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the weights")
     parser.add_argument("--tokenizer_path", type=Path, help="tokenizer folder (default: the run's own)")
     parser.add_argument(
@@ -34,22 +75,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_shard_size", type=size, default="5GB", help="of a weight file (default: 5GB)")
     parser.add_argument("--model_name", help="registered model that the checkpoint must be")
     parser.add_argument("--license", default="unknown", help="for the model card, an id of Hugging Face's list")
+    run = parser.add_argument_group("with --run_dir")
+    run.add_argument("--push_to", metavar="OWNER/MODEL", help="repository on the Hub to upload to; made if missing")
+    run.add_argument("--private", action="store_true", help="make a missing repository private")
+    run.add_argument("--remove_uploaded", action="store_true", help="remove a folder once its branch is on the Hub")
+    run.add_argument("--attempts", type=int, default=8, help="for each request to the Hub (default: 8)")
+    run.add_argument("--first_wait_s", type=float, default=5.0, help="between attempts, then doubling (default: 5)")
+    run.add_argument("--watch", action="store_true", help="wait for new checkpoints until that of the last step")
+    run.add_argument("--poll_s", type=float, default=60.0, help="seconds between looks at the run (default: 60)")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
+    if arguments.run_dir is None and (arguments.push_to or arguments.watch):
+        raise BadInput("--push_to and --watch go with --run_dir, not with --checkpoint")
+    if arguments.push_to is None and (arguments.private or arguments.remove_uploaded):
+        raise BadInput("--private and --remove_uploaded go with --push_to")
+    for name, least in (("attempts", 1), ("first_wait_s", 0), ("poll_s", 0.1)):
+        if not getattr(arguments, name) >= least:
+            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least {least}")
+    return arguments
 
-    import transformers
 
-    from lit_gpt.hf_export import Form, export, open_checkpoint, open_tokenizer
-    from lit_gpt.hf_weights import DTYPES
-    from lit_gpt.parity import Twin
+def _export_run(arguments: argparse.Namespace, destination: Path, form: Form, twin: Twin) -> None:
+    from lit_gpt.hub_repository import HubRepository, Patience, UploadFailed
+    from lit_gpt.run_export import RunExport, Target
 
-    checkpoint = open_checkpoint(arguments.checkpoint, arguments.model_name)
-    tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
-    form = Form(DTYPES[arguments.dtype], arguments.vocabulary == "cut", arguments.max_shard_size)
-    destination = arguments.destination_path.absolute()
-    parity = export(checkpoint, tokenizer, destination, form, Twin(transformers), arguments.license)
-    log.info("logits agree: %s", parity)
-    log.info("published %s", destination)
+    os.nice(NICENESS)
+    patience = Patience(arguments.attempts, arguments.first_wait_s)
+    try:
+        hub = HubRepository(arguments.push_to, patience, private=arguments.private) if arguments.push_to else None
+    except UploadFailed as error:
+        raise BadInput(str(error)) from None
+    target = Target(
+        destination, form, arguments.license, arguments.tokenizer_path, arguments.model_name, hub,
+        arguments.remove_uploaded,
+    )  # fmt: skip
+    run = RunExport(arguments.run_dir, target, twin)
+    while True:
+        try:
+            found = run.export_new()
+        except UploadFailed as error:
+            if not arguments.watch:
+                raise BadInput(f"{error}; the same command goes on from there") from None
+            log.warning("%s; the next attempt is in %g s", error, arguments.poll_s)
+            found = 0
+        if run.run_is_over or (not arguments.watch and not found):
+            break
+        if not found:
+            time.sleep(arguments.poll_s)
+    if run.damaged:
+        raise BadInput(f"not exported, because they are damaged: {', '.join(run.damaged)}")
+    log.info("every checkpoint of %s is exported", arguments.run_dir)
 
 
 def size(text: str) -> int:

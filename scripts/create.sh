@@ -3,13 +3,17 @@
 #
 #   bash scripts/create.sh [CHECKPOINT] [FINAL_MODEL]       on a login node
 #   sbatch scripts/create.sh [CHECKPOINT] [FINAL_MODEL]     as a job, from the project's folder
+#   bash scripts/create.sh --all [--push_to OWNER/MODEL] [--watch]
+#       every checkpoint of the run folder: folders, and branches on the Hub, named by steps and tokens. Another program
+#       than the training, which may go on: with --watch, and & or sbatch, it exports what appears until the last step.
 #
 # Without CHECKPOINT it takes the newest of the run folder. Settable from outside:
 #   OUT_DIR         run folder (default: $MODEL_NAME if that is a folder, else out/$MODEL_NAME)
 #   MODEL_NAME      with OUT_DIR: the registered model that the checkpoint must be; without: names the run folder
 #   ITERATION_NUM   step of the checkpoint instead of the newest
 #   TOKENIZER_PATH  tokenizer folder (default: the run's own)
-#   FINAL_MODEL     folder to write (default: <run folder>/huggingface/step-XXXXXXXX)
+#   FINAL_MODEL     folder to write (default: <run folder>/huggingface/step-XXXXXXXX); with --all, the folder of the
+#                   folders (default: <run folder>/huggingface)
 #   CONTAINER_PATH  Apptainer image to run in
 #   PYTHON          interpreter (default: the project's .venv if there is one; python in the container)
 # Every other argument goes to convert_lit_checkpoint.py: --dtype fp32, --vocabulary cut, ...
@@ -75,16 +79,30 @@ while (($#)) && [[ $1 != --* ]]; do
     positional+=("$1")
     shift
 done
+all=
+flags=()
+for flag in "$@"; do
+    if [[ $flag == --all ]]; then all=1; else flags+=("$flag"); fi
+done
 ((${#positional[@]} <= 2)) || fail "two arguments at most before the flags: [CHECKPOINT] [FINAL_MODEL]"
 
-checkpoint=${positional[0]:-}
-[[ -n $checkpoint ]] || checkpoint=$(find_checkpoint)
-[[ -e $checkpoint ]] || fail "no checkpoint $checkpoint"
-checkpoint=$(cd "$(dirname "$checkpoint")" && pwd)/$(basename "$checkpoint")
-step=$(basename "$checkpoint" | sed -n 's/^iter-\([0-9]*\)-ckpt\.pth$/\1/p')
-final_model=${positional[1]:-${FINAL_MODEL:-$(dirname "$checkpoint")/huggingface/step-${step:-unknown}}}
-
-arguments=(--checkpoint "$checkpoint" --destination_path "$final_model")
+if [[ -n $all ]]; then
+    ((${#positional[@]} == 0)) || fail "--all takes no CHECKPOINT: set OUT_DIR or MODEL_NAME to the run's folder"
+    [[ -z ${ITERATION_NUM:-} ]] || fail "--all and ITERATION_NUM=$ITERATION_NUM: every checkpoint, or that one?"
+    source=$(run_folder)
+    [[ -d $source ]] || fail "no run folder $source"
+    source=$(cd "$source" && pwd)
+    final_model=${FINAL_MODEL:-$source/huggingface}
+    arguments=(--run_dir "$source" --destination_path "$final_model")
+else
+    source=${positional[0]:-}
+    [[ -n $source ]] || source=$(find_checkpoint)
+    [[ -e $source ]] || fail "no checkpoint $source"
+    source=$(cd "$(dirname "$source")" && pwd)/$(basename "$source")
+    step=$(basename "$source" | sed -n 's/^iter-\([0-9]*\)-ckpt\.pth$/\1/p')
+    final_model=${positional[1]:-${FINAL_MODEL:-$(dirname "$source")/huggingface/step-${step:-unknown}}}
+    arguments=(--checkpoint "$source" --destination_path "$final_model")
+fi
 [[ -z ${TOKENIZER_PATH:-} ]] || arguments+=(--tokenizer_path "$TOKENIZER_PATH")
 [[ -z ${OUT_DIR:-} || -z ${MODEL_NAME:-} || -d $MODEL_NAME ]] || arguments+=(--model_name "$MODEL_NAME")
 
@@ -92,7 +110,7 @@ if [[ -n ${CONTAINER_PATH:-} ]]; then
     [[ -e $CONTAINER_PATH ]] || fail "no container $CONTAINER_PATH"
     engine=$(command -v apptainer || command -v singularity) || fail "CONTAINER_PATH is set, but apptainer is not here"
     mkdir -p "$(dirname "$final_model")" || fail "cannot write $final_model"
-    binds=(--bind "$root" --bind "$PWD" --bind "$(dirname "$checkpoint")" --bind "$(cd "$(dirname "$final_model")" && pwd)")
+    binds=(--bind "$root" --bind "$PWD" --bind "$(dirname "$source")" --bind "$(cd "$(dirname "$final_model")" && pwd)")
     [[ -z ${TOKENIZER_PATH:-} ]] || binds+=(--bind "$(cd "$TOKENIZER_PATH" && pwd)")
     launcher=("$engine" exec "${binds[@]}" --pwd "$PWD" "$CONTAINER_PATH" "${PYTHON:-python}")
 elif [[ -n ${PYTHON:-} ]]; then
@@ -103,4 +121,4 @@ else
     launcher=(python3)
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "${launcher[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "$@"
+exec "${launcher[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "${flags[@]}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.german_run import make_german_run
 from tests.training import make_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,3 +25,9 @@ def shared() -> Path:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small made store with the splits train and val; tests only read it."""
     return make_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session")
+def german_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder that tests/german_run.py makes; tests only read it."""
+    return make_german_run(tmp_path_factory.mktemp("german"))

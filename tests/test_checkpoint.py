@@ -18,7 +18,17 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lit_gpt.checkpoint import DamagedCheckpoint, checkpoint_name, find, load, model_tensors, prune, publish, verified
+from lit_gpt.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    checkpoint_name,
+    find,
+    load,
+    model_tensors,
+    prune,
+    publish,
+    verified,
+)
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.model import GPT, initialize
@@ -239,3 +249,16 @@ def test_killed_while_saving(tmp_path: Path, delay_ms: int) -> None:
         load(verified(path), *model_and_optimizer())
     prune(tmp_path, 1_000_000, keep_last=1)
     assert list(tmp_path.iterdir()) == published[-1:]
+
+
+def test_a_checkpoint_larger_than_memory_is_read_weight_by_weight(tmp_path: Path) -> None:
+    """A sparse file of 2 TiB, for which Linux refuses a private mapping: its first, small weight is read."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    path = tmp_path / checkpoint_name(1)
+    path.mkdir()
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save({"model": {"small": torch.empty(3, 5), "large": torch.empty(1 << 39)}}, path / "state.pth")
+    name, small = next(model_tensors(Checkpoint(path, {})))
+    assert (name, small.shape) == ("small", (3, 5))
+    assert not small.any()

@@ -98,7 +98,7 @@ def test_imports_are_declared() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in {name.split(".")[0] for name in names} - own - optional_kernels - sys.stdlib_module_names:
-                package = {"yaml": "pyyaml"}.get(name, name)
+                package = {"yaml": "pyyaml", "lm_eval": "lm-eval"}.get(name, name)
                 assert re.search(rf"^\W*{package}\b", declared, re.MULTILINE), f"{path.name} imports {name}"
 
 

@@ -1,0 +1,61 @@
+"""Make a cloze task for lm-eval out of held-out text: which of four sentences goes on? No download.
+
+From the validation split that prepare_data.py wrote, or from files of documents. scripts/evaluate.py runs it by
+--task_dir and --tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_gpt.cli import BadInput, Parser, run_program
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--val_data_dir", help="validation split; with --tokenizer_path")
+    source.add_argument("--source", nargs="+", help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet, or folders of them")
+    parser.add_argument("--tokenizer_path", help="tokenizer that the split was made with")
+    parser.add_argument("--text_field", default="text", help="of --source, the field with the text (default: text)")
+    parser.add_argument("--destination_path", type=Path, required=True, help="folder for the task's two files")
+    parser.add_argument("--name", default="german_cloze", help="of the task (default: german_cloze)")
+    parser.add_argument("--items", type=int, default=500, help="questions at most (default: 500)")
+    parser.add_argument("--max_documents", type=int, default=10_000, help="documents read at most (default: 10000)")
+    parser.add_argument("--seed", type=int, default=3407, help="of the choice (default: 3407)")
+    arguments = parser.parse_args(argv)
+    for name in ("items", "max_documents"):
+        if getattr(arguments, name) < 1:
+            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    if not re.fullmatch(r"[a-z]\w*", arguments.name):
+        raise BadInput(f"--name {arguments.name}: must be lower-case letters, digits and _, a letter first")
+    if (arguments.val_data_dir is None) != (arguments.tokenizer_path is None):
+        raise BadInput("--val_data_dir and --tokenizer_path go together")
+
+    from lit_gpt.cloze import make_items, texts_of_files, texts_of_store, write_task
+    from lit_gpt.document_source import Fields
+    from lit_gpt.token_store import TokenStore
+    from lit_gpt.tokenizer import Tokenizer
+
+    if arguments.val_data_dir:
+        store = TokenStore.open(arguments.val_data_dir)
+        texts = texts_of_store(store, Tokenizer.from_folder(arguments.tokenizer_path))
+        origin = f"data set {store.dataset_id}"
+    else:
+        texts = texts_of_files(arguments.source, Fields(text=arguments.text_field))
+        origin = ", ".join(Path(name).name for name in arguments.source)
+    items = make_items(texts, arguments.items, arguments.seed, max_documents=arguments.max_documents)
+    try:
+        write_task(arguments.destination_path, arguments.name, items, origin)
+    except OSError as error:
+        raise BadInput(f"cannot write to {arguments.destination_path}: {error.strerror}") from None
+    log.info("%d items of task %s in %s", len(items), arguments.name, arguments.destination_path)
+
+
+if __name__ == "__main__":
+    run_program(main)
