@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lit_gpt.attention import Segments, attention, make_segments
 from lit_gpt.config import Config
 from lit_gpt.loss import cross_entropy, linear_cross_entropy
+from lit_gpt.swiglu import gated
 
 # Shapes: B rows, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width, V vocabulary.
 
@@ -67,7 +68,10 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, I) each
+        gate_up = self.gate_up(x)  # (B, T, 2 I)
+        if isinstance(self.down, Linear):
+            return self.down(gated(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)  # float8: torch.compile joins these kernels with the casts to 8 bits
         return self.down(F.silu(gate) * up)
 
 
