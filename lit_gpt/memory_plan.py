@@ -8,10 +8,11 @@ pass is what torch.compile's partitioner keeps of it (tests/test_memory_plan.py 
     rotated queries and keys: C + G D;  output of the qkv product, of which the values are a view: C + 2 G D
     gate and up: 2 I;  log-sum-exp of attention: H in fp32;  1 / RMS of both norms: 2 in fp32
 
-and, on one device with fp32 weights, each matrix once more in bf16. An uncompiled block also keeps silu(gate): I. Of
-blocks that compute again (recomputation.py) `full` keeps C, `selective` the results of products and attention; what
-such a block makes anew counts once, in the backward pass. The loss (loss.py) holds logits of CHUNK_TOKENS tokens and
-their gradient, and the gradients of its input and weight until the backward pass. float8 is counted as 16 bits.
+and, on one device with fp32 weights, each matrix once more in bf16. Float8 blocks make the norms' outputs and the MLP's
+inner product anew with their casts: 2 C + I less. Of blocks that compute again (recomputation.py) `full` keeps C,
+`selective` the results of products and attention; what such a block makes anew counts once, in the backward pass. The
+loss (loss.py) holds logits of CHUNK_TOKENS tokens and their gradient, and the gradients of its input and weight until
+the backward pass.
 
 Over several processes (FSDP2): a rank holds its share of weights, gradients and optimizer; whole are the outer unit
 (embedding, head), the block in use, the one fetched ahead and the buffer it comes in, or every block where weights
@@ -110,7 +111,9 @@ def kept_bytes_per_token(config: Config, settings: Settings) -> int:
 def _all_bytes_per_token(config: Config, settings: Settings) -> int:
     """What a block's backward pass needs of each token."""
     width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
-    numbers = 7 * width + 3 * keys + (3 if _compiled(settings) else 4) * hidden
+    numbers = 7 * width + 3 * keys + 3 * hidden
+    if settings.float8 != "none":
+        numbers -= 2 * width + hidden
     return numbers * _element(settings) + (config.n_head + 2) * 4
 
 
@@ -193,7 +196,7 @@ def _accumulated(config: Config, sizes: _Sizes) -> int:
 def _weights_in_use(config: Config, settings: Settings, sizes: _Sizes, *, in_backward: bool) -> int:
     block, blocks = config.block_parameters * sizes.element, config.n_layer
     if sizes.alone:
-        if sizes.stored == sizes.element:
+        if sizes.stored == sizes.element or settings.float8 != "none":  # 8-bit casts are not kept
             return 0
         if settings.activation_checkpointing != "none":  # the casts are done anew
             return block if in_backward else 0
