@@ -249,6 +249,10 @@ class Settings:
             raise BadInput(f"--beta1 {self.beta1} --beta2 {self.beta2}: each must lie in [0, 1)")
         if self.sample_interval_steps and not self.sample_prompts:
             raise BadInput("--sample_interval_steps without --sample_prompts: name at least one beginning of a text")
+        if self.profile_steps is not None:
+            step_range(self.profile_steps)
+        if self.float8 != "none" and self.precision == "32-true":
+            raise BadInput(f"--float8 {self.float8} with --precision 32-true. Valid with it: bf16-mixed, bf16-true")
         if not self.plan_gpu_gib > 0:
             raise BadInput(f"--plan_gpu_gib {self.plan_gpu_gib}: must be above 0")
         if self.plan_tokens_per_s is not None and not self.plan_tokens_per_s > 0:

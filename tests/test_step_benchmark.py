@@ -1,0 +1,73 @@
+"""The step benchmark and the profile of a run, on a CPU."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_gpt.args import step_range
+from lit_gpt.cli import BadInput
+from tests.training import environment, train
+
+PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark_step.py"
+
+
+def benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
+    small = ("--size", "debug", "--accelerator", "cpu", "--steps", "2", "--warmup", "1")
+    return subprocess.run(
+        [sys.executable, PROGRAM, *small, *flags], env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_line_for_the_step_and_one_for_the_reference(tmp_path: Path) -> None:
+    """The reference is a stand-in of gpu_step.py's flags and output, which needs a GPU."""
+    reference = tmp_path / "reference.py"
+    reference.write_text(
+        "import sys\n"
+        "wanted = ['--size', 'debug', '--mb', '1', '--precision', 'bf16-true', '--ce', 'liger']\n"
+        "assert sys.argv[1:] == wanted, sys.argv\n"
+        "print('RESULT size=debug tok/s=10 MFU')\n"
+    )
+    flags = ("--rows", "2", "--micro_batch", "1", "--precision", "bf16-true", "--reference", str(reference))
+    done = benchmark(*flags, "--reference_flags=--ce liger")
+    assert done.returncode == 0, done.stderr
+    step, beside = (json.loads(line) for line in done.stdout.splitlines())
+    assert (step["what"], step["rows"], step["micro_batch"], step["unit"]) == ("step", 2, 1, "tokens/s")
+    assert step["value"] > 0
+    assert 7 < step["loss_after_warmup"] < 10  # ln 4096 = 8.3
+    assert beside["ratio"] == pytest.approx(step["value"] / 10, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rows", "4", "--micro_batch", "3"), "--micro_batch 3 does not divide --rows 4"),
+        (("--steps", "0"), "--steps 0: must be at least 1"),
+        (("--size", "2B"), "2B"),
+    ],
+)
+def test_bad_input(flags: tuple[str, ...], message: str) -> None:
+    done = benchmark(*flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_profile_of_a_run(store: Path, tmp_path: Path) -> None:
+    train(store, tmp_path, max_steps=4, profile_steps="2:4", log_interval_steps=4)
+    with gzip.open(tmp_path / "profile" / "steps-2-4.trace.json.gz") as file:
+        trace = json.load(file)
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == 2
+    assert "aten::mm" in (tmp_path / "profile" / "steps-2-4.kernels.txt").read_text()
+
+
+@pytest.mark.parametrize("steps", ["3", "3:", "5:5", "7:2", "a:b"])
+def test_profile_steps_are_refused(steps: str) -> None:
+    with pytest.raises(BadInput, match=f"--profile_steps {steps}: must be A:B"):
+        step_range(steps)
