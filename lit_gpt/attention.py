@@ -76,11 +76,11 @@ def choose_backend(requested: str, device: torch.device) -> str:
 
 
 def _by_preference(device: torch.device) -> tuple[str, ...]:
-    """Fastest first, as measured (docs/benchmarks.md)."""
+    """Fastest first, as measured (docs/benchmarks.md); fa3, which was not, after fa4."""
     if device.type != "cuda":
         return ("torch",)
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return ("fa3", "fa4", "fa2", "torch") if hopper else ("fa4", "fa2", "torch")
+    return ("fa4", "fa3", "fa2", "torch") if hopper else ("fa4", "fa2", "torch")
 
 
 def _why_not(backend: str, device: torch.device) -> str | None:
