@@ -46,6 +46,19 @@ def test_two_processes_equal_one(store: Path, alone: Path, tmp_path: Path, strat
             assert (value - weights[name]).norm() <= 2e-4 * weights[name].norm(), name
 
 
+def test_float8_and_recomputation(store: Path, tmp_path: Path) -> None:
+    """Sharded weights are gathered in bf16 before their cast to 8 bits, whole ones are cast from fp32: 2^-8 apart."""
+    settings = dict(
+        max_steps=4, warmup_steps=1, micro_batch_size=2, precision="bf16-mixed", float8="rowwise",
+        activation_checkpointing="selective", log_interval_steps=1,
+    )  # fmt: skip
+    for devices in (1, 2):
+        train(store, tmp_path / str(devices), devices=devices, **settings)
+    one, two = (metrics(tmp_path / name) for name in ("1", "2"))
+    assert seen_rows(tmp_path / "1") == seen_rows(tmp_path / "2")
+    assert [float(row["loss"]) for row in two] == pytest.approx([float(row["loss"]) for row in one], rel=2e-3)
+
+
 def test_hybrid_groups_inside_a_node(store: Path, alone: Path, tmp_path: Path) -> None:
     """Four processes as two copies of the weights, each on two."""
     train(
