@@ -111,7 +111,7 @@ def test_logits_of_one_position_are_those_of_the_whole() -> None:
 
 
 def test_the_models_own_end_is_kept(tmp_path: Path) -> None:
-    trackers = Trackers(tmp_path, 0, tensorboard=False)
+    trackers = Trackers(tmp_path, 0, Settings(tensorboard=False))
     trackers.log_samples(3, [Sample("a", "ä\nb", 2, True)])
     trackers.close()
     assert samples(tmp_path) == [{"step": 3, "prompt": "a", "text": "ä\nb", "tokens": 2, "ended": True}]
