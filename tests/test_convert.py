@@ -224,7 +224,9 @@ def test_missing_nan_and_misshapen_weights(run_dir: Path, tmp_path: Path) -> Non
     wrong = {name: torch.ones(3, 3)}
     refused_export(changed_run(run_dir, tmp_path, wrong), tmp_path, f"weight '{name}' has shape", step=9)
     nan = {name: torch.full((128, 352), float("nan"))}
-    refused_export(changed_run(run_dir, tmp_path, nan), tmp_path, r"weights that are not finite numbers: .*mlp.down.weight", step=9)
+    refused_export(
+        changed_run(run_dir, tmp_path, nan), tmp_path, r"weights that are not finite numbers: .*mlp.down.weight", step=9
+    )
     large = {name: torch.full((128, 352), 1e5)}
     refused_export(changed_run(run_dir, tmp_path, large), tmp_path, "use bf16", "--dtype", "fp16", step=9)
 
