@@ -77,12 +77,17 @@ class Settings:
     max_skipped_steps: int = 10
     """Steps in a row whose update may be skipped (loss or gradients not finite, or a spike) before the run saves and
     stops with exit code 3."""
-    spike_policy: Literal["none", "skip"] = "none"
-    """What happens at a gradient norm above spike_factor times the usual: nothing, or the step's update is skipped."""
+    spike_policy: Literal["none", "skip", "rollback"] = "none"
+    """What happens at a gradient norm above spike_factor times the usual: nothing; the step's update is skipped; or the
+    run goes back to its last checkpoint and leaves out the rows that led there (without one yet: as skip)."""
     spike_factor: float = 10.0
     """Times the median of recent norms above which a gradient norm is a spike."""
     spike_window_steps: int = 128
     """Applied updates that the median is of; nothing is a spike before half of them are done."""
+    rollback_steps: int = 100
+    """Steps whose rows a rollback leaves out, the spike's the last of them; none from before the checkpoint."""
+    max_rollbacks: int = 10
+    """Rollbacks of the whole run; at the next spike it saves and stops with exit code 3."""
     seed: int = 3407
     """Seed of the initial weights and of the data order."""
 
@@ -202,7 +207,7 @@ class Settings:
         at_least_one = (
             "global_batch_size micro_batch_size max_steps max_epochs num_nodes log_interval_steps "
             "save_interval_steps eval_interval_steps cache_bytes max_skipped_steps spike_window_steps "
-            "wandb_timeout_s sample_tokens"
+            "rollback_steps max_rollbacks wandb_timeout_s sample_tokens"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:

@@ -183,12 +183,16 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
             return verified(path)
         except DamagedCheckpoint as error:
             raise BadInput(f"--resume {resume}: {error}. In {run_dir}: {_names(run_dir)}") from None
+    return next(whole_newest_first(run_dir), None)
+
+
+def whole_newest_first(run_dir: Path) -> Iterator[Checkpoint]:
+    """The checkpoints of a run that verify, each read when it is asked for; damaged ones are warned about."""
     for path in newest_first(run_dir):
         try:
-            return verified(path)
+            yield verified(path)
         except DamagedCheckpoint as error:
             log.warning("passing over %s: %s", path, error)
-    return None
 
 
 def refuse_used(run_dir: Path) -> None:

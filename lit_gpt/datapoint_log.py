@@ -1,7 +1,7 @@
 """The record of what each step saw: decisions and evidence, from which the data itself can be replayed and checked.
 
     run.json     attempts: every start of the program that trains, with its parent step, its facts and its details
-    steps.jsonl  one line a step, and one a deviation (a skipped step, a substituted row)
+    steps.jsonl  one line a step, and one a deviation (a skipped step, rows that are left out)
 
 Facts are what the meaning of a slot depends on (data sets, order, seed, block size, packing, batch); they may not
 change within a run. Details may (processes, micro-batch, folders). The digest of a step is that of row_reader.py.
@@ -18,7 +18,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -95,6 +95,17 @@ def read_attempts(folder: Path) -> list[Attempt]:
         return []
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
+def is_in_lineage(mark: Mark, attempts: Sequence[Attempt]) -> bool:
+    """Whether the newest attempt goes on from, or after, the place that `mark` says: not so if it was wound back."""
+    number, until = len(attempts) - 1, mark.step
+    while number > mark.attempt:
+        parent = attempts[number].parent
+        if parent is None or not attempts[number].parent_here:
+            return False
+        number, until = parent.attempt, min(until, parent.step)
+    return number == mark.attempt and mark.step <= until
 
 
 class DatapointLog:

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class Step(NamedTuple):
 
     first_slot: int
     rows: int
-    """Rows of all ranks: the next step begins at first_slot + rows."""
+    """Rows of all ranks: the next step begins at first_slot + rows, or after rows that are left out."""
     batches: tuple[Batch, ...]
     targets: int
     """Valid targets of this rank."""
@@ -138,7 +139,8 @@ def full_rows(rows: int, block_size: int) -> torch.Tensor:
 class StepLoader:
     """Iterates the steps of one rank from `first_slot`; a thread reads `prefetch_steps` ahead.
 
-    It ends before the step for which the data does not suffice, which is the same step on every rank.
+    The ranges of slots in `left_out` (see step_stretches) are passed over. It ends before the step for which the data
+    does not suffice, which is the same step on every rank.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class StepLoader:
         rank: int,
         world_size: int,
         first_slot: int = 0,
+        left_out: Sequence[tuple[int, int]] = (),
         max_steps: int | None = None,
         pin_memory: bool = False,
         prefetch_steps: int = 2,
@@ -167,8 +170,8 @@ class StepLoader:
         self._offsets = (
             (np.arange(micros)[:, None] * world_size + rank) * micro_batch_size + np.arange(micro_batch_size)
         ).astype(np.int64)
-        steps = max(0, dataset.total_rows - first_slot) // global_batch_size
-        self._first_slot = first_slot
+        self._stretches = step_stretches(first_slot, global_batch_size, dataset.total_rows, left_out)
+        steps = sum(map(len, self._stretches))
         self.steps = steps if max_steps is None else min(steps, max_steps)
         """Steps until it ends."""
         self._waited_s = 0.0
@@ -209,8 +212,8 @@ class StepLoader:
 
     def _prefetch(self) -> None:
         try:
-            for step in range(self.steps):
-                if not self._put(self._read(self._first_slot + step * self._rows)):
+            for first_slot in islice(chain.from_iterable(self._stretches), self.steps):
+                if not self._put(self._read(first_slot)):
                     return
             self._put(None)
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
@@ -243,6 +246,19 @@ class StepLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def step_stretches(first_slot: int, rows: int, total_rows: int, left_out: Sequence[tuple[int, int]]) -> list[range]:
+    """The first slots of all steps of `rows` rows from `first_slot` on, in stretches between the ranges left out.
+
+    A range is (first slot, slot after the last). A step that would touch one begins after it.
+    """
+    stretches = []
+    for begin, end in [*sorted(left_out), (total_rows, total_rows)]:
+        steps = max(0, min(begin, total_rows) - first_slot) // rows
+        stretches.append(range(first_slot, first_slot + steps * rows, rows))
+        first_slot = max(first_slot, end)
+    return stretches
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:

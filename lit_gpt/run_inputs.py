@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from lit_gpt import run_folder
 from lit_gpt.args import Settings
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.datapoint_log import DatapointLog, Mark
 from lit_gpt.packed_dataset import PackedDataset, check_batch_sizes
 from lit_gpt.row_reader import open_sources
 from lit_gpt.sampling import Prompts, open_prompts
@@ -63,6 +65,32 @@ def run_facts(inputs: Inputs, settings: Settings) -> dict[str, Any]:
         "tokenizer_fingerprint": inputs.train[0].tokenizer_fingerprint,
         "world_size": inputs.world.size,
     }
+
+
+def open_datapoint_log(
+    inputs: Inputs,
+    settings: Settings,
+    dataset: PackedDataset,
+    parent: Mapping[str, Any] | None,
+    left_out: Sequence[tuple[int, int]],
+) -> DatapointLog:
+    """The record of what each step sees, after `parent`; refused if the data is not what the run began with."""
+    facts = {**dataset.reader.facts(), "global_batch_size": settings.global_batch_size}
+    facts["cross_document_attention"] = settings.cross_document_attention
+    details = {
+        "world_size": inputs.world.size,
+        "micro_batch_size": settings.micro_batch_size,
+        "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
+        "tokenizer_path": settings.tokenizer_path,
+        "left_out": left_out,
+    }
+    return DatapointLog.open(
+        inputs.run_dir / "datapoints",
+        facts,
+        parent=Mark(**parent) if parent else None,
+        details=details,
+        allow_changed_data=settings.allow_changed_data,
+    )
 
 
 def _require_one_tokenizer(settings: Settings, stores: list[TokenStore]) -> None:

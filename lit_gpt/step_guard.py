@@ -104,9 +104,10 @@ class StepGuard:
         self.skipped += len(skipped)
         return skipped
 
-    def record(self, datapoints: DatapointLog | None) -> None:
+    def record(self, datapoints: DatapointLog | None) -> list[SkippedStep]:
         """`read`, told in the log and, on the rank that has one, in the record of what each step saw."""
-        for skipped in self.read():
+        found = self.read()
+        for skipped in found:
             reason = skipped.reason.name.lower()
             log.warning(
                 "step %d: update skipped (%s, gradient norm %g, rows %d to %d)",
@@ -117,6 +118,7 @@ class StepGuard:
                     "skipped", skipped.step, reason=reason, grad_norm=str(skipped.grad_norm),  # JSON has no NaN
                     first_slot=skipped.first_slot, rows=skipped.rows,
                 )  # fmt: skip
+        return found
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds, as plain JSON; everything noted must have been read."""
@@ -126,7 +128,7 @@ class StepGuard:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state`."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped, self._in_a_row, self.gave_up = state["skipped"], state["in_a_row"], False
         recent = state["recent_norms"][-len(self._recent) :]
         self._recent.fill_(math.inf)
         if recent:

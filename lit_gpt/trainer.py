@@ -1,8 +1,9 @@
 """The training loop: settings in, a trained checkpoint out.
 
 Order of a run: everything that can be refused is refused before any process starts (`open_inputs`); then processes,
-model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state of a run is its step and its slot;
-whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken one.
+model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state of a run is its step and its slot
+(run_state.py); whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken
+one. A run that goes back after a spike (rollback.py) leaves the steps and begins them again, as if resumed.
 
 What a step agrees on over ranks travels in one small all-reduce of integers on the host, before the backward pass: the
 number of valid targets (the loss's divisor), the digest of the rows, whether a rank was asked to stop or sees the end
@@ -20,20 +21,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lit_gpt import checkpoint, run_folder
 from lit_gpt.args import Settings
 from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
-from lit_gpt.datapoint_log import DatapointLog, Mark
 from lit_gpt.garbage import collected_by_hand
 from lit_gpt.optim import make_optimizer
 from lit_gpt.packed_dataset import Step, StepLoader
 from lit_gpt.profiler import StepProfiler
 from lit_gpt.progress import Progress
-from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, run_facts, training_rows, validation_rows
+from lit_gpt.rollback import Rollback
+from lit_gpt.run_inputs import Inputs, open_cache, open_inputs, training_rows, validation_rows
+from lit_gpt.run_state import RunState
 from lit_gpt.sampling import sample
 from lit_gpt.saver import CheckpointSaver
 from lit_gpt.signals import StopFlag
 from lit_gpt.speed_monitor import SpeedMonitor
+from lit_gpt.step_guard import SkippedStep
 from lit_gpt.stop_request import Reason, StopRequest
 from lit_gpt.strategy import (
     Fabric,
@@ -45,7 +47,6 @@ from lit_gpt.strategy import (
     record_collectives,
     starts_alone,
 )
-from lit_gpt.trackers import Trackers
 from lit_gpt.train_step import TrainStep, Update
 from lit_gpt.validation import validate
 from lit_gpt.watchdog import Limits, Watchdog
@@ -86,7 +87,7 @@ def train(settings: Settings, stop_flag: StopFlag) -> int:
         if trainer is not None:
             trainer.watchdog.close()  # does not return where the failure follows from a stall that it is about to tell
             trainer.close()
-        end_failed(f"{who} failed at step {trainer.step + 1 if trainer else 0}", error)
+        end_failed(f"{who} failed at step {trainer.state.step + 1 if trainer else 0}", error)
     finally:
         if trainer is not None:
             trainer.close()
@@ -95,11 +96,10 @@ def train(settings: Settings, stop_flag: StopFlag) -> int:
 
 
 class Trainer:
-    """One rank of a run; `step` updates are done and `slot` rows are consumed, over all ranks and earlier parts."""
+    """One rank of a run."""
 
     def __init__(self, settings: Settings, inputs: Inputs, fabric: Fabric, stop: StopRequest, who: str) -> None:
         self.settings, self.inputs, self.fabric, self.stop = settings, inputs, fabric, stop
-        self.step = self.slot = self.tokens = 0
         self.rank, self.device = fabric.global_rank, fabric.device
         limits = Limits(settings.watchdog_factor, settings.watchdog_floor_s, settings.watchdog_long_s)
         self.watchdog = Watchdog(inputs.run_dir / "watchdog", who, self.rank, inputs.world.size, limits)
@@ -110,9 +110,10 @@ class Trainer:
         self.cache = open_cache(settings)
         self.dataset = training_rows(inputs, settings, self.cache)
         self.validation = validation_rows(inputs, settings)
-        resumed = self._resume()
-        self.datapoints = self._open_datapoint_log(resumed)
-        self.trackers = on_rank_zero(self.fabric, self._open_run_folder)
+        parts = self.model, self.optimizer, self.train_step.guard
+        self.state = RunState(settings, inputs, fabric, self.dataset, *parts)
+        self.state.start()
+        stop.note_save(self.state.load_s)  # stands for what a save takes until there was one
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
         kind = settings.state_dict_type
@@ -126,127 +127,120 @@ class Trainer:
             keep_every_steps=settings.keep_every_steps,
         )
 
-    def _resume(self) -> checkpoint.Checkpoint | None:
-        """Load what --resume names; rank 0 finds and verifies it for all."""
-        settings, run_dir = self.settings, self.inputs.run_dir
-        if settings.resume is None:
-            on_rank_zero(self.fabric, lambda: checkpoint.refuse_used(run_dir))
-            return None
-        found = on_rank_zero(self.fabric, lambda: checkpoint.find(settings.resume or "", run_dir), share=True)
-        if found is None:
-            log.info("no checkpoint in %s: a fresh start", run_dir)
-            return None
-        began = time.monotonic()
-        checkpoint.load(found, self.model, self.optimizer)
-        self.stop.note_save(time.monotonic() - began)
-        self.step, self.slot, self.tokens = found.step, found.facts["slot"], found.facts["tokens"]
-        if "step_guard" in found.facts:  # an imported model has none
-            self.train_step.guard.load(found.facts["step_guard"])
-        log.info("resumed from %s: step %d, slot %d", found.path, self.step, self.slot)
-        run_folder.log_changes(found.facts["settings"], settings)
-        return found
-
-    def _open_datapoint_log(self, resumed: checkpoint.Checkpoint | None) -> DatapointLog | None:
-        """Rank 0's record of what each step sees; refused if the data is not what the run began with."""
-        settings = self.settings
-        facts = {**self.dataset.reader.facts(), "global_batch_size": settings.global_batch_size}
-        facts["cross_document_attention"] = settings.cross_document_attention
-        details = {
-            "world_size": self.inputs.world.size,
-            "micro_batch_size": settings.micro_batch_size,
-            "train_data_dir": [str(store.path.resolve()) for store in self.inputs.train],
-            "tokenizer_path": settings.tokenizer_path,
-        }
-        parent = Mark(**resumed.facts["datapoint_log"]) if resumed and resumed.facts.get("datapoint_log") else None
-        folder = self.inputs.run_dir / "datapoints"
-        return on_rank_zero(
-            self.fabric,
-            lambda: DatapointLog.open(
-                folder, facts, parent=parent, details=details, allow_changed_data=settings.allow_changed_data
-            ),
-        )
-
-    def _open_run_folder(self) -> Trackers:
-        run_folder.write_settings(self.inputs.run_dir, self.settings)
-        return Trackers(self.inputs.run_dir, self.step, self.settings)
-
     # The loop
 
     def run(self) -> int:
         """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
-        settings, guard, stopped, saved_at = self.settings, self.train_step.guard, None, self.step
-        if self.step < settings.max_steps:
+        settings = self.settings
+        if self.state.step < settings.max_steps:
             on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
             return self.stop.tell_early()
-        loader = StepLoader(
-            self.dataset,
-            global_batch_size=settings.global_batch_size,
-            micro_batch_size=settings.micro_batch_size,
-            rank=self.rank,
-            world_size=self.inputs.world.size,
-            first_slot=self.slot,
-            max_steps=max(settings.max_steps - self.step, 0),
-            pin_memory=self.device.type == "cuda",
-        )
-        log.info("training from step %d to %d in %s", self.step, settings.max_steps, self.inputs.run_dir)
+        log.info("training from step %d to %d in %s", self.state.step, settings.max_steps, self.inputs.run_dir)
         self.saver.log_room()
-        with loader, collected_by_hand(), Progress(settings.max_steps, self.step, enabled=self.rank == 0) as progress:
-            last = self.step + loader.steps
-            for data in loader:
-                self.profiler.edge(self.step + 1)
-                agreed = self._agree(data)
-                if agreed.save_broke:
-                    self.saver.wait()
-                update = self.train_step.update(self.step, data.batches, agreed.targets)
-                self.step += 1
-                self.slot += data.rows
-                self.tokens += agreed.targets
-                if self.datapoints is not None:
-                    self.datapoints.append(self.step, data.first_slot, data.rows, agreed.targets, agreed.digest)
-                guard.note(self.step, data.first_slot, data.rows, update.verdict, update.grad_norm)
-                self.monitor.count(agreed.targets, loader.take_wait_s())
-                stopped, ended = agreed.stop, agreed.stop is not None or self.step == last
-                evaluate = self.step % settings.eval_interval_steps == 0 or self.step == last
-                log_now = evaluate or ended or self.step % settings.log_interval_steps == 0
-                save_now = ended or self.step % settings.save_interval_steps == 0
-                if log_now or save_now:
-                    gc.collect()
-                    guard.record(self.datapoints)
-                if log_now:
-                    progress.show(self._log(agreed.targets, update, evaluate=evaluate))
-                if save_now or guard.gave_up:
-                    self._save(wait=ended or guard.gave_up)
-                    saved_at = self.step
-                self.watchdog.step_done(self.step)
-                progress.advance(self.step)
-                if settings.sample_interval_steps and self.step % settings.sample_interval_steps == 0 and not stopped:
-                    self._sample()
-                if stopped or guard.gave_up:
+        with collected_by_hand(), Progress(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
+            while True:
+                with self._open_loader() as loader:
+                    stopped, rollback = self._take_steps(loader, progress)
+                if rollback is not None:
+                    self._roll_back(rollback)
+                if rollback is None or stopped:
                     break
         self.profiler.stop()
-        assert saved_at == self.step
         return self._finish(stopped)
+
+    def _open_loader(self) -> StepLoader:
+        return StepLoader(
+            self.dataset,
+            global_batch_size=self.settings.global_batch_size,
+            micro_batch_size=self.settings.micro_batch_size,
+            rank=self.rank,
+            world_size=self.inputs.world.size,
+            first_slot=self.state.slot,
+            left_out=self.state.rollbacks.left_out,
+            max_steps=max(self.settings.max_steps - self.state.step, 0),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _take_steps(self, loader: StepLoader, progress: Progress) -> tuple[Reason | None, Rollback | None]:
+        """To the loader's end, a stop, or a spike from which the run goes back; saved, except where it goes back."""
+        settings, state, guard = self.settings, self.state, self.train_step.guard
+        stopped, saved_at = None, state.step
+        last = state.step + loader.steps
+        for data in loader:
+            self.profiler.edge(state.step + 1)
+            agreed = self._agree(data)
+            if agreed.save_broke:
+                self.saver.wait()
+            update = self.train_step.update(state.step, data.batches, agreed.targets)
+            state.step_done(data, agreed.targets, agreed.digest)
+            guard.note(state.step, data.first_slot, data.rows, update.verdict, update.grad_norm)
+            self.monitor.count(agreed.targets, loader.take_wait_s())
+            stopped, ended = agreed.stop, agreed.stop is not None or state.step == last
+            evaluate = state.step % settings.eval_interval_steps == 0 or state.step == last
+            log_now = evaluate or ended or state.step % settings.log_interval_steps == 0
+            save_now = ended or state.step % settings.save_interval_steps == 0
+            if log_now or save_now:
+                gc.collect()
+                rollback = self._plan_rollback(guard.record(state.datapoints))
+                if rollback is not None:
+                    return stopped, rollback
+            if log_now:
+                progress.show(self._log(agreed.targets, update, evaluate=evaluate))
+            gave_up = self._gave_up is not None
+            if save_now or gave_up:
+                self._save(wait=ended or gave_up)
+                saved_at = state.step
+            self.watchdog.step_done(state.step)
+            progress.advance(state.step)
+            if settings.sample_interval_steps and state.step % settings.sample_interval_steps == 0 and not stopped:
+                self._sample()
+            if stopped or gave_up:
+                break
+        assert saved_at == state.step
+        return stopped, None
+
+    def _plan_rollback(self, skipped: list[SkippedStep]) -> Rollback | None:
+        """Whether to go back, and how far; the same on every rank, as the norms are."""
+        spikes = self.state.rollbacks.spikes(skipped)
+        if not spikes:
+            return None
+        self.watchdog.at("rollback")
+        self.saver.wait()
+        return self.state.plan_rollback(spikes)
+
+    def _roll_back(self, rollback: Rollback) -> None:
+        self.profiler.stop()
+        self.state.roll_back(rollback)
+        self.stop.note_save(self.state.load_s)  # the step that it interrupts is not a measure of steps
+        self.saver.failure = None  # of a save after the spike; the state is that of a checkpoint again
+        self.monitor.restart()
+
+    @property
+    def _gave_up(self) -> str | None:
+        """Why the run should not go on."""
+        if self.state.rollbacks.exhausted:
+            return f"a spike came after {len(self.state.rollbacks.left_out)} rollbacks (--max_rollbacks)"
+        if self.train_step.guard.gave_up:
+            return f"{self.settings.max_skipped_steps} updates in a row were skipped (--max_skipped_steps)"
+        return None
 
     def _finish(self, stopped: Reason | None) -> int:
         if self.saver.failure:
             if self.rank == 0:
-                log.error("ended after step %d, without its last checkpoint: %s", self.step, self.saver.failure)
+                log.error("ended after step %d, without its last checkpoint: %s", self.state.step, self.saver.failure)
             return EXIT_NOT_SAVED
-        if self.train_step.guard.gave_up:
-            log.error(
-                "gave up after step %d, saved: %d updates in a row were skipped (--max_skipped_steps)",
-                self.step, self.settings.max_skipped_steps,
-            )  # fmt: skip
+        if self._gave_up:
+            log.error("gave up after step %d, saved: %s", self.state.step, self._gave_up)
             return EXIT_GAVE_UP
         if stopped:
-            return self.stop.tell(stopped, self.step)
-        if self.step < self.settings.max_steps:
+            return self.stop.tell(stopped, self.state.step)
+        if self.state.step < self.settings.max_steps:
             log.warning(
                 "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
-                self.step, self.settings.max_steps, self.settings.max_epochs,
+                self.state.step, self.settings.max_steps, self.settings.max_epochs,
             )  # fmt: skip
-        log.info("finished at step %d: %d targets trained", self.step, self.tokens)
+        log.info("finished at step %d: %d targets trained", self.state.step, self.state.tokens)
         return 0
 
     def _agree(self, data: Step) -> Agreed:
@@ -268,13 +262,13 @@ class Trainer:
         if dist.is_initialized():
             dist.all_reduce(update.loss_sum)
         row: dict[str, Any] = {
-            "step": self.step,
+            "step": self.state.step,
             "loss": update.loss_sum.item() / max(targets, 1),
             "learning_rate": update.learning_rate,
             "grad_norm": update.grad_norm.item(),
             "targets": targets,
-            "epoch": (self.slot - 1) // self.dataset.rows_per_epoch,
-            "tokens": self.tokens,
+            "epoch": (self.state.slot - 1) // self.dataset.rows_per_epoch,
+            "tokens": self.state.tokens,
             "skipped_steps": self.train_step.guard.skipped,
             **self.monitor.read()._asdict(),
         }
@@ -290,8 +284,8 @@ class Trainer:
             )
             row |= {f"val_{name}": value for name, value in result._asdict().items()}
             self.monitor.restart()
-        if self.trackers is not None:
-            self.trackers.log(row)
+        if self.state.trackers is not None:
+            self.state.trackers.log(row)
         return row
 
     def _sample(self) -> None:
@@ -303,35 +297,19 @@ class Trainer:
             self.settings,
             block_size=self.inputs.config.block_size,
             vocab_size=self.inputs.config.vocab_size,
-            step=self.step,
+            step=self.state.step,
             device=self.device,
         )
-        if self.trackers is not None:
-            self.trackers.log_samples(self.step, samples)
+        if self.state.trackers is not None:
+            self.state.trackers.log_samples(self.state.step, samples)
         self.monitor.restart()
 
     def _save(self, *, wait: bool) -> None:
         self.watchdog.at("save")
         began = time.monotonic()
-        mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
-        facts = {
-            "step": self.step,
-            "slot": self.slot,
-            "tokens": self.tokens,
-            "step_guard": self.train_step.guard.state(),
-            **run_facts(self.inputs, self.settings),
-            "datapoint_log": mark._asdict() if mark else None,
-            "environment": {
-                **run_folder.environment(),
-                "hardware": f"{self.inputs.world.size} x {self._device_name()}",
-            },
-        }
-        self.saver.save(facts, wait=wait)
+        self.saver.save(self.state.facts(), wait=wait)
         self.stop.note_save(time.monotonic() - began)
         self.monitor.restart()
-
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU process"
 
     def close(self) -> None:
         self.watchdog.close()
@@ -339,7 +317,4 @@ class Trainer:
         if self.cache is not None:
             log.info("shard cache: %s", self.cache.report())
             self.cache.close()
-        if self.trackers is not None:
-            self.trackers.close()
-        if self.datapoints is not None:
-            self.datapoints.close()
+        self.state.close()

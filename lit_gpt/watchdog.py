@@ -30,7 +30,7 @@ from lit_gpt.strategy import dump_collectives
 
 log = logging.getLogger(__name__)
 
-LONG_PLACES = ("set-up", "validate", "sample", "save", "close")
+LONG_PLACES = ("set-up", "validate", "sample", "save", "rollback", "close")
 WAITING_PLACE = "agree"
 """Where ranks wait for each other on the host: a rank that hangs is somewhere else, unless it was stopped there."""
 MAX_POLL_S = 15.0

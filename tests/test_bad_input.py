@@ -86,6 +86,7 @@ TRAINING: dict[str, tuple[Callable[[Path, Path], dict[str, object]], list[str]]]
         },
         ["--shard_group_size 3", "4 processes", "Valid: 1, 2, 4"],
     ),
+    "a rollback of no step": (lambda store, tmp: {"rollback_steps": 0}, ["--rollback_steps 0", "at least 1"]),
     "spike below the usual": (lambda store, tmp: {"spike_factor": 1.0}, ["--spike_factor 1.0", "above 1"]),
     "plan without memory": (lambda store, tmp: {"plan_gpu_gib": 0, "plan": "true"}, ["--plan_gpu_gib"]),
     "plan of a batch that does not divide": (
