@@ -4,7 +4,8 @@
     steps.jsonl  one line a step, and one a deviation (a skipped step, rows that are left out)
 
 Facts are what the meaning of a slot depends on (data sets, order, seed, block size, packing, batch); they may not
-change within a run. Details may (processes, micro-batch, folders). The digest of a step is that of row_reader.py.
+change within a run. Details may (processes, micro-batch, folders, the slots that rollbacks left out). The digest of a
+step is that of row_reader.py.
 
 Invariants: rank 0 alone writes, a line after each optimizer step, in one write. Nothing is ever deleted or changed: a
 resume is a new attempt that says after which step of which attempt it goes on, and readers follow that lineage. Before

@@ -190,10 +190,8 @@ class Replay:
     def verify(self) -> Iterator[str]:
         """One line for each way in which the log contradicts itself or the data."""
         before: StepRecord | None = None
-        deviations = self.record.deviations()
-        left_out = [line for line in deviations if line["deviation"] == "left_out"]
-        jumps = {(line["step"], line["first_slot"]): line["first_slot"] + line["rows"] for line in left_out}
-        excused = {line["step"] for line in deviations if line["deviation"] != "left_out"}
+        excused = {line["step"] for line in self.record.deviations() if line["deviation"] != "left_out"}
+        jumps = {(step, first_slot): first_slot + rows for step, first_slot, rows in self.record.left_out()}
         for record in self.record.steps():
             step = before.step + 1 if before else record.step
             slot = before.first_slot + before.rows if before else record.first_slot

@@ -32,6 +32,14 @@ class StepRecord(NamedTuple):
     attempt: int
 
 
+class LeftOut(NamedTuple):
+    """Rows that no step trained on; `step` is the one after them."""
+
+    step: int
+    first_slot: int
+    rows: int
+
+
 class Segment(NamedTuple):
     """The steps of one attempt that the lineage goes through: after < step, and step <= until where it is not None."""
 
@@ -84,6 +92,14 @@ class RunRecord:
         lines = [(segment, line) for segment in self.lineage for line in self._lines(segment.begin, segment.end)]
         return [line for segment, line in lines if "deviation" in line and segment.holds(line["step"])]
 
+    def left_out(self) -> list[LeftOut]:
+        """The rows that rollbacks left out, where the lineage passed over them."""
+        return [
+            LeftOut(line["step"], line["first_slot"], line["rows"])
+            for line in self.deviations()
+            if line["deviation"] == "left_out"
+        ]
+
     def step(self, number: int) -> StepRecord | None:
         """The record of step `number`; None where the lineage has none."""
         found = next(self.steps(number), None)
@@ -111,7 +127,7 @@ class RunRecord:
         return None
 
     def consumed(self) -> int:
-        """The slot after the newest step: rows that led to the run's present state."""
+        """The slot after the newest step: rows that led to the run's present state, and those left out on the way."""
         newest = self.last()
         return newest.first_slot + newest.rows if newest else 0
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class RunState:
-    """One rank's; `step` updates are done and `slot` rows are consumed, over all ranks and earlier parts."""
+    """One rank's; `step` updates are done and `slot` rows consumed or left out, over all ranks and earlier parts."""
 
     def __init__(
         self,

@@ -96,7 +96,8 @@ def show_contradictions(replay: Replay, *, as_json: bool) -> int:
         found += 1
         print(json.dumps({"contradiction": contradiction}) if as_json else contradiction, flush=True)
     newest = replay.record.last()
-    result = {"steps_to": newest.step if newest else 0, "rows": replay.record.consumed(), "contradictions": found}
+    rows = replay.record.consumed() - sum(left_out.rows for left_out in replay.record.left_out())
+    result = {"steps_to": newest.step if newest else 0, "rows": rows, "contradictions": found}
     if as_json:
         print(json.dumps(result))
     else:
