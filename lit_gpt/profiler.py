@@ -4,7 +4,7 @@
     <run folder>/profile/steps-A-B.kernels.txt      time by operator and kernel
     <run folder>/profile/steps-A-B.memory.pickle    for pytorch.org/memory_viz; on GPUs
 
-Steps that are profiled are slower; the files of one step of a large model take some ten megabytes.
+Steps that are profiled are slower.
 """
 
 from __future__ import annotations

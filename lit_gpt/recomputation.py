@@ -2,7 +2,7 @@
 
     none       torch.compile decides: every product of matrices and what is cheap to keep
     selective  products of matrices and attention are kept; norms, rotations, SwiGLU and casts are computed again, which
-               costs a read and a write of what they make, a few percent of a step, and saves a third of the memory
+               costs a read and a write of what they make; about two thirds is kept (memory_plan.py counts)
     full       only the block's input is kept; the forward pass runs twice, a third more arithmetic
 
 In place on `block.forward`, unlike PyTorch's wrapper, which would rename the weights.

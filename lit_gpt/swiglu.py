@@ -1,8 +1,8 @@
 """SwiGLU's gated product (arXiv:2002.05202), with a backward pass that reads its inputs once.
 
 Gate and up are halves of one tensor, the output of one product. torch.compile makes the gradient of that tensor by a
-kernel that, for each half, reads whatever both need: 7 numbers moved where 5 are enough, 1 to 2 percent of a step of a
-memory-bound kernel. On a GPU the gradient is a Triton kernel here; the forward pass is left to torch.compile.
+kernel that, for each half, reads whatever both need: 7 numbers moved where 5 are enough, in a kernel that
+memory bounds. On a GPU the gradient is a Triton kernel here; the forward pass is left to torch.compile.
 """
 
 from __future__ import annotations
