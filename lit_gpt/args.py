@@ -107,6 +107,8 @@ class Settings:
     """Checkpoints: each rank writes its part, or rank 0 one state.pth. auto: full on one process, else sharded."""
     attention: Literal["auto", "fa3", "fa4", "fa2", "xformers", "torch"] = "auto"
     """Attention kernel; auto takes the fastest that the device and the installed packages allow, and logs it."""
+    mlp: Literal["auto", "quack", "torch"] = "auto"
+    """How the MLP is computed: quack joins SwiGLU with its products. auto: quack on Hopper GPUs that have it."""
     compile: bool | None = None
     """torch.compile each block and the loss. Default: on GPUs."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"

@@ -11,6 +11,7 @@ processes, and independent of how the model was built (a start on the meta devic
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lit_gpt.attention import Segments, attention, make_segments
 from lit_gpt.config import Config
 from lit_gpt.loss import cross_entropy, linear_cross_entropy
-from lit_gpt.swiglu import gated
+from lit_gpt.swiglu import fused_mlp
 
 # Shapes: B rows, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width, V vocabulary.
 
@@ -62,26 +63,29 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, config: Config) -> None:
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    """All of it from input (B * T, C) and both weights, by swiglu.py or float8.py; None: layer by layer."""
+
+    def __init__(self, config: Config, backend: str) -> None:
         super().__init__()
         self.gate_up = Linear(config.n_embd, 2 * config.intermediate_size)
         self.down = Linear(config.intermediate_size, config.n_embd)
+        self.fused = fused_mlp if backend == "quack" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)  # (B, T, 2 I)
-        if isinstance(self.down, Linear):
-            return self.down(gated(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)  # float8: torch.compile joins these kernels with the casts to 8 bits
+        if self.fused is not None:
+            return self.fused(x.flatten(0, 1), self.gate_up.weight, self.down.weight).view_as(x)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mlp_backend: str = "torch") -> None:
         super().__init__()
         self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config)
         self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config, mlp_backend)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, backend: str) -> Tensor:
         x = x + self.attn(self.norm_1(x), cos, sin, segments, backend)
@@ -91,24 +95,30 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Everything below the head; its attributes only give the weights the names that lit-gpt gave them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mlp_backend: str) -> None:
         super().__init__()
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, mlp_backend) for _ in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, eps=config.norm_eps)
 
 
 class GPT(nn.Module):
-    """A decoder of `config`'s shape. `attention_backend` is a name that attention.choose_backend gave."""
+    """A decoder of `config`'s shape. Backends are names that attention.choose_backend and swiglu.choose_mlp gave."""
 
     def __init__(
-        self, config: Config, *, attention_backend: str = "torch", compute_dtype: torch.dtype = torch.float32
+        self,
+        config: Config,
+        *,
+        attention_backend: str = "torch",
+        mlp_backend: str = "torch",
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.config = config
         self.attention_backend = attention_backend
+        self.mlp_backend = mlp_backend
         self.compute_dtype = compute_dtype
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, mlp_backend)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.cross_entropy = cross_entropy
 

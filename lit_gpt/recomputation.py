@@ -17,7 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_KEPT = ("mm", "addmm", "bmm", "_scaled_mm", "varlen_attention", "_varlen_attn", "_scaled_dot_product")
+_KEPT = (
+    "mm", "addmm", "bmm", "fused_mlp", "_scaled_mm", "absolute_max", "gated_absolute_max",
+    "varlen_attention", "_varlen_attn", "_scaled_dot_product",
+)  # fmt: skip
 """Operators whose results `selective` keeps, by name without namespace; the last stands for all of SDPA's kernels."""
 
 

@@ -40,7 +40,7 @@ PROFILED_STEPS = 3
 PARTS = ("attention", "products", "loss", "optimizer", "rest")
 _KERNELS = {
     "attention": ("flash", "attn", "attention", "fmha"),
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
+    "products": ("gemm", "quack", "nvjet", "cutlass", "xmma", "splitk"),
 }
 """Parts of kernels' names, in lower case."""
 
@@ -54,7 +54,7 @@ class Bench:
         self.fabric = launch(settings, find_world(settings))
         self.device = self.fabric.device
         model = build_model(self.fabric, self.config, settings)
-        self.backend = str(model.attention_backend)
+        self.backend, self.mlp = str(model.attention_backend), str(model.mlp_backend)
         self.train_step = TrainStep(self.fabric, model, make_optimizer(model, settings), settings)
         generator = np.random.default_rng(settings.seed)
         micro_batches = settings.global_batch_size // settings.micro_batch_size
@@ -109,8 +109,8 @@ def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> 
     rate = tokens / median
     line: dict[str, Any] = {
         "what": "step", "size": settings.model_name, "precision": settings.precision, "float8": settings.float8,
-        "attention": bench.backend, "checkpointing": settings.activation_checkpointing,
-        "compile": settings.compile is not False, "rows": settings.global_batch_size,
+        "attention": bench.backend, "mlp": bench.mlp, "checkpointing": settings.activation_checkpointing,
+        "deterministic": settings.deterministic, "compile": settings.compile is not False, "rows": settings.global_batch_size,
         "micro_batch": settings.micro_batch_size, "value": round(rate), "unit": "tokens/s",
         "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),
         "first_step_s": round(first_step_s, 1), "loss_after_warmup": round(loss, 4),

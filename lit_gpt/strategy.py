@@ -40,6 +40,7 @@ from lit_gpt.float8 import use_float8
 from lit_gpt.job import host
 from lit_gpt.model import GPT, initialize
 from lit_gpt.recomputation import checkpoint_activations
+from lit_gpt.swiglu import choose_mlp
 
 Result = TypeVar("Result")
 
@@ -232,8 +233,11 @@ def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module
     """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks."""
     backend = choose_backend(settings.attention, fabric.device)
     compute_dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
+    mlp = "torch"
+    if settings.float8 == "none":
+        mlp = choose_mlp(settings.mlp, fabric.device, compute_dtype, (config.n_embd, config.intermediate_size))
     with torch.device("meta"):
-        model = GPT(config, attention_backend=backend, compute_dtype=compute_dtype)
+        model = GPT(config, attention_backend=backend, mlp_backend=mlp, compute_dtype=compute_dtype)
     if settings.precision == "bf16-true":
         model = model.bfloat16()
     # This order keeps parameter names: float8, checkpointing, compilation, then sharding.

@@ -1,75 +1,123 @@
-"""SwiGLU's gated product (arXiv:2002.05202), with a backward pass that reads its inputs once.
+"""The MLP with SwiGLU (arXiv:2002.05202): down(silu(gate) * up), as one function of its input and its two weights.
 
-Gate and up are halves of one tensor, the output of one product. torch.compile makes the gradient of that tensor by a
-kernel that, for each half, reads whatever both need: 7 numbers moved where 5 are enough, in a kernel that
-memory bounds. On a GPU the gradient is a Triton kernel here; the forward pass is left to torch.compile.
+Gate and up are halves of one weight. Computed product by product, the tensors between them (2 I and I numbers a token,
+and their gradients) cross the GPU's memory several times. Two backends:
+
+| backend | needs                     | what it does                                                             |
+|---------|---------------------------|--------------------------------------------------------------------------|
+| quack   | quack-kernels, a Hopper GPU, 16 bits | SwiGLU and its gradient are computed inside the products, while  |
+|         |                           | their results are still in registers (it comes with flash-attn-4)        |
+| torch   | nothing                   | three operations; torch.compile fuses what stands between the products   |
+
+The only importer of quack.
 """
 
 from __future__ import annotations
 
-import functools
+import importlib
+import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 1024
+from lit_gpt.cli import BadInput
+
+log = logging.getLogger(__name__)
+
+# Shapes: N tokens, C width, I MLP width.
+
+BACKENDS = ("quack", "torch")
+PACKAGE = "quack.gemm_interface"
+MULTIPLE = 16
+"""Widths that quack's kernels read must be multiples of this."""
 
 
-def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up (..., 2 I), which holds gate and up side by side: (..., I)."""
-    return _Gated.apply(gate_up)
+def choose_mlp(requested: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
+    """The backend that `requested` ("auto" or a name) stands for; raises BadInput if it cannot run."""
+    if requested not in ("auto", *BACKENDS):
+        raise BadInput(f"unknown mlp {requested!r}. Valid: auto, {', '.join(BACKENDS)}")
+    reason = _why_not_quack(device, dtype, widths)
+    if requested == "quack" and reason is not None:
+        raise BadInput(f"--mlp quack cannot run here: {reason}. Valid here: torch")
+    chosen = "torch" if requested == "torch" or reason is not None else "quack"
+    log.info("mlp: %s (asked for: %s)%s", chosen, requested, f"; not quack: {reason}" if reason else "")
+    return chosen
 
 
-class _Gated(torch.autograd.Function):
+def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a Hopper GPU, this run is on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"it was not measured on compute capability {major}.{minor}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bits, this run in {dtype}"
+    if any(width % MULTIPLE for width in widths):
+        return f"the widths {widths} are no multiples of {MULTIPLE}"
+    try:
+        importlib.import_module(PACKAGE)
+    except ImportError as error:
+        return f"{PACKAGE} does not import ({error}). Install it: pip install quack-kernels"
+    return None
+
+
+def fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate) * up) of x (N, C), gate_up (2 I, C) with the gate's rows before up's, and down (C, I): (N, C).
+
+    Weights of any type: they are cast to x's, and their gradients come in their own.
+    Kept for the backward pass are x and the output of the first product; SwiGLU's result is made again beside its
+    gradient.
+    """
+    return _FusedMLP.apply(x, gate_up, down)
+
+
+class _FusedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        ctx.weight_dtype = gate_up.dtype
+        gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+        between, out = torch.ops.llammlein.fused_mlp(x, gate_up, down)
+        ctx.save_for_backward(x, between, gate_up, down)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        return torch.ops.llammlein.gated_backward(d_out, gate_up)
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.llammlein.fused_mlp_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.weight_dtype)
 
 
-@functools.cache
-def _kernel() -> Any:
-    """Made when first called: triton comes with torch's builds for GPUs only."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def gradient(d_out_ptr, gate_up_ptr, d_gate_up_ptr, width: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < width
-        at = row * (2 * width) + column
-        gate = tl.load(gate_up_ptr + at, mask=inside).to(tl.float32)
-        up = tl.load(gate_up_ptr + at + width, mask=inside).to(tl.float32)
-        d_out = tl.load(d_out_ptr + row * width + column, mask=inside).to(tl.float32)
-        sigmoid = 1 / (1 + tl.exp(-gate))
-        tl.store(d_gate_up_ptr + at, d_out * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=inside)
-        tl.store(d_gate_up_ptr + at + width, d_out * gate * sigmoid, mask=inside)
-
-    return gradient
+@torch.library.custom_op("llammlein::fused_mlp", mutates_args=())
+def _fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 2 I), where gate and up alternate as the kernels want them; and the MLP's output (N, C)."""
+    quack = importlib.import_module(PACKAGE)
+    between, inner = quack.gemm_gated(x, gate_up.T, activation="swiglu", concat_layout=("B",), tuned=False)
+    return between, inner @ down.T
 
 
-@torch.library.custom_op("llammlein::gated_backward", mutates_args=())
-def _gated_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient (..., 2 I) of gate_up from that of the product, (..., I)."""
-    if not gate_up.is_cuda:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.cat((torch.ops.aten.silu_backward(d_out * up, gate), d_out * F.silu(gate)), dim=-1)
-    d_out, gate_up = d_out.contiguous(), gate_up.contiguous()
-    d_gate_up, width = torch.empty_like(gate_up), d_out.shape[-1]
-    grid = (d_out.numel() // width, -(-width // _BLOCK))
-    _kernel()[grid](d_out, gate_up, d_gate_up, width, BLOCK=_BLOCK)
-    return d_gate_up
+@_fused_mlp.register_fake
+def _(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], gate_up.shape[0]), x.new_empty(x.shape[0], down.shape[0])
 
 
-@_gated_backward.register_fake
-def _(d_out: Tensor, gate_up: Tensor) -> Tensor:
-    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+@torch.library.custom_op("llammlein::fused_mlp_backward", mutates_args=())
+def _fused_mlp_backward(
+    d_out: Tensor, x: Tensor, between: Tensor, gate_up: Tensor, down: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x in its type, and of both weights in weight_dtype, as the products summed them: in fp32."""
+    quack = importlib.import_module(PACKAGE)
+    d_between, inner = quack.gemm_dgated(d_out, down, between, activation="swiglu", tuned=False)
+    d_down = quack.gemm(d_out.T, inner, out_dtype=weight_dtype, tuned=False)
+    del inner
+    d_gate_up = quack.gemm(d_between.T, x, out_dtype=weight_dtype, concat_layout=("out",), tuned=False)
+    return quack.gemm(d_between, gate_up, concat_layout=("B",), tuned=False), d_gate_up, d_down
+
+
+@_fused_mlp_backward.register_fake
+def _(
+    d_out: Tensor, x: Tensor, between: Tensor, gate_up: Tensor, down: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x),
+        torch.empty_like(gate_up, dtype=weight_dtype),
+        torch.empty_like(down, dtype=weight_dtype),
+    )

@@ -1,7 +1,8 @@
 """Measure a training step on this device; one JSON object a line.
 
     python scripts/benchmark_step.py --size LLaMmlein_1B --rows 16 [--precision bf16-true] [--attention fa4]
-        [--float8 tensorwise] [--checkpointing selective] [--compile false] [--micro_batch N] [--breakdown]
+        [--mlp quack] [--float8 tensorwise] [--checkpointing selective] [--compile false] [--deterministic]
+        [--micro_batch N] [--breakdown]
         [--reference ../shared/gpu/gpu_step.py] [--reference_flags "--backend fa4packed"]
 
 The step is the training program's own, on packed random documents with the lengths of German web text. --breakdown
@@ -33,8 +34,10 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
     parser.add_argument("--float8", default="none", choices=("none", "tensorwise", "rowwise"))
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--mlp", default="auto", choices=("auto", "quack", "torch"))
     parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--compile", default=None, choices=("true", "false"), help="default: on GPUs")
+    parser.add_argument("--deterministic", action="store_true", help="only kernels that repeat their bits")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=6, help="steps before")
@@ -51,7 +54,7 @@ def main() -> None:
     settings = Settings(
         model_name=arguments.size, global_batch_size=arguments.rows, micro_batch_size=micro_batch,
         precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,
-        activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=1,
+        mlp=arguments.mlp, deterministic=arguments.deterministic, activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=1,
         compile=None if arguments.compile is None else arguments.compile == "true",
         train_data_dir="(random tokens)",
     )  # fmt: skip

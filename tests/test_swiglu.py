@@ -1,28 +1,122 @@
-"""The gated product's own backward pass against autograd's of the plain formula."""
+"""The fused MLP through a stand-in of the interface of quack-kernels 0.6; tests/gpu has the real one."""
 
 from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from lit_gpt.swiglu import gated
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.model import GPT, initialize
+from lit_gpt.swiglu import PACKAGE, choose_mlp, fused_mlp
+
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_plain_formula_bit_for_bit(dtype: torch.dtype) -> None:
+def alternating(halves: Tensor, dim: int) -> Tensor:
+    """[a0 a1 ..; b0 b1 ..] along dim to a0 b0 a1 b1 .."""
+    return torch.stack(halves.chunk(2, dim=dim), dim=dim + 1).flatten(dim, dim + 1)
+
+
+def halves(mixed: Tensor, dim: int) -> Tensor:
+    return torch.cat([mixed.unflatten(dim, (-1, 2)).select(dim + 1, i) for i in (0, 1)], dim=dim)
+
+
+def swiglu(mixed: Tensor) -> Tensor:
+    return F.silu(mixed[:, 0::2]) * mixed[:, 1::2]
+
+
+class Quack(ModuleType):
+    """concat_layout names the tensors whose halves lie one after the other, where the kernels have them alternate."""
+
+    @staticmethod
+    def gemm(
+        a: Tensor, b: Tensor, out_dtype: Any = None, tuned: bool = True, concat_layout: tuple[str, ...] = ()
+    ) -> Tensor:
+        assert not tuned, "tuning measures dozens of kernels at the start of a run"
+        out = a.float() @ (alternating(b, 0) if "B" in concat_layout else b).float()
+        return (halves(out, 0) if "out" in concat_layout else out).to(out_dtype or a.dtype)
+
+    @staticmethod
+    def gemm_gated(
+        a: Tensor, b: Tensor, activation: str, tuned: bool = True, concat_layout: tuple[str, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        assert activation == "swiglu"
+        assert concat_layout == ("B",)
+        assert not tuned
+        mixed = a.float() @ alternating(b, 1).float()
+        return mixed.to(a.dtype), swiglu(mixed).to(a.dtype)
+
+    @staticmethod
+    def gemm_dgated(a: Tensor, b: Tensor, mixed: Tensor, activation: str, tuned: bool = True) -> tuple[Tensor, Tensor]:
+        assert activation == "swiglu"
+        assert not tuned
+        d_inner = a.float() @ b.float()
+        gate, up = mixed.float()[:, 0::2], mixed.float()[:, 1::2]
+        sigmoid = gate.sigmoid()
+        d_gate = d_inner * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_mixed = torch.stack((d_gate, d_inner * gate * sigmoid), dim=2).flatten(1, 2)
+        return d_mixed.to(a.dtype), swiglu(mixed.float()).to(a.dtype)
+
+
+@pytest.fixture
+def quack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, PACKAGE, Quack(PACKAGE))
+
+
+@pytest.mark.usefixtures("quack")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradients_are_those_of_the_plain_formula(weight_dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(2, 3, 10, generator=generator).to(dtype).requires_grad_()
-    d_out = torch.randn(2, 3, 5, generator=generator).to(dtype)
-    gate, up = gate_up.chunk(2, dim=-1)
-    plain = F.silu(gate) * up
-    ours = gated(gate_up)
-    assert torch.equal(ours, plain)
-    (wanted,) = torch.autograd.grad(plain, gate_up, d_out)
-    (got,) = torch.autograd.grad(ours, gate_up, d_out)
-    assert torch.equal(got, wanted)
+    x = torch.randn(6, 8, generator=generator).bfloat16().requires_grad_()
+    gate_up, down = (
+        torch.randn(*shape, generator=generator).to(weight_dtype).requires_grad_() for shape in ((20, 8), (8, 10))
+    )
+    d_out = torch.randn(6, 8, generator=generator).bfloat16()
+    out = fused_mlp(x, gate_up, down)
+    got = torch.autograd.grad(out, (x, gate_up, down), d_out)
+    exact = [t.detach().bfloat16().float().requires_grad_() for t in (x, gate_up, down)]
+    gate, up = (exact[0] @ exact[1].T).chunk(2, dim=-1)
+    wanted = (F.silu(gate) * up) @ exact[2].T
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in got] == [torch.bfloat16, weight_dtype, weight_dtype]
+    gradients = torch.autograd.grad(wanted, exact, d_out.float())
+    for ours, theirs in zip((out, *got), (wanted, *gradients), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
 
 
-def test_gradient_by_finite_differences() -> None:
-    gate_up = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    torch.autograd.gradcheck(gated, gate_up)
+@pytest.mark.usefixtures("quack")
+def test_a_model_with_it_is_the_same_model() -> None:
+    """Also under torch.compile, in one graph for all blocks."""
+    tokens = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+    losses, norms = [], []
+    for backend, compiled in (("torch", False), ("quack", False), ("quack", True)):
+        model = GPT(Config.from_name("debug", block_size=32), mlp_backend=backend, compute_dtype=torch.bfloat16)
+        initialize(model, seed=1)
+        if compiled:
+            for block in model.transformer.h:
+                block.compile(fullgraph=True, backend="aot_eager")
+        loss = model(tokens, None, tokens.roll(-1, 1))
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-2)
+
+
+def test_the_choice_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert choose_mlp("auto", CPU, torch.bfloat16, (64, 128)) == "torch"
+    assert "mlp: torch (asked for: auto); not quack: it needs a Hopper GPU, this run is on cpu" in caplog.text
+    assert choose_mlp("torch", CPU, torch.bfloat16, (64, 128)) == "torch"
+    with pytest.raises(BadInput, match=r"--mlp quack cannot run here: it needs a Hopper GPU.* Valid here: torch"):
+        choose_mlp("quack", CPU, torch.bfloat16, (64, 128))
+    with pytest.raises(BadInput, match=r"unknown mlp 'fast'. Valid: auto, quack, torch"):
+        choose_mlp("fast", CPU, torch.bfloat16, (64, 128))
