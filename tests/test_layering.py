@@ -20,11 +20,11 @@ FENCES = {
     "flash_attn": ("lit_gpt/attention.py",),
     "flash_attn_interface": ("lit_gpt/attention.py",),
     "xformers": ("lit_gpt/attention.py",),
-    "lightning": ("lit_gpt/strategy.py", "lit_gpt/train_step.py"),
+    "lightning": ("lit_gpt/strategy.py", "lit_gpt/train_step.py", "lit_gpt/litgpt_benchmark.py"),
     "transformers": ("scripts/",),
     "datatrove": ("scripts/",),
 }
-OPTIONAL = "datatrove flash_attn flash_attn_interface gguf liger_kernel lm_eval torchao wandb xformers"
+OPTIONAL = "datatrove flash_attn flash_attn_interface gguf liger_kernel litgpt lm_eval torchao wandb xformers"
 
 
 def level_table() -> dict[str, int]:

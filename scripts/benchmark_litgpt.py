@@ -1,0 +1,51 @@
+"""Measure a training step of Lightning-AI/litgpt at the shape of one of our models; prints one JSON object.
+
+    python scripts/benchmark_litgpt.py [--size LLaMmlein_1B] [--rows 8] [--precision bf16-mixed] [--steps 20]
+
+The number to hold scripts/benchmark_step.py against: litgpt's model, loss and optimizer, put together as its own
+pretraining does (lit_gpt/litgpt_benchmark.py says what is left out). Needs the package litgpt, without which it ends
+with exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.config import Config
+
+INSTALL = "pip install --no-deps litgpt==0.5.13 psutil tqdm"
+"""With its own bounds litgpt would take back jsonargparse and huggingface_hub to older releases."""
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--size", default="LLaMmlein_1B", help="a name from the registry of models")
+    parser.add_argument("--rows", type=int, default=8, help="rows a step, in one forward pass")
+    parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
+    parser.add_argument("--steps", type=int, default=20, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=6, help="steps before")
+    parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
+    arguments = parser.parse_args()
+    for name in ("rows", "steps", "warmup"):
+        if getattr(arguments, name) < 1:
+            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    config = Config.from_name(arguments.size)
+    if importlib.util.find_spec("litgpt") is None:
+        raise BadInput(f"scripts/benchmark_litgpt.py needs litgpt, which is not installed: {INSTALL}")
+    import torch
+
+    if arguments.accelerator == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--accelerator cuda: no CUDA device is visible. Valid here: cpu")
+    from lit_gpt.litgpt_benchmark import measure
+
+    line = measure(
+        config, precision=arguments.precision, rows=arguments.rows, steps=arguments.steps, warmup=arguments.warmup,
+        accelerator=arguments.accelerator,
+    )  # fmt: skip
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    run_program(main)
