@@ -1,0 +1,51 @@
+"""Measure every attention backend that runs here, at the shapes of our models; prints JSON lines.
+
+    python scripts/benchmark_attention.py [--size LLaMmlein_120M LLaMmlein_1B LLaMmlein_7B] [--rows 16]
+        [--backend all] [--repetitions 50]
+
+For packed documents and for rows of one document each: milliseconds, TFLOP/s, and the relative errors of the output and
+of the gradients of q, k and v against fp32 on the same numbers. A backend that cannot run gets a line that says why.
+On a CPU it takes the debug shape, unless --size says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+
+from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.config import Config
+
+PUBLISHED = ("LLaMmlein_120M", "LLaMmlein_1B", "LLaMmlein_7B")
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--size", nargs="+", help="names from the registry of models (default: the published sizes)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a micro-batch")
+    parser.add_argument("--backend", default="all", help="the only backend to run")
+    parser.add_argument("--repetitions", type=int, default=50, help="measured calls")
+    parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
+    arguments = parser.parse_args()
+    for name in ("rows", "repetitions"):
+        if getattr(arguments, name) < 1:
+            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    configs = [Config.from_name(size) for size in arguments.size or ()]
+    import torch
+
+    from lit_gpt.attention_benchmark import measure
+
+    if arguments.accelerator == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--accelerator cuda: no CUDA device is visible. Valid here: cpu")
+    on_gpu = torch.cuda.is_available() and arguments.accelerator != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
+    configs = configs or [Config.from_name(size) for size in (PUBLISHED if on_gpu else ("debug",))]
+    for config in configs:
+        lines = measure(
+            config, device, rows=arguments.rows, requested=arguments.backend, repetitions=arguments.repetitions
+        )
+        for line in lines:
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)
