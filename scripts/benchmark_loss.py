@@ -3,8 +3,8 @@
     python scripts/benchmark_loss.py [--tokens 32768] [--width 2048] [--vocabulary 32064] [--dtype bfloat16]
 
 Ours (lit_gpt/loss.py, compiled, by chunk size) beside whole logits under torch.compile, and the fused losses of
-liger-kernel and cut-cross-entropy where these are installed. Needs a GPU. `error` is the relative error of the loss and
-of the gradients of input and weight against fp32 on the same numbers.
+liger-kernel and cut-cross-entropy; a line says when one is not installed. Needs a GPU. `error` is the relative error of
+the loss and of the gradients of input and weight against fp32 on the same numbers.
 """
 
 from __future__ import annotations
