@@ -6,7 +6,6 @@ recorded, or not on this machine, is said to be unknown. Paths of the machine an
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from lit_gpt.checkpoint import Checkpoint
 from lit_gpt.cli import BadInput
 from lit_gpt.parity import Parity
+from lit_gpt.run_folder import read_metrics
 from lit_gpt.token_store import TokenStore
 
 PICTURE = "loss.png"
@@ -37,17 +37,6 @@ def write_card(folder: Path, checkpoint: Checkpoint, card: Card) -> None:
     if metrics:
         _draw(metrics, folder / PICTURE)
     (folder / "README.md").write_text("\n".join(_lines(checkpoint, card, metrics)) + "\n", encoding="utf-8")
-
-
-def read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
-    """The lines of metrics.csv up to the checkpoint; none where the checkpoint lies without its run folder.
-
-    The last line of a run that goes on, or was killed, may be cut short: it is left out.
-    """
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and int(row["step"]) <= last_step]
 
 
 def _lines(checkpoint: Checkpoint, card: Card, metrics: list[dict[str, str]]) -> Iterator[str]:

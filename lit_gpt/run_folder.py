@@ -6,6 +6,7 @@ says with which code and packages. Neither reads the environment's variables, wh
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import platform
@@ -47,6 +48,18 @@ def write_settings(path: Path, settings: Settings) -> None:
     del values["resume"]
     (path / "settings.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (path / "environment.json").write_text(json.dumps(environment(), indent=1))
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, str]]:
+    """The lines of metrics.csv, up to `last_step` where it is given; none where there is no such file.
+
+    The last line of a run that goes on, or was killed, may be cut short: it is left out.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        whole = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [row for row in whole if last_step is None or int(row["step"]) <= last_step]
 
 
 def environment() -> dict[str, Any]:

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from lit_gpt.args import Settings
 from lit_gpt.checkpoint import Checkpoint
 from lit_gpt.config import Config
-from lit_gpt.model_card import Card, read_metrics, write_card
+from lit_gpt.model_card import Card, write_card
 from lit_gpt.parity import Parity
+from lit_gpt.run_folder import read_metrics
 from lit_gpt.token_store import TokenStore, write_store
 from lit_gpt.trackers import Trackers
 

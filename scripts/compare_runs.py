@@ -1,0 +1,35 @@
+"""Compare the losses of runs that saw the same rows; prints one JSON object a run, the reference's first.
+
+    python scripts/compare_runs.py REFERENCE_RUN RUN [RUN ...] [--plot losses.png]
+
+At the steps that both logged: the largest difference of the loss from the reference's, the mean of its size, and the
+mean with its sign (`bias`); also the settings that differ, the last loss, the last validation loss and tokens/s. Runs
+whose datapoint logs name other rows are refused with exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.run_comparison import PICTURES, compare, draw, open_run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; the first is the reference")
+    parser.add_argument("--plot", type=Path, help=f"file for the loss curves ({', '.join(PICTURES)})")
+    arguments = parser.parse_args(argv)
+    if arguments.plot and arguments.plot.suffix not in PICTURES:
+        raise BadInput(f"--plot {arguments.plot}: unknown ending. Valid: {', '.join(PICTURES)}")
+    runs = [open_run(folder) for folder in arguments.runs]
+    for line in compare(runs):
+        print(json.dumps(line))
+    if arguments.plot:
+        draw(runs, arguments.plot)
+
+
+if __name__ == "__main__":
+    run_program(main)
