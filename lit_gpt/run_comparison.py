@@ -31,6 +31,8 @@ class Run(NamedTuple):
     metrics: list[dict[str, str]]
     losses: dict[int, float]
     """Nats a target by step, for each logged step."""
+    val_losses: dict[int, float]
+    """The same on the validation split, for each step that was validated."""
     record: RunRecord
 
 
@@ -41,8 +43,11 @@ def open_run(folder: Path) -> Run:
     if not settings.is_file() or not metrics:
         missing = "no line in metrics.csv" if settings.is_file() else "no settings.yaml"
         raise BadInput(f"{folder} holds {missing}: give the folder of a run that has logged a step")
-    losses = {int(row["step"]): float(row["loss"]) for row in metrics}
-    return Run(folder, yaml.safe_load(settings.read_text()), metrics, losses, RunRecord(folder / "datapoints"))
+    losses, val_losses = (
+        {int(row["step"]): float(row[name]) for row in metrics if row[name]} for name in ("loss", "val_loss")
+    )
+    record = RunRecord(folder / "datapoints")
+    return Run(folder, yaml.safe_load(settings.read_text()), metrics, losses, val_losses, record)
 
 
 def compare(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -51,7 +56,8 @@ def compare(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     steps = [common_steps(reference, run) for run in runs]
     for run, compared in zip(runs, steps, strict=True):
         line: dict[str, Any] = {"run": str(run.folder), "steps": max(run.losses), "changed": changed(reference, run)}
-        line |= {"loss": run.losses[max(run.losses)], "val_loss": last(run, "val_loss")}
+        line |= {"loss": run.losses[max(run.losses)]}
+        line |= {"val_loss": run.val_losses[max(run.val_losses)] if run.val_losses else None}
         if run is not reference:
             line |= differences(reference, run, compared)
         yield line | {"tokens_per_s": speed(run)}
@@ -83,7 +89,7 @@ def changed(reference: Run, run: Run) -> dict[str, Any]:
 def differences(reference: Run, run: Run, steps: Sequence[int]) -> dict[str, Any]:
     """Of the loss, run minus reference: the largest with its step, the mean size, and the mean, which keeps the sign.
 
-    A loss that is not a number counts as the largest.
+    A loss that is not a number counts as the largest. The validation loss is compared at the last step that both have.
     """
     by_step = {step: run.losses[step] - reference.losses[step] for step in steps}
     at_step = max(steps, key=lambda step: abs(by_step[step]) if by_step[step] == by_step[step] else float("inf"))
@@ -91,13 +97,11 @@ def differences(reference: Run, run: Run, steps: Sequence[int]) -> dict[str, Any
         "compared_steps": len(steps), "largest_difference": by_step[at_step], "at_step": at_step,
         "mean_difference": statistics.fmean(map(abs, by_step.values())), "bias": statistics.fmean(by_step.values()),
     }  # fmt: skip
-    ours, theirs = last(run, "val_loss"), last(reference, "val_loss")
-    return line | {"val_difference": None if ours is None or theirs is None else ours - theirs}
-
-
-def last(run: Run, column: str) -> float | None:
-    """The newest number of a column that is not in every line."""
-    return next((float(row[column]) for row in reversed(run.metrics) if row[column]), None)
+    validated = run.val_losses.keys() & reference.val_losses.keys()
+    if validated:
+        step = max(validated)
+        line |= {"val_difference": run.val_losses[step] - reference.val_losses[step], "val_at_step": step}
+    return line
 
 
 def speed(run: Run) -> int:
@@ -114,10 +118,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     reference = runs[0]
     for number, run in enumerate(runs):
         color = f"C{number}"
-        above.plot(*zip(*sorted(run.losses.items()), strict=True), label=run.folder.name, color=color, linewidth=1)
-        validated = [(int(row["step"]), float(row["val_loss"])) for row in run.metrics if row["val_loss"]]
-        if validated:
-            above.plot(*zip(*validated, strict=True), "o", color=color, markersize=4)
+        above.plot(list(run.losses), list(run.losses.values()), label=run.folder.name, color=color, linewidth=1)
+        above.plot(list(run.val_losses), list(run.val_losses.values()), "o", color=color, markersize=4)
         steps = common_steps(reference, run)
         apart = [run.losses[step] - reference.losses[step] for step in steps]
         below.plot(steps, apart, color=color, linewidth=1)

@@ -53,7 +53,8 @@ def test_differences_at_equal_steps(runs: list[Path], capsys: pytest.CaptureFixt
     assert 0 < abs(second["largest_difference"]) < 0.1  # bf16 is not fp32, and the rows are the same
     assert second["mean_difference"] == pytest.approx(sum(map(abs, apart.values())) / 4)
     assert second["bias"] == pytest.approx(sum(apart.values()) / 4)
-    assert second["val_difference"] == pytest.approx(second["val_loss"] - first["val_loss"])
+    assert second["val_difference"] == second["val_loss"] - first["val_loss"]
+    assert second["val_at_step"] == STEPS
     assert (first["steps"], first["loss"], first["changed"]) == (STEPS, one[STEPS], {})
     assert "largest_difference" not in first
     assert first["tokens_per_s"] > 0
@@ -71,6 +72,7 @@ def test_a_run_that_goes_on_is_compared_as_far_as_it_is(
     (short / "metrics.csv").write_text(text[: text.index("\n4,") + 8])
     _, found = compare(capsys, runs[0], short)
     assert (found["steps"], found["compared_steps"], found["largest_difference"]) == (3, 3, 0)
+    assert (found["val_at_step"], found["val_difference"]) == (3, 0)  # not the reference's newest
 
 
 def test_other_rows_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
