@@ -110,8 +110,9 @@ def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> 
     line: dict[str, Any] = {
         "what": "step", "size": settings.model_name, "precision": settings.precision, "float8": settings.float8,
         "attention": bench.backend, "mlp": bench.mlp, "checkpointing": settings.activation_checkpointing,
-        "deterministic": settings.deterministic, "compile": settings.compile is not False, "rows": settings.global_batch_size,
-        "micro_batch": settings.micro_batch_size, "value": round(rate), "unit": "tokens/s",
+        "deterministic": settings.deterministic, "compile": settings.compile is not False,
+        "rows": settings.global_batch_size, "micro_batch": settings.micro_batch_size,
+        "value": round(rate), "unit": "tokens/s",
         "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),
         "first_step_s": round(first_step_s, 1), "loss_after_warmup": round(loss, 4),
     }  # fmt: skip

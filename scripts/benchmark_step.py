@@ -54,7 +54,8 @@ def main() -> None:
     settings = Settings(
         model_name=arguments.size, global_batch_size=arguments.rows, micro_batch_size=micro_batch,
         precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,
-        mlp=arguments.mlp, deterministic=arguments.deterministic, activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=1,
+        mlp=arguments.mlp, deterministic=arguments.deterministic,
+        activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=1,
         compile=None if arguments.compile is None else arguments.compile == "true",
         train_data_dir="(random tokens)",
     )  # fmt: skip
