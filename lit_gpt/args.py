@@ -48,7 +48,8 @@ class Settings:
     out_dir: str | None = None
     """Run folder. Default: $MODEL_NAME if set, else out/<model_name>."""
     resume: str | None = None
-    """A checkpoint to go on from, or "auto": the newest whole one of the run folder, or a fresh start."""
+    """A checkpoint to go on from, or "auto": the newest whole one of what the run folder trained last, or a fresh start
+    in an empty one."""
 
     global_batch_size: int = 1024
     """Rows per step, over all ranks."""

@@ -9,7 +9,8 @@ A checkpoint is a folder `iter-XXXXXXXX-ckpt.pth`; the number is the step, whate
 
 A folder without a manifest, or with a file that does not match it, is no checkpoint: it is skipped with a warning and
 never counted by pruning. Neither is one whose weights are not finite numbers. Either kind loads on any number of
-processes. Loading runs no code (weights_only, JSON). How a running training saves is saver.py's.
+processes. Loading runs no code (weights_only, JSON). How a running training saves is saver.py's; which checkpoint of a
+run is resumed and which stay is history.py's.
 Cost of publishing: one more read of the files for their hashes, from the page cache.
 """
 
@@ -87,8 +88,9 @@ def publish(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     for path in (temporary / MANIFEST, temporary / SHARDED, temporary):
         if path.exists():
             _sync(path)
-    if final.exists():  # a damaged one, or the run was wound back: the new one takes its place
-        _remove(final)
+    if final.exists():
+        log.warning("%s is replaced: it was damaged, or of a branch that the run has left", final)
+        remove(final)
     temporary.rename(final)
     _sync(final.parent)
 
@@ -130,31 +132,14 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: 
     return {"model": weights, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a checkpoint so that a kill in the middle leaves nothing that looks like half of one."""
     doomed = path.with_name(f".removing-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def prune(run_dir: Path, newest_step: int, *, keep_last: int, keep_every_steps: int = 0) -> None:
-    """Remove what is not kept, and what killed saves left behind; called after the one of newest_step is published.
-
-    Kept are the last keep_last whole ones (0 keeps all) and those whose step is a multiple of keep_every_steps (0: no
-    such). Damaged ones are not counted and not removed: they are for a person to look at. Neither are those of later
-    steps: the run was wound back, and they are of another future.
-    """
-    for left_over in (*run_dir.glob(".saving-iter-*"), *run_dir.glob(".removing-iter-*")):
-        shutil.rmtree(left_over)
-    if keep_last == 0:
-        return
-    names = [path for path in newest_first(run_dir) if path.name <= checkpoint_name(newest_step)]
-    for path in [path for path in names if _is_whole(path)][keep_last:]:
-        if not keep_every_steps or _step(path) % keep_every_steps:
-            _remove(path)
-
-
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether every file is there in its size; hashes are for those who load."""
     try:
         return _size_mismatch(path) is None
@@ -162,45 +147,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _step(path: Path) -> int:
-    return int(path.name.split("-")[1])
-
-
-# Finding and checking
-
-
-def find(resume: str, run_dir: Path) -> Checkpoint | None:
-    """The checkpoint that --resume names: a folder or a file in it; "auto": the newest whole one, or None.
-
-    Raises BadInput if a named one is missing or damaged; damaged ones that "auto" passes over are warned about.
-    """
-    if resume != "auto":
-        path = Path(resume)
-        path = path.parent if path.is_file() else path
-        if not path.is_dir():
-            raise BadInput(f"--resume {resume}: no such checkpoint. In {run_dir}: {_names(run_dir)}")
-        try:
-            return verified(path)
-        except DamagedCheckpoint as error:
-            raise BadInput(f"--resume {resume}: {error}. In {run_dir}: {_names(run_dir)}") from None
-    return next(whole_newest_first(run_dir), None)
-
-
-def whole_newest_first(run_dir: Path) -> Iterator[Checkpoint]:
-    """The checkpoints of a run that verify, each read when it is asked for; damaged ones are warned about."""
-    for path in newest_first(run_dir):
-        try:
-            yield verified(path)
-        except DamagedCheckpoint as error:
-            log.warning("passing over %s: %s", path, error)
-
-
-def refuse_used(run_dir: Path) -> None:
-    """Refuse a fresh start in a folder that holds checkpoints: they would be mixed with the new run's, and pruned."""
-    if newest_first(run_dir):
-        raise BadInput(
-            f"{run_dir} holds a run already ({_names(run_dir)}): go on by --resume auto, or choose another --out_dir"
-        )
+# Checking
 
 
 def verified(path: Path) -> Checkpoint:
@@ -250,7 +197,8 @@ def newest_first(run_dir: Path) -> list[Path]:
     return sorted((path for path in run_dir.glob("iter-*") if NAME.fullmatch(path.name)), reverse=True)
 
 
-def _names(run_dir: Path) -> str:
+def names(run_dir: Path) -> str:
+    """The checkpoints of a run folder as a message names them."""
     return ", ".join(path.name for path in newest_first(run_dir)) or "no checkpoint"
 
 

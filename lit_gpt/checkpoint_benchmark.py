@@ -1,8 +1,8 @@
 """Measurements of saving and loading; what scripts/benchmark_checkpoint.py prints.
 
-The steps between saves are real updates of the model on made rows, as long as asked for: a save that overlaps them
-competes for the same cores and, on a GPU, for its copy engine. What a save costs training is the time that the loop
-stood in `save`, and the time by which the steps beside the writing were slower than those before.
+The steps between saves are the training program's own, compiled where training compiles (step_benchmark.Bench): a save
+that overlaps them competes for the same cores and, on a GPU, for its copy engine. What a save costs training is the
+time that the loop stood in `save`, and the time by which the steps beside the writing were slower than those before.
 """
 
 from __future__ import annotations
@@ -17,77 +17,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lit_gpt.args import Settings
-from lit_gpt.attention import choose_backend
 from lit_gpt.checkpoint import checkpoint_name, load, verified
-from lit_gpt.config import Config
-from lit_gpt.model import GPT, initialize
-from lit_gpt.optim import make_optimizer
 from lit_gpt.saver import CheckpointSaver
+from lit_gpt.step_benchmark import Bench
 
 _SAMPLE_S = 0.005
-STEPS_BEFORE = 3
-"""Steps whose median is the undisturbed step's time, after one that allocates."""
+WARMUP_STEPS = 2
+STEPS_BEFORE = 5
+"""Steps whose median is the undisturbed step's time, after those that compile and allocate."""
 
 
-def measure(
-    config: Config, device: torch.device, *, rows: int, block_size: int, work_dir: Path | None
-) -> Iterator[dict[str, Any]]:
-    """One line for each kind of checkpoint and way to save it, then one for loading it."""
-    settings = Settings(model_name=config.name)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
-        model = GPT(config, attention_backend=choose_backend("auto", device), compute_dtype=dtype)
-    model.to_empty(device=device)
-    initialize(model, settings.seed)
-    optimizer = make_optimizer(model, settings)
-    ids = torch.arange(rows * (block_size + 1), device=device) % config.vocab_size
-    tokens = ids.view(rows, block_size + 1)
-    boundaries = torch.arange(rows + 1, dtype=torch.int32, device=device) * block_size
-
-    def step() -> None:
-        loss = model(tokens[:, :-1].contiguous(), boundaries, tokens[:, 1:].contiguous())
-        (loss / (rows * block_size)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    step()
-    step_s = statistics.median(_timed(step) for _ in range(STEPS_BEFORE))
-    common = {"size": config.name, "device": str(device), "torch": torch.__version__}
+def measure(settings: Settings, *, work_dir: Path | None) -> Iterator[dict[str, Any]]:
+    """A line for the step, then for each kind of checkpoint: saved beside training, loaded, saved in place."""
+    if work_dir is not None:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    bench = Bench(settings)
+    for _ in range(WARMUP_STEPS):
+        _step(bench)
+    with PeakMemory(bench.device) as memory:
+        step_s = statistics.median(_timed(lambda: _step(bench)) for _ in range(STEPS_BEFORE))
+    common = {"size": settings.model_name, "device": str(bench.device), "torch": torch.__version__}
+    yield {
+        **common, "what": "step", "rows": settings.global_batch_size, "precision": settings.precision,
+        "step_s": round(step_s, 3), **memory.peaks,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=work_dir) as name:
-        for full in (True, False):
-            kind = "full" if full else "sharded"
-            for overlap in (False, True):
-                for line in _measure_saves(Path(name), model, optimizer, step, step_s, full=full, overlap=overlap):
-                    yield {**common, "kind": kind, "overlap": overlap, "step_s": round(step_s, 3), **line}
-            yield {**common, "kind": kind, **_measure_load(Path(name), model, optimizer)}
+        for full in (False, True):
+            kind = {**common, "kind": "full" if full else "sharded"}
+            for line in _measure_saves(Path(name), bench, step_s, full=full, overlap=True):
+                yield {**kind, "overlap": True, **line}
+            yield {**kind, **_measure_load(Path(name), bench)}
+            for line in _measure_saves(Path(name), bench, step_s, full=full, overlap=False):
+                yield {**kind, "overlap": False, **line}
 
 
-def _measure_saves(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: Callable[[], None],
-    step_s: float,
-    *,
-    full: bool,
-    overlap: bool,
-) -> Iterator[dict[str, Any]]:
-    """Two saves: the first allocates the copy in host memory, the second finds it there."""
-    saver = CheckpointSaver(folder, model, optimizer, full=full, overlap=overlap, keep_last=1)
-    for number in (1, 2):
+def _step(bench: Bench) -> None:
+    bench.step()
+    bench.synchronize()
+
+
+def _measure_saves(folder: Path, bench: Bench, step_s: float, *, full: bool, overlap: bool) -> Iterator[dict[str, Any]]:
+    """Beside training two saves: the first allocates the copy in host memory, the second finds it there."""
+    saver = CheckpointSaver(folder, bench.model, bench.optimizer, full=full, overlap=overlap, keep_last=1)
+    for number in (1, 2) if overlap else (1,):
         shutil.rmtree(folder / checkpoint_name(1), ignore_errors=True)
-        with PeakMemory() as memory:
+        with PeakMemory(bench.device) as memory:
             began = time.perf_counter()
             saver.save({"step": 1, "settings": {}})
             blocked_s = time.perf_counter() - began
             steps = 0
             while saver.busy:
-                step()
+                _step(bench)
                 steps += 1
             whole_s = time.perf_counter() - began
             saver.wait()
@@ -102,14 +84,15 @@ def _measure_saves(
     saver.close()
 
 
-def _measure_load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _measure_load(folder: Path, bench: Bench) -> dict[str, Any]:
     path = folder / checkpoint_name(1)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    with PeakMemory() as memory:
+    with PeakMemory(bench.device) as memory:
         began = time.perf_counter()
         found = verified(path)
         verified_s = time.perf_counter() - began
-        load(found, model, optimizer)
+        load(found, bench.model, bench.optimizer)
+        bench.synchronize()
         load_s = time.perf_counter() - began - verified_s
     return {
         "what": "load", "bytes": size, "verify_s": round(verified_s, 2), "load_s": round(load_s, 2), **memory.peaks,
@@ -123,25 +106,27 @@ def _timed(call: Callable[[], None]) -> float:
 
 
 class PeakMemory:
-    """Peaks above the state at its beginning, in GB: of this process's resident memory, and of the GPU's."""
+    """Peaks in GB: of this process's resident memory, above the state at the beginning; of the GPU's, all in all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peaks: dict[str, float] = {}
 
     def __enter__(self) -> PeakMemory:
-        self.peaks: dict[str, float] = {}
         self._begin = self._peak = _resident_bytes()
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self._gpu_begin = torch.cuda.memory_allocated()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._watcher.join()
         self.peaks["host_extra_gb"] = round((self._peak - self._begin) / 1e9, 2)
-        if torch.cuda.is_available():
-            self.peaks["gpu_extra_gb"] = round((torch.cuda.max_memory_allocated() - self._gpu_begin) / 1e9, 2)
+        if self._device.type == "cuda":
+            self.peaks["gpu_gb"] = round(torch.cuda.max_memory_allocated(self._device) / 1e9, 2)
 
     def _watch(self) -> None:
         while not self._done.wait(_SAMPLE_S):

@@ -32,6 +32,8 @@ from lit_gpt.cli import BadInput
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+FOLDER = "datapoints"
+"""Of the log, in a run folder."""
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 OVERRIDE = "--allow_changed_data"
@@ -98,15 +100,24 @@ def read_attempts(folder: Path) -> list[Attempt]:
         raise BadInput(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
+def lineage(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The newest attempt and those that it goes on from, as far as they are of this log; none where none has begun."""
+    found = list(attempts[-1:])
+    while found and (parent := found[-1].parent) is not None and found[-1].parent_here:
+        found.append(attempts[parent.attempt])
+    return found
+
+
 def is_in_lineage(mark: Mark, attempts: Sequence[Attempt]) -> bool:
     """Whether the newest attempt goes on from, or after, the place that `mark` says: not so if it was wound back."""
-    number, until = len(attempts) - 1, mark.step
-    while number > mark.attempt:
-        parent = attempts[number].parent
-        if parent is None or not attempts[number].parent_here:
-            return False
-        number, until = parent.attempt, min(until, parent.step)
-    return number == mark.attempt and mark.step <= until
+    until = mark.step
+    for attempt in lineage(attempts):
+        if attempt.attempt == mark.attempt:
+            return mark.step <= until
+        if attempt.parent == mark:  # which may be of another run's log
+            return True
+        until = min(until, attempt.parent.step) if attempt.parent else until
+    return False
 
 
 class DatapointLog:
@@ -134,7 +145,8 @@ class DatapointLog:
             begin_bytes, matches = _hash_and_compare(descriptor, running, parent)
             here = bool(attempts)
             if parent and here and not (matches and parent.attempt < len(attempts)):
-                _refuse_or_warn(folder / STEPS_FILE, parent, allow_changed_data)
+                if parent != lineage(attempts)[-1].parent:  # else it began with that checkpoint, of another run
+                    _refuse_or_warn(folder / STEPS_FILE, parent, allow_changed_data)
                 here = False
             begin_bytes += _end_torn_line(descriptor, begin_bytes, running)
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")

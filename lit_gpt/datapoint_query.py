@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoint_log import Attempt
+from lit_gpt.datapoint_log import FOLDER, Attempt
 from lit_gpt.document_index import DocumentIndex, Location
 from lit_gpt.order import ORDER_VERSION, POOL_SHARDS, Ints
 from lit_gpt.packing import PACKING_VERSION
@@ -65,9 +65,9 @@ class Replay:
     """A run's record together with its data. `data_dirs` stands in where the data has moved."""
 
     def __init__(self, run_dir: Path, data_dirs: Sequence[Path] = (), index_dir: Path | None = None) -> None:
-        self.record = RunRecord(run_dir / "datapoints")
+        self.record = RunRecord(run_dir / FOLDER)
         self._data_dirs = data_dirs
-        self._index_dir = index_dir or run_dir / "datapoints" / "documents"
+        self._index_dir = index_dir or run_dir / FOLDER / "documents"
         self._readers: dict[str, tuple[RowReader, list[DocumentIndex]]] = {}
         self._sources: dict[int, Source] = {}
 

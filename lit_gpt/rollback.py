@@ -18,10 +18,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_gpt import checkpoint
 from lit_gpt.args import Settings
 from lit_gpt.checkpoint import Checkpoint
-from lit_gpt.datapoint_log import Mark, is_in_lineage, read_attempts
+from lit_gpt.datapoint_log import FOLDER, read_attempts
+from lit_gpt.history import whole_newest_first
 from lit_gpt.step_guard import SkippedStep, Verdict
 
 log = logging.getLogger(__name__)
@@ -71,15 +71,13 @@ class Rollbacks:
 
 def last_good(run_dir: Path, step: int) -> Checkpoint | None:
     """The newest whole checkpoint from before step `step` that the run in `run_dir` has come through."""
-    attempts = read_attempts(run_dir / "datapoints")
-    for found in checkpoint.whole_newest_first(run_dir):
-        mark = found.facts.get("datapoint_log")
-        if found.step < step and mark and is_in_lineage(Mark(**mark), attempts):
+    for found in whole_newest_first(run_dir):
+        if found.step < step and found.facts.get("datapoint_log"):  # an imported model has no optimizer's state
             return found
     return None
 
 
 def logged_ranges(run_dir: Path) -> list[list[int]]:
     """The ranges that the newest attempt of the run in `run_dir` began with: a kill may have come before a save."""
-    attempts = read_attempts(run_dir / "datapoints")
+    attempts = read_attempts(run_dir / FOLDER)
     return attempts[-1].details.get("left_out", []) if attempts else []

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_gpt import run_folder
 from lit_gpt.args import Settings
+from lit_gpt.checkpoint import Checkpoint
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.datapoint_log import DatapointLog, Mark
+from lit_gpt.datapoint_log import FOLDER, DatapointLog, Mark
 from lit_gpt.packed_dataset import PackedDataset, check_batch_sizes
 from lit_gpt.row_reader import open_sources
 from lit_gpt.sampling import Prompts, open_prompts
@@ -71,10 +72,10 @@ def open_datapoint_log(
     inputs: Inputs,
     settings: Settings,
     dataset: PackedDataset,
-    parent: Mapping[str, Any] | None,
+    start: Checkpoint | None,
     left_out: Sequence[tuple[int, int]],
 ) -> DatapointLog:
-    """The record of what each step sees, after `parent`; refused if the data is not what the run began with."""
+    """The record of what each step sees, after `start`; refused if the data is not what the run began with."""
     facts = {**dataset.reader.facts(), "global_batch_size": settings.global_batch_size}
     facts["cross_document_attention"] = settings.cross_document_attention
     details = {
@@ -83,9 +84,11 @@ def open_datapoint_log(
         "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
         "tokenizer_path": settings.tokenizer_path,
         "left_out": left_out,
+        "resumed_from": str(start.path.resolve()) if start else None,
     }
+    parent = start.facts.get("datapoint_log") if start else None  # an imported model has none
     return DatapointLog.open(
-        inputs.run_dir / "datapoints",
+        inputs.run_dir / FOLDER,
         facts,
         parent=Mark(**parent) if parent else None,
         details=details,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoint_log import RUN_FILE, STEPS_FILE, Attempt, read_attempts
+from lit_gpt.datapoint_log import RUN_FILE, STEPS_FILE, Attempt, lineage, read_attempts
 
 _TAIL_BYTES = 1 << 16
 """Enough for the last step's line behind any deviations."""
@@ -68,16 +68,13 @@ class RunRecord:
 
     def _trace(self, size: int) -> list[Segment]:
         ends = [attempt.begin_bytes for attempt in self.attempts[1:]] + [size]
-        lineage: list[Segment] = []
-        number: int | None = len(self.attempts) - 1
+        segments: list[Segment] = []
         until: int | None = None
-        while number is not None:
-            attempt = self.attempts[number]
+        for attempt in lineage(self.attempts):
             after = attempt.parent.step if attempt.parent else 0
-            lineage.insert(0, Segment(attempt, after, until, attempt.begin_bytes, ends[number]))
+            segments.insert(0, Segment(attempt, after, until, attempt.begin_bytes, ends[attempt.attempt]))
             until = after if until is None else min(after, until)
-            number = attempt.parent.attempt if attempt.parent and attempt.parent_here else None
-        return lineage
+        return segments
 
     def steps(self, first: int = 1) -> Iterator[StepRecord]:
         """The steps of the lineage from `first` on, in order."""

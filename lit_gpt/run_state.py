@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_gpt import checkpoint, run_folder
+from lit_gpt import checkpoint, history, run_folder
 from lit_gpt.args import Settings
 from lit_gpt.checkpoint import Checkpoint
 from lit_gpt.datapoint_log import DatapointLog
@@ -59,10 +59,10 @@ class RunState:
         """What --resume names; rank 0 finds and verifies it for all."""
         resume, run_dir = self._settings.resume, self._inputs.run_dir
         if resume is None:
-            on_rank_zero(self._fabric, lambda: checkpoint.refuse_used(run_dir))
+            on_rank_zero(self._fabric, lambda: history.refuse_used(run_dir))
             return None
         found_and_ranges = on_rank_zero(
-            self._fabric, lambda: (checkpoint.find(resume, run_dir), logged_ranges(run_dir)), share=True
+            self._fabric, lambda: (history.find(resume, run_dir), logged_ranges(run_dir)), share=True
         )
         assert found_and_ranges is not None
         found, ranges = found_and_ranges
@@ -84,14 +84,14 @@ class RunState:
                 self._guard.load(start.facts["step_guard"])
             log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
             run_folder.log_changes(start.facts["settings"], settings)
-        parent = start.facts.get("datapoint_log") if start is not None else None
         self.datapoints = on_rank_zero(
             self._fabric,
-            lambda: open_datapoint_log(self._inputs, settings, self._dataset, parent, self.rollbacks.left_out),
+            lambda: open_datapoint_log(self._inputs, settings, self._dataset, start, self.rollbacks.left_out),
         )
         self.trackers = on_rank_zero(self._fabric, self._open_run_folder)
 
     def _open_run_folder(self) -> Trackers:
+        history.tell_left_behind(self._inputs.run_dir)
         run_folder.write_settings(self._inputs.run_dir, self._settings)
         return Trackers(self._inputs.run_dir, self.step, self._settings)
 

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from lit_gpt import checkpoint, sharded_state
+from lit_gpt import checkpoint, history, sharded_state
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class CheckpointSaver:
         """Seconds of the longest save so far, from its call to its publication."""
         self._run_dir, self._model, self._optimizer = run_dir, model, optimizer
         self._full, self._overlap = full, overlap
-        self._prune = partial(checkpoint.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
+        self._prune = partial(history.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if dist.is_initialized() else None
         self._rank = dist.get_rank() if self._group is not None else 0
         device = next(model.parameters()).device

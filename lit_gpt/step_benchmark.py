@@ -53,9 +53,10 @@ class Bench:
         self.config: Config = settings.config
         self.fabric = launch(settings, find_world(settings))
         self.device = self.fabric.device
-        model = build_model(self.fabric, self.config, settings)
-        self.backend, self.mlp = str(model.attention_backend), str(model.mlp_backend)
-        self.train_step = TrainStep(self.fabric, model, make_optimizer(model, settings), settings)
+        self.model = build_model(self.fabric, self.config, settings)
+        self.backend, self.mlp = str(self.model.attention_backend), str(self.model.mlp_backend)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
         generator = np.random.default_rng(settings.seed)
         micro_batches = settings.global_batch_size // settings.micro_batch_size
         self._steps = [[self._batch(generator) for _ in range(micro_batches)] for _ in range(distinct_steps)]

@@ -2,13 +2,15 @@
 
     python scripts/benchmark_checkpoint.py --model_name LLaMmlein_120M [--rows 2 --block_size 256] [--work_dir DIR]
 
+    step    step_s of the training program's own step, undisturbed
     save    whole_s until the step ended in which it was published; blocked_s of it in which training waited; slowed_s
-            by which the steps beside it were slower; both in steps. Twice: the first save allocates, the second reuses
+            by which the steps beside it were slower; both in steps. Beside training (overlap) twice: the first save
+            allocates, the second reuses
     load    verify_s (hashes, finite weights) and load_s
 
-Peaks of memory are above the state before: of this process on the host, and of the GPU. Needs two checkpoints' room in
---work_dir (12 bytes a parameter each). On a GPU choose --rows and --block_size as in training, so that a step takes as
-long as there.
+Peaks of memory: the host's above the state before, of this process; the GPU's in all. Needs one checkpoint's room in
+--work_dir (12 bytes a parameter). On a GPU choose --rows and --block_size as in training, so that a step takes as long
+as there.
 """
 
 from __future__ import annotations
@@ -16,26 +18,28 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lit_gpt.args import Settings
 from lit_gpt.cli import Parser, run_program
-from lit_gpt.config import Config
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--model_name", default="LLaMmlein_120M", help="shape of the model")
-    parser.add_argument("--rows", type=int, default=2, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step, all in one forward pass")
     parser.add_argument("--block_size", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
+    parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--work_dir", type=Path, help="where to save (default: the system's temporary folder)")
     arguments = parser.parse_args()
-    config = Config.from_name(arguments.model_name, block_size=arguments.block_size)
-    import torch
+    settings = Settings(
+        model_name=arguments.model_name, block_size=arguments.block_size, precision=arguments.precision,
+        global_batch_size=arguments.rows, micro_batch_size=arguments.rows, accelerator=arguments.accelerator,
+        devices=1, train_data_dir="(random tokens)",
+    )  # fmt: skip
+    settings.check()
+    from lit_gpt.checkpoint_benchmark import measure  # brings torch
 
-    from lit_gpt.checkpoint_benchmark import measure
-
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    for line in measure(
-        config, device, rows=arguments.rows, block_size=arguments.block_size, work_dir=arguments.work_dir
-    ):
+    for line in measure(settings, work_dir=arguments.work_dir):
         print(json.dumps(line), flush=True)
 
 

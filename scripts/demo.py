@@ -172,7 +172,8 @@ def last_step(run: Path) -> int:
 
 def same_weights(run: Path, other: Path) -> Proof:
     """Bits, not values: 0.0 and -0.0 differ here. Every file of both checkpoints is checked against its hash first."""
-    from lit_gpt.checkpoint import find, model_tensors
+    from lit_gpt.checkpoint import model_tensors
+    from lit_gpt.history import find
 
     weights = []
     for folder in (run, other):

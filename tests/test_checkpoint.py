@@ -22,15 +22,14 @@ from lit_gpt.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
     checkpoint_name,
-    find,
     load,
     model_tensors,
-    prune,
     publish,
     verified,
 )
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.history import find, prune
 from lit_gpt.model import GPT, initialize
 from lit_gpt.saver import CheckpointSaver
 

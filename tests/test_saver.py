@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt.checkpoint import checkpoint_name, find, load, verified
+from lit_gpt.checkpoint import checkpoint_name, load, verified
 from lit_gpt.cli import BadInput
+from lit_gpt.history import find
 from lit_gpt.model import GPT
 from lit_gpt.saver import CheckpointSaver
 from tests.test_checkpoint import facts, model_and_optimizer, save

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.checkpoint import find, verified
+from lit_gpt.checkpoint import verified
+from lit_gpt.history import find
 from tests.training import command, environment, metrics, seen_rows, small_disk, train
 
 pytestmark = pytest.mark.distributed
