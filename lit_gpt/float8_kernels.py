@@ -23,6 +23,8 @@ LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 SMALLEST_MAX = 1e-12
 """Largest absolute values below it count as it, so that a tensor of zeros has a scale."""
 _TILE = 128
+_TILE_OF_THREE = 32, 64
+"""Rows and columns of a tile of which a kernel makes three results: larger ones leave too few registers."""
 _STRETCH, _ROUNDS = 2048, 8
 """Numbers that a program of the search for the largest reads at a time, and how often."""
 
@@ -135,11 +137,10 @@ def gated_backward_cast(
     straight = gate_up.new_empty((rows, 2 * width), dtype=E5M2)
     turned = gate_up.new_empty((2 * width, rows), dtype=E5M2)
     inner = gate_up.new_empty((width, rows), dtype=E4M3)
-    tile = 64  # three results at a time: more would not fit the registers
-    grid = (-(-rows // _TILE), -(-width // tile))
+    grid = (-(-rows // _TILE_OF_THREE[0]), -(-width // _TILE_OF_THREE[1]))
     _gated_kernels().backward_cast[grid](
         gate_up, d_inner, largest_d, largest_inner, straight, turned, inner, unscale, rows, width,
-        LARGEST[E5M2], LARGEST[E4M3], SMALLEST_MAX, TILE_M=_TILE, TILE_I=tile, num_warps=8,
+        LARGEST[E5M2], LARGEST[E4M3], SMALLEST_MAX, TILE_M=_TILE_OF_THREE[0], TILE_I=_TILE_OF_THREE[1], num_warps=4,
     )  # fmt: skip
     return straight, turned, unscale, inner
 
@@ -279,7 +280,6 @@ def _gated_kernels() -> Any:
         tl.store(turned_ptr + turned_at, tl.trans(d_gate), mask=turned_inside)
         d_up = (d_inner * silu).to(tl.float8e5)
         tl.store(straight_ptr + at + width, d_up, mask=inside)
-        turned_at += width.to(tl.int64) * rows
-        tl.store(turned_ptr + turned_at, tl.trans(d_up), mask=turned_inside)
+        tl.store(turned_ptr + (column + width)[:, None] * rows + row[None, :], tl.trans(d_up), mask=turned_inside)
 
     return SimpleNamespace(absolute_max=gated_absolute_max, cast=gated_cast, backward_cast=gated_backward_cast)

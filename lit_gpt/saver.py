@@ -31,11 +31,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from lit_gpt import checkpoint, history, sharded_state
+from lit_gpt.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,7 @@ class CheckpointSaver:
         self._rank = dist.get_rank() if self._group is not None else 0
         device = next(model.parameters()).device
         on_gpu = device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
-            )
-        )
+        self._host_copy = HostCopy(from_gpu=on_gpu)
         # a thread has a current device of its own: without this, every rank would start a context on GPU 0
         use_device = partial(torch.cuda.set_device, device) if on_gpu else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device)
@@ -118,7 +114,7 @@ class CheckpointSaver:
         if self._running is not None and (error := self._running.exception()) is not None:
             log.error("a checkpoint could not be written", exc_info=error)
         self._thread.shutdown()
-        self._stager.close()
+        self._host_copy.close()
 
     def log_room(self) -> None:
         """Say how many checkpoints fit into the run folder's file system; warn if there is no room for two."""
@@ -145,9 +141,7 @@ class CheckpointSaver:
         gathered = self._full and self._group is not None
         state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=gathered)
         if not gathered:
-            staged = self._stager.stage(state)
-            assert isinstance(staged, dict)  # a Future only where staging is asynchronous
-            return staged
+            return self._host_copy.of(state)
         # Gathering copies what is sharded; the rest (the optimizer's step counters) is still the optimizer's own.
         tensors = [*self._model.parameters(), *(t for s in self._optimizer.state.values() for t in s.values())]
         live = {_address(t) for t in tensors if isinstance(t, Tensor)}

@@ -105,11 +105,22 @@ def _fused_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x in its type, and of both weights in weight_dtype, as the products summed them: in fp32."""
     quack = importlib.import_module(PACKAGE)
-    d_between, inner = quack.gemm_dgated(d_out, down, between, activation="swiglu", tuned=False)
-    d_down = quack.gemm(d_out.T, inner, out_dtype=weight_dtype, tuned=False)
+    small_tiles = importlib.import_module("quack.gemm_config").GemmConfig(
+        tile_m=128, tile_n=128, pingpong=True, cluster_m=1, cluster_n=2, is_dynamic_persistent=False
+    )  # the faster for what this product reads and writes beside its sums: docs/benchmarks.md
+    d_between, inner = quack.gemm_dgated(d_out, down, between, activation="swiglu", tuned=False, config=small_tiles)
+    d_down = _product(d_out.T, inner, weight_dtype)
     del inner
-    d_gate_up = quack.gemm(d_between.T, x, out_dtype=weight_dtype, concat_layout=("out",), tuned=False)
-    return quack.gemm(d_between, gate_up, concat_layout=("B",), tuned=False), d_gate_up, d_down
+    further = {"tuned": False, "dynamic_scheduler": True}
+    d_gate_up = quack.gemm(d_between.T, x, out_dtype=weight_dtype, concat_layout=("out",), **further)
+    return quack.gemm(d_between, gate_up, concat_layout=("B",), **further), d_gate_up, d_down
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in fp32 and rounded once, to dtype."""
+    if a.dtype == dtype:
+        return a @ b
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
 
 
 @_fused_mlp_backward.register_fake

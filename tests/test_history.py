@@ -120,7 +120,7 @@ def test_a_run_that_began_elsewhere_goes_back_there(wound_back: Path, tmp_path: 
     shutil.rmtree(fork / checkpoint_name(10))
     shutil.rmtree(origin)
     with pytest.raises(
-        BadInput, match="fork has no whole checkpoint, and it began with .*00000008.*: not a checkpoint"
+        BadInput, match=r"fork has no whole checkpoint, and it began with .*00000008.*: not a checkpoint"
     ):
         find("auto", fork)
 

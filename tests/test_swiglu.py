@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +37,12 @@ class Quack(ModuleType):
 
     @staticmethod
     def gemm(
-        a: Tensor, b: Tensor, out_dtype: Any = None, tuned: bool = True, concat_layout: tuple[str, ...] = ()
+        a: Tensor,
+        b: Tensor,
+        out_dtype: Any = None,
+        tuned: bool = True,
+        concat_layout: tuple[str, ...] = (),
+        dynamic_scheduler: bool = False,
     ) -> Tensor:
         assert not tuned, "tuning measures dozens of kernels at the start of a run"
         out = a.float() @ (alternating(b, 0) if "B" in concat_layout else b).float()
@@ -54,7 +59,9 @@ class Quack(ModuleType):
         return mixed.to(a.dtype), swiglu(mixed).to(a.dtype)
 
     @staticmethod
-    def gemm_dgated(a: Tensor, b: Tensor, mixed: Tensor, activation: str, tuned: bool = True) -> tuple[Tensor, Tensor]:
+    def gemm_dgated(
+        a: Tensor, b: Tensor, mixed: Tensor, activation: str, tuned: bool = True, config: Any = None
+    ) -> tuple[Tensor, Tensor]:
         assert activation == "swiglu"
         assert not tuned
         d_inner = a.float() @ b.float()
@@ -69,6 +76,9 @@ class Quack(ModuleType):
 def quack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
     monkeypatch.setitem(sys.modules, PACKAGE, Quack(PACKAGE))
+    config = ModuleType("quack.gemm_config")
+    monkeypatch.setattr(config, "GemmConfig", SimpleNamespace, raising=False)
+    monkeypatch.setitem(sys.modules, config.__name__, config)
 
 
 @pytest.mark.usefixtures("quack")

@@ -1,0 +1,59 @@
+"""A copy of a training state in host memory, into buffers that are kept for the next copy.
+
+Large buffers are page-locked on GPUs, so that the copy runs at the bus's full rate; locking takes seconds, once. (The
+stager of torch.distributed.checkpoint does the same, but cannot be used twice in torch 2.11.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_LOCKED_FROM_BYTES = 1 << 20
+"""Smaller buffers may share a page with others, which cannot be locked twice."""
+
+
+class HostCopy:
+    """Copies of states of one structure; the newest is valid until the next is made."""
+
+    def __init__(self, *, from_gpu: bool) -> None:
+        self._from_gpu = from_gpu
+        self._buffers: dict[int, Tensor] = {}
+        self._locked: list[int] = []
+
+    @torch.no_grad()
+    def of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with every tensor in host memory; those that are sharded stay so, each rank holding its part."""
+        leaves, structure = tree_flatten(state)
+        copied = [self._copy(number, leaf) if isinstance(leaf, Tensor) else leaf for number, leaf in enumerate(leaves)]
+        if self._from_gpu:
+            torch.cuda.synchronize()
+        return tree_unflatten(copied, structure)
+
+    def close(self) -> None:
+        """Give the memory back; copies are no longer valid."""
+        for address in self._locked:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+        self._locked.clear()
+        self._buffers.clear()
+
+    def _copy(self, number: int, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):  # its local part, in the same wrapping
+            (name,), context = tensor.__tensor_flatten__()
+            local = self._copy(number, tensor.to_local())
+            return DTensor.__tensor_unflatten__({name: local}, context, tensor.size(), tensor.stride())
+        buffer = self._buffers.get(number)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[number] = self._allocate(tensor)
+        return buffer.copy_(tensor, non_blocking=self._from_gpu)
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        buffer = torch.empty(like.shape, dtype=like.dtype)
+        if self._from_gpu and buffer.nbytes >= _LOCKED_FROM_BYTES:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+            self._locked.append(buffer.data_ptr())
+        return buffer
