@@ -33,6 +33,12 @@ setup(
         "wandb": ["wandb>=0.19,<1"],
         "gguf": ["gguf>=0.10,<1"],
         "float8": ["torchao>=0.14,<0.19"],
+        "bench": [  # what the benchmarks compare with; litgpt comes apart, see scripts/benchmark_litgpt.py
+            "liger-kernel>=0.5,<0.9",
+            "cut-cross-entropy>=25.1,<26",
+            "psutil>=5.9,<8",
+            "tqdm>=4.66,<5",
+        ],
         "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
         "dev": [
             "pytest>=8,<10",

@@ -15,7 +15,7 @@ import json
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.config import Config
 
-INSTALL = "pip install --no-deps litgpt==0.5.13 psutil tqdm"
+INSTALL = "pip install -e '.[bench]' && pip install --no-deps litgpt==0.5.13"
 """With its own bounds litgpt would take back jsonargparse and huggingface_hub to older releases."""
 
 

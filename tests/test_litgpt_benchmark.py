@@ -35,7 +35,7 @@ def test_without_litgpt_it_says_what_to_install() -> None:
         [sys.executable, "-c", code, str(PROGRAM)], env=environment(), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert "needs litgpt, which is not installed: pip install --no-deps litgpt==0.5.13" in done.stderr
+    assert "needs litgpt, which is not installed: pip install -e '.[bench]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
