@@ -115,7 +115,7 @@ def tell_left_behind(run_dir: Path) -> None:
     """Log the checkpoints of other branches; after an attempt has begun."""
     if paths := left_behind(run_dir):
         log.warning(
-            "of a branch that this run does not go on from, and not taken by --resume auto: %s (--resume PATH takes one)",
+            "of a branch that this run has left, and not taken by --resume auto: %s (--resume PATH takes one)",
             ", ".join(path.name for path in paths),
         )
 
