@@ -109,17 +109,27 @@ def write_full(state: dict[str, Any], temporary: Path) -> None:
 def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
     """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere.
 
-    Memory holds all weights at once: the one file of a full checkpoint is written from one dictionary.
+    Memory holds one weight at a time, the disk for a moment all of them twice.
     """
     temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_full({"model": dict(tensors)}, temporary)
+        mapped = temporary / "mapped"
+        mapped.mkdir()
+        write_full({"model": {name: _mapped(tensor, mapped / name) for name, tensor in tensors}}, temporary)
+        shutil.rmtree(mapped)
         publish(temporary, path, {**facts, "model": asdict(config)})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # there only if it failed
     return path
+
+
+def _mapped(tensor: Tensor, path: Path) -> Tensor:
+    """The tensor as a map of a new file, which the system reads and drops as it needs to."""
+    path.write_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    whole = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return whole.view(tensor.shape)
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool, to_host: bool) -> dict[str, Any]:
