@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 from lit_gpt import sharded_state
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.sharded_state import plain_os_errors
+from lit_gpt.sharded_state import MalformedState, one_line, plain_os_errors
 
 log = logging.getLogger(__name__)
 
@@ -109,17 +109,27 @@ def write_full(state: dict[str, Any], temporary: Path) -> None:
 def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
     """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere.
 
-    Memory holds all weights at once: the one file of a full checkpoint is written from one dictionary.
+    Memory holds one weight at a time, the disk for a moment all of them twice.
     """
     temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_full({"model": dict(tensors)}, temporary)
+        mapped = temporary / "mapped"
+        mapped.mkdir()
+        write_full({"model": {name: _mapped(tensor, mapped / name) for name, tensor in tensors}}, temporary)
+        shutil.rmtree(mapped)
         publish(temporary, path, {**facts, "model": asdict(config)})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # there only if it failed
     return path
+
+
+def _mapped(tensor: Tensor, path: Path) -> Tensor:
+    """The tensor as a map of a new file, which the system reads and drops as it needs to."""
+    path.write_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    whole = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return whole.view(tensor.shape)
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool, to_host: bool) -> dict[str, Any]:
@@ -151,7 +161,8 @@ def is_whole(path: Path) -> bool:
 
 
 def verified(path: Path) -> Checkpoint:
-    """The checkpoint at `path` if every file has the manifest's size and hash and every weight is a finite number.
+    """The checkpoint at `path` if every file has the manifest's size and hash, every weight is a finite number, and
+    what is no tensor is a plain value.
 
     Raises DamagedCheckpoint. Cost: the files are read once for their hashes, the weights once more from the page cache.
     """
@@ -165,9 +176,10 @@ def verified(path: Path) -> Checkpoint:
         for name, tensor in model_tensors(found):
             if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):  # NaN spreads to both
                 raise DamagedCheckpoint(f"{path} holds weights that are not finite numbers: {name}")
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedCheckpoint(f"{path} holds more than tensors and plain values; it was not run: {reason}") from None
+        if not (path / FULL).is_file():
+            sharded_state.check_values(path / SHARDED)
+    except MalformedState as error:
+        raise DamagedCheckpoint(f"{path} holds more than tensors and plain values; it was not run: {error}") from None
     return found
 
 
@@ -221,7 +233,10 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
         state = torch.load(checkpoint.path / FULL, map_location="cpu", weights_only=True, mmap=True)
     else:
         state = training_state(model, optimizer, full=False, to_host=False)
-        sharded_state.read_into(state, checkpoint.path / SHARDED)
+        try:
+            sharded_state.read_into(state, checkpoint.path / SHARDED)
+        except MalformedState as error:
+            raise BadInput(f"{checkpoint.path} is not what this run could have saved: {error}") from None
     options = StateDictOptions(full_state_dict=full, cpu_offload=full)
     if "optimizer" not in state:  # an imported model: its optimizer starts afresh
         set_model_state_dict(inner, state["model"], options=options)
@@ -244,8 +259,11 @@ def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 def _read_one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The weights in a state.pth by plain reads. torch's own mmap is a private, writable mapping of the whole file, for
     which Linux wants memory in reserve: it refuses a file that is larger than the machine's memory."""
-    with FakeTensorMode():
-        weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    try:
+        with FakeTensorMode():
+            weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        raise MalformedState(f"{path}: {one_line(error)}") from None
     with path.open("rb") as file:
         for name, fake in weights.items():
             storage = fake.untyped_storage()

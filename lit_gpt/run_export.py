@@ -1,9 +1,9 @@
 """Every checkpoint of a run -> a Hugging Face folder of its own and, if asked, a branch of a repository on the Hub.
 
 A folder and its branch are named by what the checkpoint has seen: step-00010000-tokens-21B. Oldest first: that is what
-the run's retention takes first. The run is only read, never locked or waited for: a checkpoint that goes while it is
-exported is passed over. What is there already is skipped, so the same command goes on after any end. On the Hub, main
-holds the newest.
+the run's retention takes first. Checkpoints of branches that the run has left are not exported. The run is only read,
+never locked or waited for: a checkpoint that goes while it is exported is passed over. What is there already is
+skipped, so the same command goes on after any end. On the Hub, main holds the newest.
 Costs: as hf_export.py for each checkpoint; two requests to the Hub for one that is there.
 """
 
@@ -18,6 +18,7 @@ from lit_gpt.checkpoint import RUN, Checkpoint, DamagedCheckpoint, newest_first,
 from lit_gpt.cli import BadInput
 from lit_gpt.hf_export import Form, config_facts, export, open_tokenizer, require_shape
 from lit_gpt.hf_folder import read_json
+from lit_gpt.history import left_behind
 from lit_gpt.hub_repository import MAIN, HubRepository
 from lit_gpt.parity import Twin
 
@@ -63,7 +64,8 @@ class RunExport:
 
     def export_new(self) -> int:
         """Deal with the checkpoints that appeared since the last call; their number."""
-        new = [path for path in reversed(newest_first(self._run_dir)) if path.name not in self._seen]
+        others = left_behind(self._run_dir)
+        new = [path for path in newest_first(self._run_dir)[::-1] if path.name not in self._seen and path not in others]
         for path in new:
             self._deal_with(path, newest=path is new[-1])
             self._seen.add(path.name)

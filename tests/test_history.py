@@ -119,9 +119,7 @@ def test_a_run_that_began_elsewhere_goes_back_there(wound_back: Path, tmp_path: 
     assert find("auto", fork).path == fork / checkpoint_name(10)  # type: ignore[union-attr]
     shutil.rmtree(fork / checkpoint_name(10))
     shutil.rmtree(origin)
-    with pytest.raises(
-        BadInput, match=r"fork has no whole checkpoint, and it began with .*00000008.*: not a checkpoint"
-    ):
+    with pytest.raises(BadInput, match=r"fork has no whole checkpoint, and it began with .*00000008.*not a checkpoint"):
         find("auto", fork)
 
 

@@ -21,7 +21,7 @@ from lit_gpt.history import find
 from lit_gpt.model import GPT
 from lit_gpt.saver import CheckpointSaver
 from tests.test_checkpoint import facts, model_and_optimizer, save
-from tests.training import small_disk
+from tests.training import metrics, small_disk, small_quota, train
 
 KINDS = pytest.mark.parametrize("full", [True, False])
 
@@ -173,6 +173,22 @@ def test_a_full_disk_costs_a_checkpoint_only(
         assert attempt(5) is None
         verified(run / checkpoint_name(5))
         saver.close()
+
+
+@pytest.mark.parametrize(("kind", "overlap"), [("full", "true"), ("sharded", "false")])
+def test_a_quota_costs_checkpoints_only(store: Path, tmp_path: Path, kind: str, overlap: str) -> None:
+    """The file system has room, the quota has it for one checkpoint and a half: found out while the second is written.
+
+    Training goes on to its end, which says so; a resume with a larger quota would go on from the first.
+    """
+    with small_quota(tmp_path / "disk", size=18 << 20) as disk:
+        done = train(store, disk / "run", expect=74, state_dict_type=kind, async_save=overlap)
+        assert done.stderr.count("was NOT saved: [Errno 122] Disk quota exceeded") == 2
+        assert done.stderr.count("ended after step 12, without its last checkpoint") == 1
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in (disk / "run").glob("*iter-*")] == [checkpoint_name(4)]
+        verified(disk / "run" / checkpoint_name(4))
+        assert len(metrics(disk / "run")) == 12
 
 
 def test_the_room_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

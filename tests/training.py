@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,30 @@ def small_disk(path: Path, *, size: int, inodes: int = 0) -> Iterator[Path]:
         pytest.skip("no file system can be mounted here: this test needs root")
     try:
         yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@contextmanager
+def small_quota(path: Path, *, size: int) -> Iterator[Path]:
+    """A real quota of `size` bytes on a file system with room, on which the kernel answers EDQUOT.
+
+    btrfs, since its quotas hold for root too and are in most kernels; skips where none can be made.
+    """
+    image, run = path.with_suffix(".img"), path / "quota"
+    path.mkdir()
+    with image.open("wb") as file:
+        file.truncate(256 << 20)
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("no quota can be made here: this test needs btrfs-progs")
+    subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", str(image), str(path)], capture_output=True).returncode:
+        pytest.skip("no btrfs can be mounted here: this test needs root")
+    try:
+        limit = ["btrfs", "qgroup", "limit", str(size), str(run)]
+        for command in (["btrfs", "quota", "enable", str(path)], ["btrfs", "subvolume", "create", str(run)], limit):
+            subprocess.run(command, check=True, capture_output=True)
+        yield run
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 

@@ -1,0 +1,54 @@
+"""The plan's memory over several processes against what FSDP2 holds on each rank, to the byte (gloo, CPU).
+
+The sizes of weights, gradients and moments do not depend on the device. What the GPU's streams add to them is not seen
+here: the block that is fetched ahead, and the buffer that it comes in.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from lit_gpt.args import Settings
+from lit_gpt.memory_plan import step_memory
+from tests.training import ROOT, environment
+
+pytestmark = pytest.mark.distributed
+
+SMALL = dict(model_name="debug", block_size=64, devices=2, accelerator="cpu", train_data_dir="(random tokens)")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(sharding_strategy="FULL_SHARD", precision="bf16-mixed", global_batch_size=4, micro_batch_size=1),
+        dict(sharding_strategy="SHARD_GRAD_OP", precision="bf16-true", global_batch_size=4, micro_batch_size=2),
+        dict(sharding_strategy="NO_SHARD", precision="32-true", global_batch_size=4, micro_batch_size=2),
+    ],
+    ids=lambda changed: changed["sharding_strategy"],
+)
+def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
+    values = SMALL | changed
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "fsdp_memory.py"), json.dumps(values)],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    held = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda line: line["rank"])
+    settings = Settings(**values)
+    forward, _, update = step_memory(settings.config, settings, 2, settings.shards(2, 2))
+    block = settings.config.block_parameters * (4 if settings.precision == "32-true" else 2)
+    on_a_gpu = (1 if settings.keeps_weights_whole else 2) * block  # the buffer; and the block fetched ahead
+    for rank in (0, 1):
+        assert held[rank] == {
+            "rank": rank,
+            "weights": update.weights,
+            "gradients": update.gradients,
+            "optimizer": update.optimizer,
+            "accumulated": forward.gradients,
+            "whole": forward.compute_weights - on_a_gpu,
+        }
