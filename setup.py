@@ -31,7 +31,7 @@ setup(
     install_requires=requirements(),
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
-        "gguf": ["gguf>=0.10,<1"],
+        "gguf": ["gguf>=0.16,<1"],  # up to 0.13 it brought a package `scripts`, which hid ours
         "float8": ["torchao>=0.14,<0.19"],
         "bench": [  # what the benchmarks compare with; litgpt comes apart, see scripts/benchmark_litgpt.py
             "liger-kernel>=0.5,<0.9",
@@ -47,7 +47,7 @@ setup(
             "ruff>=0.17,<0.18",  # a formatter's output belongs to its release
             "mypy>=2.4,<2.5",
             "types-PyYAML>=6,<7",
-            "gguf>=0.10,<1",
+            "gguf>=0.16,<1",
             "wandb>=0.19,<1",
             "torchao>=0.14,<0.19",
             "lm-eval[hf]>=0.4.9,<0.5",

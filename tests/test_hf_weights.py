@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import REGISTRY, Config
@@ -102,8 +103,9 @@ def test_config_json_reads_the_same_in_transformers_and_here() -> None:
     facts = facts_of(config, 32_064)
     theirs = LlamaConfig(**facts)
     assert (theirs.num_key_value_heads, theirs.head_dim, theirs.vocab_size) == (4, 64, 32_064)
-    assert theirs.rope_parameters == {"rope_theta": 10_000.0, "rope_type": "default"}
-    assert theirs.dtype == torch.float32
+    frequencies = 10_000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert LlamaRotaryEmbedding(config=theirs).inv_freq.tolist() == pytest.approx(frequencies.tolist())
+    assert theirs.torch_dtype == torch.float32  # the name that transformers 4 and 5 both know
     assert not theirs.tie_word_embeddings
     assert config_from_hf(facts, model_name=None, vocab_size=32_010) == config
     written_by_transformers = theirs.to_dict()
