@@ -33,6 +33,8 @@ def same(got: Tensor, wanted: Tensor) -> None:
     """Equal but for one step of the 8-bit type where a product with the scale was rounded another way; seldom."""
     got, wanted = got.cpu().float(), wanted.float()
     assert got.shape == wanted.shape
+    if not got.numel():
+        return
     differ = got != wanted
     assert differ.float().mean() < 0.01
     assert ((got - wanted).abs()[differ] <= 0.26 * wanted.abs()[differ] + 1e-2).all()
@@ -65,7 +67,10 @@ def test_gated(shape: tuple[int, int]) -> None:
     assert got[1].item() == pytest.approx(wanted[1].item(), rel=1e-6)
     results = gated_backward_cast(*on_gpu, largest_d.cuda(), largest.cuda())
     for ours, theirs in zip(results, gated_backward_cast(gate_up, d_inner, largest_d, largest), strict=True):
-        same(ours, theirs) if ours.dim() else pytest.approx(ours.item()) == theirs.item()
+        if ours.dim():
+            same(ours, theirs)
+        else:
+            assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
