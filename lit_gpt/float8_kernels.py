@@ -180,8 +180,8 @@ _FOUR_AT_ONCE = """{
     cvt.rn.satfinite.%s.f32 high, $4, $3;
     mov.b32 $0, {low, high};
 }"""
-"""Four numbers to 8 bits, in PTX. Triton's own cast makes two halves; where their bytes are also used one by one, as by a
-tile that is stored straight and turned, ptxas 12.8 reads a byte in four from a register before it is written."""
+"""Four numbers to 8 bits, in PTX. Triton's own cast makes two halves; where their bytes are also used one by one, as by
+a tile that is stored straight and turned, ptxas 12.8 reads a byte in four from a register before it is written."""
 
 
 @functools.cache

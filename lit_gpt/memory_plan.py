@@ -8,11 +8,11 @@ pass is what torch.compile's partitioner keeps of it (tests/test_memory_plan.py 
     rotated queries and keys: C + G D;  output of the qkv product, of which the values are a view: C + 2 G D
     gate and up: 2 I;  log-sum-exp of attention: H in fp32;  1 / RMS of both norms: 2 in fp32
 
-and, on one device with fp32 weights, each matrix once more in bf16. Float8 blocks make the norms' outputs and the MLP's
-inner product anew with their casts: 2 C + I less. Of blocks that compute again (recomputation.py) `full` keeps C,
-`selective` the results of products and attention; what such a block makes anew counts once, in the backward pass. The
-loss (loss.py) holds logits of CHUNK_TOKENS tokens and their gradient, and the gradients of its input and weight until
-the backward pass.
+and, on one device with fp32 weights, each matrix once more in bf16. Quack and float8 make the MLP's inner product
+anew: I less. Of the norms' outputs float8 keeps nothing (rowwise), or them and attention's output in 8 bits
+(tensorwise). Of blocks that compute again (recomputation.py) `full` keeps C, `selective` the results of products and
+attention; what such a block makes anew counts once, in the backward pass. The loss (loss.py) holds logits of
+CHUNK_TOKENS tokens and their gradient, and the gradients of its input and weight until the backward pass.
 
 Over several processes (FSDP2): a rank holds its share of weights, gradients and optimizer; whole are the outer unit
 (embedding, head), the block in use, the one fetched ahead and the buffer it comes in, or every block where weights
@@ -112,9 +112,18 @@ def _all_bytes_per_token(config: Config, settings: Settings) -> int:
     """What a block's backward pass needs of each token."""
     width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
     numbers = 7 * width + 3 * keys + 3 * hidden
-    if settings.float8 != "none":
-        numbers -= 2 * width + hidden
+    if _makes_inner_anew(settings):
+        numbers -= hidden
+    if settings.float8 == "rowwise":
+        numbers -= 2 * width
+    if settings.float8 == "tensorwise":
+        return (numbers - 2 * width) * _element(settings) + 3 * width + (config.n_head + 2) * 4
     return numbers * _element(settings) + (config.n_head + 2) * 4
+
+
+def _makes_inner_anew(settings: Settings) -> bool:
+    """Whether the MLP's inner product is computed again beside its gradient, as by quack; --mlp auto counts as that."""
+    return settings.float8 != "none" or (settings.mlp != "torch" and settings.precision != "32-true")
 
 
 def _compiled(settings: Settings) -> bool:
