@@ -1,4 +1,4 @@
-"""What FSDP2 holds on a rank in a step of the training program: one JSON line a rank, sizes in bytes.
+"""What FSDP2 holds on each rank in a step of the training program: one JSON list over the ranks, sizes in bytes.
 
 python tests/fsdp_memory.py '{"devices": 2, "sharding_strategy": "FULL_SHARD", ...}'    (values of Settings)
 """
@@ -59,7 +59,10 @@ def main() -> None:
     found["weights"] = size(model.parameters())
     moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
     found["optimizer"] = size(moments)
-    print(json.dumps({"rank": bench.fabric.global_rank, **found}), flush=True)
+    of_all: list[dict[str, int]] = [{}] * bench.fabric.world_size
+    torch.distributed.all_gather_object(of_all, found)
+    if bench.fabric.is_global_zero:
+        print(json.dumps(of_all))
     torch.distributed.destroy_process_group()
 
 
