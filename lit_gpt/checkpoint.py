@@ -266,9 +266,10 @@ def _read_one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise MalformedState(f"{path}: {one_line(error)}") from None
     with path.open("rb") as file:
         for name, fake in weights.items():
-            storage = fake.untyped_storage()
-            file.seek(storage._checkpoint_offset)
-            data = bytearray(storage.nbytes())
+            file.seek(fake.untyped_storage()._checkpoint_offset)
+            # not the storage's own size, which torch 2.10 multiplies by that of an element
+            last = fake.storage_offset() + sum((n - 1) * stride for n, stride in zip(fake.shape, fake.stride(), strict=True))
+            data = bytearray((last + 1) * fake.itemsize)
             if file.readinto(data) != len(data):
                 raise DamagedCheckpoint(f"{path} ends within weight {name!r}")
             whole = torch.frombuffer(data, dtype=fake.dtype)

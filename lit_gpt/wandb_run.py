@@ -49,7 +49,7 @@ class WandbRun:
             init_timeout=self._timeout_s, login_timeout=self._timeout_s, silent=True, console="off", disable_git=True
         )
         try:
-            return wandb.init(dir=self._run_dir, mode=mode, resume="allow", settings=settings, **facts)
+            return wandb.init(dir=str(self._run_dir), mode=mode, resume="allow", settings=settings, **facts)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the training
             reason = " ".join(str(error).split())[:300]
             if mode == "offline":
