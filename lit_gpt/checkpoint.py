@@ -268,7 +268,9 @@ def _read_one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
         for name, fake in weights.items():
             file.seek(fake.untyped_storage()._checkpoint_offset)
             # not the storage's own size, which torch 2.10 multiplies by that of an element
-            last = fake.storage_offset() + sum((n - 1) * stride for n, stride in zip(fake.shape, fake.stride(), strict=True))
+            last = fake.storage_offset() + sum(
+                (n - 1) * stride for n, stride in zip(fake.shape, fake.stride(), strict=True)
+            )
             data = bytearray((last + 1) * fake.itemsize)
             if file.readinto(data) != len(data):
                 raise DamagedCheckpoint(f"{path} ends within weight {name!r}")

@@ -25,7 +25,18 @@ from lit_gpt.cli import BadInput
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "lightning", "numpy", "pyarrow", "tokenizers", "triton", "flash-attn-3", "flash-attn-4", "torchao")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "numpy",
+    "pyarrow",
+    "tokenizers",
+    "triton",
+    "flash-attn-3",
+    "flash-attn-4",
+    "quack-kernels",
+    "torchao",
+)
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
 

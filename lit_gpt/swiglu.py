@@ -3,11 +3,9 @@
 Gate and up are halves of one weight. Computed product by product, the tensors between them (2 I and I numbers a token,
 and their gradients) cross the GPU's memory several times. Two backends:
 
-| backend | needs                     | what it does                                                             |
-|---------|---------------------------|--------------------------------------------------------------------------|
-| quack   | quack-kernels, a Hopper GPU, 16 bits | SwiGLU and its gradient are computed inside the products, while  |
-|         |                           | their results are still in registers (it comes with flash-attn-4)        |
-| torch   | nothing                   | three operations; torch.compile fuses what stands between the products   |
+    quack   SwiGLU and its gradient are computed inside the products, while their results are in registers. Needs
+            quack-kernels, which flash-attn-4 brings, a Hopper GPU, and computation in 16 bits
+    torch   layer by layer; torch.compile fuses what stands between the products. Runs everywhere
 
 The only importer of quack.
 """
@@ -15,6 +13,7 @@ The only importer of quack.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 from typing import Any
 
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("quack", "torch")
 PACKAGE = "quack.gemm_interface"
+VERSION = "0.6"
+"""Of quack-kernels; its interface changes between minor versions."""
 MULTIPLE = 16
 """Widths that quack's kernels read must be multiples of this."""
 
@@ -57,8 +58,11 @@ def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
         return f"the widths {widths} are no multiples of {MULTIPLE}"
     try:
         importlib.import_module(PACKAGE)
+        version = importlib.metadata.version("quack-kernels")
     except ImportError as error:
-        return f"{PACKAGE} does not import ({error}). Install it: pip install quack-kernels"
+        return f"{PACKAGE} does not import ({error}). Install it: pip install quack-kernels=={VERSION}.*"
+    if not version.startswith(f"{VERSION}."):
+        return f"quack-kernels {version} is installed, whose interface was not tried; {VERSION} was"
     return None
 
 

@@ -289,8 +289,8 @@ def test_definition_pins_and_declares_what_it_uses() -> None:
 
 @pytest.mark.slow
 def test_the_images_own_test_runs_on_this_checkout(tmp_path: Path) -> None:
-    """Its shell, in the place of the image; the two kernels are there by name only, as nothing here may need a GPU."""
-    for name, version in (("flash_attn_3", "3.0.0"), ("flash_attn_4", "4.0.0b36")):
+    """Its shell, in the place of the image; the kernels are there by name only, as nothing here may need a GPU."""
+    for name, version in (("flash_attn_3", "3.0.0"), ("flash_attn_4", "4.0.0b36"), ("quack_kernels", "0.6.5")):
         folder = tmp_path / "packages" / f"{name}-{version}.dist-info"
         folder.mkdir(parents=True)
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -130,3 +131,23 @@ def test_the_choice_says_why(caplog: pytest.LogCaptureFixture) -> None:
         choose_mlp("quack", CPU, torch.bfloat16, (64, 128))
     with pytest.raises(BadInput, match=r"unknown mlp 'fast'. Valid: auto, quack, torch"):
         choose_mlp("fast", CPU, torch.bfloat16, (64, 128))
+
+
+@pytest.mark.usefixtures("quack")
+def test_on_a_gpu_it_is_taken_in_a_version_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, capability = "0.6.5", (9, 0)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert choose_mlp("auto", gpu, torch.bfloat16, (768, 2048)) == "quack"
+    for refused, widths, dtype in (("32", (768, 2048), torch.float32), ("multiples of 16", (768, 100), torch.bfloat16)):
+        assert choose_mlp("auto", gpu, dtype, widths) == "torch"
+        with pytest.raises(BadInput, match=refused):
+            choose_mlp("quack", gpu, dtype, widths)
+    capability = (8, 0)
+    with pytest.raises(BadInput, match=r"not measured on compute capability 8\.0"):
+        choose_mlp("quack", gpu, torch.bfloat16, (768, 2048))
+    installed, capability = "0.7.0", (9, 0)
+    assert choose_mlp("auto", gpu, torch.bfloat16, (768, 2048)) == "torch"
+    with pytest.raises(BadInput, match=r"quack-kernels 0\.7\.0 is installed, whose interface was not tried; 0\.6 was"):
+        choose_mlp("quack", gpu, torch.bfloat16, (768, 2048))

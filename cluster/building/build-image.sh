@@ -7,7 +7,7 @@
 # site that allows --fakeroot. No GPU.
 #   TORCH_INDEX_URL   index of the PyTorch project's wheels for CUDA 13.0: the --index-url in the command that the
 #                     "Get Started" page of PyTorch's site shows for Linux, pip, CUDA 13.0
-#   TORCH_VERSION FLASH_ATTN_3_VERSION FLASH_ATTN_4_VERSION   instead of the pins in llammlein.def
+#   TORCH_VERSION FLASH_ATTN_3_VERSION FLASH_ATTN_4_VERSION QUACK_VERSION   instead of the pins in llammlein.def
 #   BUILD_FLAGS       more flags for `apptainer build`, such as --fakeroot
 set -euo pipefail
 shopt -s inherit_errexit
@@ -34,7 +34,7 @@ trap 'rm -rf "$context"' EXIT
 git -C "$root" archive "$commit" | tar -x -C "$context"
 echo "$commit" > "$context/COMMIT"
 arguments=()
-for name in TORCH_INDEX_URL TORCH_VERSION FLASH_ATTN_3_VERSION FLASH_ATTN_4_VERSION; do
+for name in TORCH_INDEX_URL TORCH_VERSION FLASH_ATTN_3_VERSION FLASH_ATTN_4_VERSION QUACK_VERSION; do
     [[ -z ${!name:-} ]] || arguments+=(--build-arg "$name=${!name}")
 done
 read -ra flags <<< "${BUILD_FLAGS:-}"
