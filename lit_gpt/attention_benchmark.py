@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.attention import BACKENDS, attention, choose_backend, make_segments
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.packed_dataset import boundary_entries, full_rows
-from lit_gpt.step_benchmark import MEDIAN_TOKENS, SIGMA
+from lit_gpt.packed_dataset import full_rows
+from lit_gpt.step_benchmark import packed_documents
 
 # Shapes: B rows, T tokens a row, H query heads, G key-value heads, D head size.
 
@@ -52,9 +51,8 @@ def measure(
         torch.randn(rows, config.block_size, n, config.head_size, device=device, generator=generator).bfloat16()
         for n in heads
     )
-    for layout in LAYOUTS:
-        whole = layout == "whole rows"
-        cu_seqlens = full_rows(rows, config.block_size) if whole else documents(rows, config.block_size, seed)
+    packed, _ = packed_documents(rows, config.block_size, np.random.default_rng(seed))
+    for layout, cu_seqlens in zip(LAYOUTS, (packed, full_rows(rows, config.block_size)), strict=True):
         lengths = np.diff(cu_seqlens.numpy()).astype(np.float64)
         flops = 7 * config.n_embd * float((lengths**2).sum())
         line: dict[str, Any] = {"what": "attention", "size": config.name, "layout": layout, "rows": rows}
@@ -101,15 +99,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, cu_seqlens: Tensor
     call = Call(q[:rows].float(), k[:rows].float(), v[:rows].float(), edges, "torch")
     assert call.segments.mask is not None
     return call.results(d_out[:rows].float())
-
-
-def documents(rows: int, tokens: int, seed: int) -> Tensor:
-    """cu_seqlens of packed documents with the lengths of German web text, as the step benchmark packs them."""
-    size = rows * tokens
-    lengths = np.exp(np.random.default_rng(seed).normal(np.log(MEDIAN_TOKENS), SIGMA, size)).astype(np.int64) + 1
-    ends = np.cumsum(lengths)
-    edges = np.union1d(np.arange(0, size + 1, tokens), ends[ends < size]).astype(np.int32)
-    return F.pad(torch.from_numpy(edges), (0, boundary_entries(len(edges)) - len(edges)), value=size)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

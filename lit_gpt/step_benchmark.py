@@ -65,20 +65,14 @@ class Bench:
 
     def _batch(self, generator: np.random.Generator) -> Batch:
         rows, length = self.settings.micro_batch_size, self.config.block_size
-        size = rows * length
-        lengths = np.exp(generator.normal(np.log(MEDIAN_TOKENS), SIGMA, size)).astype(np.int64) + 1
-        ends = np.cumsum(lengths)
-        ends = ends[ends < size]
-        edges = np.union1d(np.arange(0, size + 1, length), ends)
+        cu_seqlens, ends = packed_documents(rows, length, generator)
         tokens = torch.from_numpy(generator.integers(0, self.config.vocab_size, (rows, length)).astype(np.uint16))
-        targets = torch.from_numpy(generator.integers(0, self.config.vocab_size, size).astype(np.int32))
+        targets = torch.from_numpy(generator.integers(0, self.config.vocab_size, rows * length).astype(np.int32))
         targets[torch.from_numpy(ends) - 1] = IGNORE_INDEX  # a document's last token predicts nothing
-        cu_seqlens = torch.full((boundary_entries(len(edges)),), size, dtype=torch.int32)
-        cu_seqlens[: len(edges)] = torch.from_numpy(edges.astype(np.int32))
         targets = targets.view(rows, length)
         if self.device.type == "cuda":
             tokens, targets, cu_seqlens = (x.pin_memory() for x in (tokens, targets, cu_seqlens))
-        return Batch(tokens, targets, cu_seqlens, int(np.diff(edges).max()), np.arange(rows))
+        return Batch(tokens, targets, cu_seqlens, int(cu_seqlens.diff().max()), np.arange(rows))
 
     def step(self) -> tuple[Tensor, int]:
         """One update: the summed loss on the device, and the valid targets."""
@@ -90,6 +84,18 @@ class Bench:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def packed_documents(rows: int, length: int, generator: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+    """cu_seqlens (S + 1,) int32 of documents packed into rows, and where each but the last ends in the rows' tokens."""
+    size = rows * length
+    lengths = np.exp(generator.normal(np.log(MEDIAN_TOKENS), SIGMA, size)).astype(np.int64) + 1
+    ends = np.cumsum(lengths)
+    ends = ends[ends < size]
+    edges = np.union1d(np.arange(0, size + 1, length), ends)
+    cu_seqlens = torch.full((boundary_entries(len(edges)),), size, dtype=torch.int32)
+    cu_seqlens[: len(edges)] = torch.from_numpy(edges.astype(np.int32))
+    return cu_seqlens, ends
 
 
 def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> Iterator[dict[str, Any]]:

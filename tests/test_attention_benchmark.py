@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from lit_gpt.attention import BACKENDS
-from lit_gpt.attention_benchmark import REFERENCE_ROWS, RESULTS, Call, documents, reference, relative
+from lit_gpt.attention_benchmark import REFERENCE_ROWS, RESULTS, Call, reference, relative
 from lit_gpt.packed_dataset import full_rows
 from tests.training import environment
 
@@ -79,15 +78,3 @@ def test_a_backend_that_ignores_documents_shows_in_the_errors() -> None:
     wrong = Call(q, k, v, full_rows(ROWS, TOKENS), "torch").results(d_out)
     for name, a, b in zip(RESULTS, wrong, reference(q, k, v, d_out, edges), strict=True):
         assert relative(a, b) > 0.1, name
-
-
-def test_documents_end_at_rows_and_have_the_lengths_of_the_step_benchmark() -> None:
-    edges = documents(64, 2048, seed=1).numpy()
-    assert len(edges) % 64 == 0
-    assert edges[0] == 0
-    assert edges[-1] == 64 * 2048
-    assert (np.diff(edges) >= 0).all()
-    assert np.isin(np.arange(64) * 2048, edges).all()
-    inside = np.diff(edges[: np.argmax(edges) + 1])
-    # log-normal of median 368, sigma 1.14 has mean 705; 186 documents and up to 64 cuts at rows
-    assert 64 * 2048 / 705 * 0.8 < len(inside) < 64 * 2048 / 705 * 1.2 + 64

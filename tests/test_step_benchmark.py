@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lit_gpt.args import step_range
 from lit_gpt.cli import BadInput
+from lit_gpt.step_benchmark import packed_documents
 from tests.training import environment, train
 
 PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark_step.py"
@@ -71,3 +73,17 @@ def test_profile_of_a_run(store: Path, tmp_path: Path) -> None:
 def test_profile_steps_are_refused(steps: str) -> None:
     with pytest.raises(BadInput, match=f"--profile_steps {steps}: must be A:B"):
         step_range(steps)
+
+
+def test_documents_end_at_rows_and_have_the_lengths_of_german_web_text() -> None:
+    cu_seqlens, ends = packed_documents(64, 2048, np.random.default_rng(1))
+    edges = cu_seqlens.numpy()
+    assert np.isin(ends, edges).all()
+    assert len(edges) % 64 == 0
+    assert edges[0] == 0
+    assert edges[-1] == 64 * 2048
+    assert (np.diff(edges) >= 0).all()
+    assert np.isin(np.arange(64) * 2048, edges).all()
+    inside = np.diff(edges[: np.argmax(edges) + 1])
+    # log-normal of median 368, sigma 1.14 has mean 705; 186 documents and up to 64 cuts at rows
+    assert 64 * 2048 / 705 * 0.8 < len(inside) < 64 * 2048 / 705 * 1.2 + 64
