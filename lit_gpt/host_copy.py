@@ -43,9 +43,12 @@ class HostCopy:
 
     def _copy(self, number: int, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):  # its local part, in the same wrapping
-            (name,), context = tensor.__tensor_flatten__()
-            local = self._copy(number, tensor.to_local())
-            return DTensor.__tensor_unflatten__({name: local}, context, tensor.size(), tensor.stride())
+            names, context = tensor.__tensor_flatten__()
+            parts = {name: getattr(tensor, name) for name in names}
+            copied = {
+                name: self._copy(number, part) if isinstance(part, Tensor) else part for name, part in parts.items()
+            }
+            return DTensor.__tensor_unflatten__(copied, context, tensor.size(), tensor.stride())
         buffer = self._buffers.get(number)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = self._buffers[number] = self._allocate(tensor)

@@ -1,0 +1,56 @@
+"""Checkpoints written beside a model on a GPU: more than one, each what the state was when it was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt.args import Settings
+from lit_gpt.checkpoint import checkpoint_name, load, verified
+from lit_gpt.config import Config
+from lit_gpt.host_copy import HostCopy
+from lit_gpt.model import GPT, initialize
+from lit_gpt.optim import make_optimizer
+from lit_gpt.saver import CheckpointSaver
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_three_saves_beside_updates(tmp_path: Path, full: bool) -> None:
+    model = GPT(Config.from_name("debug")).cuda()
+    initialize(model, seed=1)
+    optimizer = make_optimizer(model, Settings(model_name="debug"))
+    saver = CheckpointSaver(tmp_path, model, optimizer, full=full, overlap=True, keep_last=0)
+    tokens = torch.randint(0, 4096, (2, 256), device="cuda")
+    wanted = []
+    for step in (1, 2, 3):
+        model(tokens, None, tokens.roll(-1, 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append([p.detach().clone() for p in model.parameters()])
+        saver.save({"step": step, "settings": {}})
+        with torch.no_grad():  # what comes after must not reach the file
+            for p in model.parameters():
+                p.add_(1)
+    saver.wait()
+    assert saver.failure is None
+    saver.close()
+    for step, weights in enumerate(wanted, start=1):
+        load(verified(tmp_path / checkpoint_name(step)), model, optimizer)
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_large_buffers_are_page_locked_once() -> None:
+    copies = HostCopy(from_gpu=True)
+    state = {"large": torch.randn(1 << 20, device="cuda"), "small": torch.randn(3, device="cuda")}
+    first = copies.of(state)["large"]
+    assert first.is_pinned()
+    state["large"].add_(1)
+    second = copies.of(state)
+    assert second["large"].data_ptr() == first.data_ptr()
+    assert all(torch.equal(second[name], tensor.cpu()) for name, tensor in state.items())
+    copies.close()
+    assert not first.is_pinned()
