@@ -52,6 +52,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
+        # transformers 4 would give generate() token types too, which no LLaMA takes
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     write_json(folder / "tokenizer_config.json", settings)
 
