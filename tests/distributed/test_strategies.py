@@ -46,10 +46,11 @@ def test_two_processes_equal_one(store: Path, alone: Path, tmp_path: Path, strat
             assert (value - weights[name]).norm() <= 2e-4 * weights[name].norm(), name
 
 
-def test_float8_and_recomputation(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("float8", ["tensorwise", "rowwise"])
+def test_float8_and_recomputation(store: Path, tmp_path: Path, float8: str) -> None:
     """Sharded weights are gathered in bf16 before their cast to 8 bits, whole ones are cast from fp32: 2^-8 apart."""
     settings = dict(
-        max_steps=4, warmup_steps=1, micro_batch_size=2, precision="bf16-mixed", float8="rowwise",
+        max_steps=4, warmup_steps=1, micro_batch_size=2, precision="bf16-mixed", float8=float8,
         activation_checkpointing="selective", log_interval_steps=1,
     )  # fmt: skip
     for devices in (1, 2):
