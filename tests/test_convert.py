@@ -285,7 +285,7 @@ def test_a_terminated_export_leaves_nothing(run_dir: Path, tmp_path: Path) -> No
 def test_an_import_that_fails_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "hf"
     export(run_dir, source, "--dtype", "fp32")
-    weights = load_file(source / "model.safetensors")
+    weights = {k: v.clone() for k, v in load_file(source / "model.safetensors").items()}  # the file is replaced below
 
     def refused(message: str, *more: str) -> None:
         before = sorted(tmp_path.iterdir())
