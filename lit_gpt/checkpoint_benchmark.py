@@ -38,6 +38,7 @@ def measure(settings: Settings, *, work_dir: Path | None) -> Iterator[dict[str, 
         _step(bench)
     with PeakMemory(bench.device) as memory:
         step_s = statistics.median(_timed(lambda: _step(bench)) for _ in range(STEPS_BEFORE))
+    bench.require_updates()
     common = {"size": settings.model_name, "device": str(bench.device), "torch": torch.__version__}
     yield {
         **common, "what": "step", "rows": settings.global_batch_size, "precision": settings.precision,

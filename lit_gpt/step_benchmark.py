@@ -37,7 +37,9 @@ PRODUCT = 8192
 COPY_BYTES = 1 << 30
 PROFILED_STEPS = 3
 
-PARTS = ("attention", "products", "loss", "optimizer", "rest")
+PARTS = ("attention", "products", "float8 casts", "loss", "optimizer", "rest")
+_CASTS = ("absolute_max", "cast", "gated_absolute_max", "gated_cast", "gated_backward_cast")
+"""Names of float8_kernels.py's kernels; the last three compute SwiGLU on the way."""
 _KERNELS = {
     "attention": ("flash", "attn", "attention", "fmha"),
     "products": ("gemm", "quack", "nvjet", "cutlass", "xmma", "splitk"),
@@ -62,6 +64,7 @@ class Bench:
         self._steps = [[self._batch(generator) for _ in range(micro_batches)] for _ in range(distinct_steps)]
         self._targets = [sum(int((b.targets != IGNORE_INDEX).sum()) for b in step) for step in self._steps]
         self._done = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _batch(self, generator: np.random.Generator) -> Batch:
         rows, length = self.settings.micro_batch_size, self.config.block_size
@@ -79,7 +82,13 @@ class Bench:
         which = self._done % len(self._steps)
         update = self.train_step.update(self._done, self._steps[which], self._targets[which])
         self._done += 1
+        self._skipped += update.verdict != 0
         return update.loss_sum, self._targets[which]
+
+    def require_updates(self) -> None:
+        """Raise if updates were skipped: times without them mean nothing."""
+        if skipped := int(self._skipped):
+            raise RuntimeError(f"{skipped} of {self._done} updates were skipped, their gradients were not finite")
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -111,6 +120,7 @@ def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> 
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     seconds = _step_seconds(bench, steps)
+    bench.require_updates()
     median = statistics.median(seconds)
     tokens = statistics.mean(bench._targets)
     rate = tokens / median
@@ -202,6 +212,8 @@ def _part(operator: Any, kernel: str) -> str:
         if operator.name.startswith("Optimizer."):
             return "optimizer"
         operator = operator.cpu_parent
+    if kernel in _CASTS:
+        return "float8 casts"
     name = kernel.lower()
     if name.startswith("triton"):  # fused by torch.compile: named after all that it does
         return "rest"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from lit_gpt.args import step_range
+from lit_gpt.args import Settings, step_range
 from lit_gpt.cli import BadInput
-from lit_gpt.step_benchmark import packed_documents
+from lit_gpt.step_benchmark import Bench, packed_documents
 from tests.training import environment, train
 
 PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark_step.py"
@@ -87,3 +88,18 @@ def test_documents_end_at_rows_and_have_the_lengths_of_german_web_text() -> None
     inside = np.diff(edges[: np.argmax(edges) + 1])
     # log-normal of median 368, sigma 1.14 has mean 705; 186 documents and up to 64 cuts at rows
     assert 64 * 2048 / 705 * 0.8 < len(inside) < 64 * 2048 / 705 * 1.2 + 64
+
+
+def test_steps_that_update_nothing_are_no_measurement() -> None:
+    settings = Settings(
+        model_name="debug", global_batch_size=2, micro_batch_size=2, accelerator="cpu", precision="32-true",
+        devices=1, train_data_dir="(random tokens)",
+    )  # fmt: skip
+    bench = Bench(settings, distinct_steps=1)
+    bench.step()
+    bench.require_updates()
+    with torch.no_grad():
+        next(bench.model.parameters()).fill_(float("nan"))
+    bench.step()
+    with pytest.raises(RuntimeError, match="1 of 2 updates were skipped, their gradients were not finite"):
+        bench.require_updates()
