@@ -176,6 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
         branches[revision] = list(branches["main"])
         return {}
 
+    def _revision(self, branches: dict[str, Any], revision: str, _: Any) -> Any:
+        """huggingface_hub before 1 asks here how large files go up: not in chunks (Xet), which this Hub does not know."""
+        return {"id": "lsx/model", "sha": branches[revision][0]["id"], "xetEnabled": False}
+
     def _tree(self, branches: dict[str, Any], revision: str, _: Any) -> Any:
         files = branches[revision][0]["files"]
         return [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in files]
