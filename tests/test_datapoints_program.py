@@ -253,7 +253,7 @@ def train(store: TokenStore, folder: Path, pause_s: float, kill_after_s: float |
 
 
 def test_kills_at_random_steps_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = make_store(tmp_path / "store", 60)
+    store = make_store(tmp_path / "store", 240)  # 90 steps or so of 0.01 s: five lives of at most 0.15 s do not end it
     train(store, tmp_path / "unbroken", 0, None)
     for kill_after_s in np.random.default_rng().uniform(0, 0.15, 5).tolist():
         train(store, tmp_path / "killed", 0.01, kill_after_s)
