@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def _revision(self, branches: dict[str, Any], revision: str, _: Any) -> Any:
-        """huggingface_hub before 1 asks here how large files go up: not in chunks (Xet), which this Hub does not know."""
+        """huggingface_hub before 1 asks here how large files go up: this Hub knows no chunks (Xet)."""
         return {"id": "lsx/model", "sha": branches[revision][0]["id"], "xetEnabled": False}
 
     def _tree(self, branches: dict[str, Any], revision: str, _: Any) -> Any:
