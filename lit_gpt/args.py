@@ -113,7 +113,7 @@ class Settings:
     compile: bool | None = None
     """torch.compile each block and the loss. Default: on GPUs."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
-    """Products of matrices of the blocks in 8 bits, by a recipe of torchao's; beside any precision but 32-true."""
+    """Products of matrices of the blocks in 8 bits, with one scale a tensor or (torchao's) a row; not with 32-true."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What blocks compute again for the backward pass, to save memory. selective: all but products of matrices and
     attention; full: everything but each block's input."""
@@ -261,6 +261,8 @@ class Settings:
             step_range(self.profile_steps)
         if self.float8 != "none" and self.precision == "32-true":
             raise BadInput(f"--float8 {self.float8} with --precision 32-true. Valid with it: bf16-mixed, bf16-true")
+        if self.float8 != "none" and self.mlp == "quack":
+            raise BadInput(f"--float8 {self.float8} with --mlp quack, which has no 8 bits. Valid with it: auto, torch")
         if not self.plan_gpu_gib > 0:
             raise BadInput(f"--plan_gpu_gib {self.plan_gpu_gib}: must be above 0")
         if self.plan_tokens_per_s is not None and not self.plan_tokens_per_s > 0:

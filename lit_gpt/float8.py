@@ -6,8 +6,8 @@ each product: values to e4m3 (3 bits after the point), gradients to e5m2 (2 bits
     tensorwise  one scale a tensor, from its largest absolute value at that moment: nothing to remember between steps.
                 Ours: each tensor is read once for its scale and once for both layouts that its products need, or the
                 code that makes it finds the scale; between gate, up and down nothing but the first product's output
-                is written in more than 8 bits. torchao's, which this one agrees with, spends as long again on casts
-                as it gains by products (docs/benchmarks.md)
+                is written in more than 8 bits. torchao's, which this one agrees with, spends on casts two thirds
+                of what its products gain (docs/benchmarks.md)
     rowwise     torchao's: one scale a row, so that small values beside large ones keep more digits
 """
 

@@ -139,6 +139,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         BadInput, match=r"--float8 rowwise with --precision 32-true. Valid with it: bf16-mixed, bf16-true"
     ):
         Settings(train_data_dir="x", float8="rowwise", precision="32-true").check()
+    with pytest.raises(BadInput, match=r"--float8 tensorwise with --mlp quack, .* Valid with it: auto, torch"):
+        Settings(train_data_dir="x", float8="tensorwise", mlp="quack").check()
 
     def missing(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
