@@ -49,4 +49,4 @@ def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
         "accumulated": forward.gradients,
         "whole": forward.compute_weights - on_a_gpu,
     }
-    assert json.loads(done.stdout) == [planned, planned]
+    assert json.loads(done.stdout.splitlines()[-1]) == [planned, planned]  # before it: what gloo says in torch 2.10
