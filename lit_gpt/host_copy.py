@@ -1,7 +1,7 @@
 """A copy of a training state in host memory, into buffers that are kept for the next copy.
 
 Large buffers are page-locked on GPUs, so that the copy runs at the bus's full rate; locking takes seconds, once. (The
-stager of torch.distributed.checkpoint does the same, but cannot be used twice in torch 2.11.)
+stager of torch.distributed.checkpoint does the same, but failed at its second use with torch 2.11 on an H100.)
 """
 
 from __future__ import annotations

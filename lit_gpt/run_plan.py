@@ -93,6 +93,8 @@ def lines(plan: Plan) -> Iterator[str]:
         f"{settings.sharding_strategy}: a copy of the weights on {plan.shards}, {settings.precision}, "
         f"activation checkpointing {settings.activation_checkpointing}"
     )
+    if settings.mlp == "auto" and settings.float8 == "none" and settings.precision != "32-true":
+        yield "the MLP as on a Hopper GPU with quack; for others plan with --mlp torch, which keeps more"
     yield ""
     yield from _memory_table(plan)
     yield _fit(plan)

@@ -174,6 +174,8 @@ def test_tokens_time_and_disk() -> None:
     text = "\n".join(lines(planned))
     assert "0.30 days, 58 GPU hours" in text
     assert "a copy of the weights on 8" in text
+    assert "for others plan with --mlp torch" in text
+    assert "quack" not in "\n".join(lines(plan(replace(settings, mlp="torch"))))
     assert plan(replace(settings, keep_last_checkpoints=0)).checkpoints == 11
     assert plan(replace(settings, keep_every_steps=15)).checkpoints == 7  # steps 30, 60 and 90 stay as well
 
