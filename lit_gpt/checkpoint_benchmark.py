@@ -24,13 +24,14 @@ from lit_gpt.saver import CheckpointSaver
 from lit_gpt.step_benchmark import Bench
 
 _SAMPLE_S = 0.005
+_KIND = {False: "sharded", True: "full"}
 WARMUP_STEPS = 2
 STEPS_BEFORE = 5
 """Steps whose median is the undisturbed step's time, after those that compile and allocate."""
 
 
 def measure(settings: Settings, *, work_dir: Path | None) -> Iterator[dict[str, Any]]:
-    """A line for the step, then for each kind of checkpoint: saved beside training, loaded, saved in place."""
+    """A line for the step; for each kind of checkpoint, saved beside training and loaded; then both saved in place."""
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
     bench = Bench(settings)
@@ -46,12 +47,12 @@ def measure(settings: Settings, *, work_dir: Path | None) -> Iterator[dict[str, 
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=work_dir) as name:
         for full in (False, True):
-            kind = {**common, "kind": "full" if full else "sharded"}
             for line in _measure_saves(Path(name), bench, step_s, full=full, overlap=True):
-                yield {**kind, "overlap": True, **line}
-            yield {**kind, **_measure_load(Path(name), bench)}
+                yield {**common, "kind": _KIND[full], "overlap": True, **line}
+            yield {**common, "kind": _KIND[full], **_measure_load(Path(name), bench)}
+        for full in (False, True):
             for line in _measure_saves(Path(name), bench, step_s, full=full, overlap=False):
-                yield {**kind, "overlap": False, **line}
+                yield {**common, "kind": _KIND[full], "overlap": False, **line}
 
 
 def _step(bench: Bench) -> None:

@@ -99,6 +99,10 @@ def _silence_missing_group() -> None:
 
 
 class _Writer(dcp.FileSystemWriter):
+    def __init__(self, folder: Path) -> None:
+        # copying ahead would synchronize the thread's stream for each tensor, and that stream is the training's
+        super().__init__(folder, per_thread_copy_ahead=0)
+
     def write_data(self, *arguments: Any, **more: Any) -> Any:
         with plain_os_errors():  # an exception loses its context on the way to the other ranks
             return super().write_data(*arguments, **more)

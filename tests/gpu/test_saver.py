@@ -43,6 +43,25 @@ def test_three_saves_beside_updates(tmp_path: Path, full: bool) -> None:
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_writing_does_not_wait_for_the_training_stream(tmp_path: Path, full: bool) -> None:
+    model = GPT(Config.from_name("debug")).cuda()
+    initialize(model, seed=1)
+    saver = CheckpointSaver(
+        tmp_path, model, make_optimizer(model, Settings(model_name="debug")), full=full, overlap=True, keep_last=0
+    )
+    saver.save({"step": 1, "settings": {}})
+    saver.wait()  # the first allocates
+    saver.save({"step": 2, "settings": {}})
+    torch.cuda._sleep(6_000_000_000)  # 3 s at 2 GHz, far longer than writing takes
+    asleep = torch.cuda.Event()
+    asleep.record()
+    saver.wait()
+    assert not asleep.query()
+    assert verified(tmp_path / checkpoint_name(2)).step == 2
+    saver.close()
+
+
 def test_large_buffers_are_page_locked_once() -> None:
     copies = HostCopy(from_gpu=True)
     state = {"large": torch.randn(1 << 20, device="cuda"), "small": torch.randn(3, device="cuda")}
