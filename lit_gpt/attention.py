@@ -4,13 +4,13 @@ The only importer of flash-attention packages. A backend is chosen once, by `cho
 asked for by name that cannot run here is an error that says what to install. Every backend gives the numbers of the
 `torch` one (tests/test_attention.py on CPUs, tests/gpu/test_attention.py on a Hopper GPU):
 
-| backend  | package                             | devices                  |
+| backend  | package                             | runs                     |
 |----------|-------------------------------------|--------------------------|
-| fa3      | flash_attn_interface (FlashAttention 3) | Hopper               |
-| fa4      | flash_attn.cute (FlashAttention 4)  | Hopper, Blackwell        |
-| fa2      | flash_attn (FlashAttention 2)       | Ampere and newer         |
+| fa3      | flash_attn_interface (FlashAttention 3) | Hopper, 16 bits      |
+| fa4      | flash_attn.cute (FlashAttention 4)  | Hopper, Blackwell, 16 bits |
+| fa2      | flash_attn (FlashAttention 2)       | Ampere and newer, 16 bits |
 | xformers | xformers                            | Ampere and newer         |
-| torch    | none                                | all: varlen_attn on GPUs in 16 bits, else SDPA with a mask |
+| torch    | none                                | everywhere: varlen_attn on GPUs in 16 bits, else SDPA with a mask |
 
 fa3 and fa4 are called through one custom operator with its own backward, so that torch.compile keeps a block whole.
 Under torch.use_deterministic_algorithms each kernel is asked for its deterministic backward pass (`torch` needs no
@@ -59,13 +59,14 @@ class Segments(NamedTuple):
     """What the backend wants beside cu_seqlens: (B, 1, T, T) bool for SDPA, xformers' bias, or None."""
 
 
-def choose_backend(requested: str, device: torch.device) -> str:
-    """The backend that `requested` ("auto" or a name) stands for on this device; raises BadInput if it cannot run."""
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `requested` ("auto" or a name) stands for on this device, computing in `dtype`; raises BadInput
+    if it cannot run."""
     if requested not in ("auto", *BACKENDS):
         raise BadInput(f"unknown attention {requested!r}. Valid: auto, {', '.join(BACKENDS)}")
     candidates = _by_preference(device) if requested == "auto" else (requested,)
     for backend in candidates:
-        reason = _why_not(backend, device)
+        reason = _why_not(backend, device, dtype)
         if reason is None:
             log.info("attention: %s on %s (asked for: %s)", backend, device.type, requested)
             return backend
@@ -83,8 +84,8 @@ def _by_preference(device: torch.device) -> tuple[str, ...]:
     return ("fa4", "fa3", "fa2", "torch") if hopper else ("fa4", "fa2", "torch")
 
 
-def _why_not(backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot run on this device, in words for a user; None if it can."""
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run on this device in this type, in words for a user; None if it can."""
     if backend == "torch":
         return None
     if device.type != "cuda":
@@ -92,6 +93,8 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major not in {"fa3": (9,), "fa4": (9, 10, 11, 12)}.get(backend, range(8, 13)):
         return f"it has no kernels for compute capability {major}.{minor}"
+    if dtype not in HALF and backend != "xformers":
+        return f"it computes in 16 bits, this run in {dtype}; use torch"
     if torch.are_deterministic_algorithms_enabled() and (backend == "xformers" or (backend, major) == ("fa4", 12)):
         return "its backward pass here is not --deterministic; use fa3, fa2 or torch"
     module, install = PACKAGES[backend]

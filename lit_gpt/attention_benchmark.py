@@ -40,7 +40,7 @@ def measure(
     runnable = []
     for backend in BACKENDS if requested == "all" else (requested,):
         try:
-            runnable.append(choose_backend(backend, device))
+            runnable.append(choose_backend(backend, device, torch.bfloat16))
         except BadInput as error:
             if requested != "all":
                 raise

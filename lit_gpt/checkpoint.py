@@ -69,6 +69,12 @@ class Checkpoint(NamedTuple):
     def config(self) -> Config:
         return Config(**self.facts["model"])
 
+    @property
+    def state_xxh3(self) -> str:
+        """Names what was trained: a hash over the manifest's entries of everything but run.json."""
+        files = {name: entry for name, entry in _manifest(self.path).items() if name != RUN}
+        return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
+
 
 def checkpoint_name(step: int) -> str:
     return f"iter-{step:08d}-ckpt.pth"

@@ -65,7 +65,7 @@ class HubRepository:
         self._try(f"open {name}", lambda: self._api.create_repo(name, exist_ok=True, private=private or None))
 
     def title(self, branch: str) -> str | None:
-        """The title of the branch's newest commit: the revision it holds; None where there is no such branch."""
+        """The title of the branch's newest commit, which says what it holds; None where there is no such branch."""
 
         def newest() -> str | None:
             try:
@@ -76,22 +76,22 @@ class HubRepository:
 
         return self._try(f"look at {branch}", newest)
 
-    def push(self, folder: Path, revision: str, branch: str) -> None:
-        """Make `folder`'s files all that `branch` holds, under the title `revision`; nothing if it is so already."""
+    def push(self, folder: Path, title: str, branch: str) -> None:
+        """Make `folder`'s files all that `branch` holds, under this title; nothing if it is so already."""
         additions = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
 
         def commit() -> None:
-            if self.title(branch) == revision:  # an earlier attempt's commit, whose answer was lost
+            if self.title(branch) == title:  # an earlier attempt's commit, whose answer was lost
                 return
             if branch != MAIN:
                 self._api.create_branch(self.name, branch=branch, exist_ok=True)
             old = set(self._api.list_repo_files(self.name, revision=branch)) - {_ALWAYS_THERE}
             stale = sorted(old - {addition.path_in_repo for addition in additions})
             self._api.create_commit(
-                self.name, [*map(CommitOperationDelete, stale), *additions], commit_message=revision, revision=branch
+                self.name, [*map(CommitOperationDelete, stale), *additions], commit_message=title, revision=branch
             )
 
-        self._try(f"upload {revision} to {self.name}, branch {branch}", commit)
+        self._try(f"upload {title} to {self.name}, branch {branch}", commit)
 
     def _try(self, what: str, call: Callable[[], Result]) -> Result:
         """`call`'s result; BadInput if the Hub refuses it, UploadFailed if it failed in every attempt."""

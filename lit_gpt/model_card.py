@@ -39,6 +39,12 @@ def write_card(folder: Path, checkpoint: Checkpoint, card: Card) -> None:
     (folder / "README.md").write_text("\n".join(_lines(checkpoint, card, metrics)) + "\n", encoding="utf-8")
 
 
+def tells_of(folder: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the folder's card was written for this checkpoint, and not for one of its name."""
+    card = folder / "README.md"
+    return card.is_file() and checkpoint.state_xxh3 in card.read_text(encoding="utf-8")
+
+
 def _lines(checkpoint: Checkpoint, card: Card, metrics: list[dict[str, str]]) -> Iterator[str]:
     name = checkpoint.config.name
     yield from ("---", "language: de", f"license: {card.license}", "library_name: transformers")
@@ -103,6 +109,7 @@ def _training(checkpoint: Checkpoint, metrics: list[dict[str, str]]) -> Iterator
     facts, config = checkpoint.facts, checkpoint.config
     tokens = facts.get("tokens", 0)
     yield "steps", f"{checkpoint.step:,}"
+    yield "state of weights and optimizer", f"xxh3 `{checkpoint.state_xxh3}`"
     yield "tokens trained", f"{tokens:,}"
     flops = tokens * config.flops_per_token(with_embedding=False)
     yield "computation", f"{flops:.2e} FLOP (6 N + 12 L d T a token, N without the embedding)"

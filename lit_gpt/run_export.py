@@ -3,7 +3,9 @@
 A folder and its branch are named by what the checkpoint has seen: step-00010000-tokens-21B. Oldest first: that is what
 the run's retention takes first. Checkpoints of branches that the run has left are not exported. The run is only read,
 never locked or waited for: a checkpoint that goes while it is exported is passed over. What is there already is
-skipped, so the same command goes on after any end. On the Hub, main holds the newest.
+skipped, so the same command goes on after any end. README.md and the title of the commit on the Hub hold a hash of the
+state: where a run was taken back and trained anew, a folder of that name from before is refused, a branch gets a
+further commit. On the Hub, main holds the newest.
 Costs: as hf_export.py for each checkpoint; two requests to the Hub for one that is there.
 """
 
@@ -20,11 +22,14 @@ from lit_gpt.hf_export import Form, config_facts, export, open_tokenizer, requir
 from lit_gpt.hf_folder import read_json
 from lit_gpt.history import left_behind
 from lit_gpt.hub_repository import MAIN, HubRepository
+from lit_gpt.model_card import tells_of
 from lit_gpt.parity import Twin
 
 log = logging.getLogger(__name__)
 
 _UNITS = ("", "K", "M", "B", "T")
+_STEP_CHARS = len("step-00000000")
+"""Of a revision's name: their fixed width makes them an order."""
 
 
 class Target(NamedTuple):
@@ -79,39 +84,52 @@ class RunExport:
             return
         last_step = checkpoint.facts.get("settings", {}).get("max_steps")
         revision = revision_name(checkpoint.step, checkpoint.facts["tokens"])
-        branches = self._missing_branches(revision, newest=newest)
+        try:
+            title = f"{revision} {checkpoint.state_xxh3}"
+        except DamagedCheckpoint as error:
+            self._pass_over(path, error)
+            return
+        branches = self._missing_branches(revision, title, newest=newest)
         if self._target.hub is not None and not branches:
             log.info("%s is on the Hub already", revision)
         elif (folder := self._folder(checkpoint, revision)) is not None and self._target.hub is not None:
             for branch in branches:
-                self._target.hub.push(folder, revision, branch)
+                self._target.hub.push(folder, title, branch)
                 log.info("uploaded %s to %s, branch %s", revision, self._target.hub.name, branch)
             if self._target.remove_uploaded:
                 shutil.rmtree(folder)
         self.run_is_over = checkpoint.step == last_step
 
-    def _missing_branches(self, revision: str, *, newest: bool) -> list[str]:
-        """The branches that `revision` is to be put into: its own, and main unless that holds a later step."""
+    def _missing_branches(self, revision: str, title: str, *, newest: bool) -> list[str]:
+        """The branches that get a commit with `title`: the revision's own, and main unless that holds a later step."""
         hub = self._target.hub
         if hub is None:
             return []
-        branches = [revision] if hub.title(revision) != revision else []
+        branches = [revision] if hub.title(revision) != title else []
         if newest:
             held = hub.title(MAIN) or ""
-            if not (held.startswith("step-") and held >= revision):  # the step's fixed width makes this an order
+            later = held.startswith("step-") and held[:_STEP_CHARS] > title[:_STEP_CHARS]
+            if held != title and not later:
                 branches.append(MAIN)
         return branches
 
     def _folder(self, checkpoint: Checkpoint, revision: str) -> Path | None:
         """The exported folder, made unless it is there; None if the checkpoint cannot be exported any more."""
         target, folder = self._target, self._target.destination / revision
-        if folder.exists():
-            tokenizer = open_tokenizer(checkpoint, target.tokenizer_path)
-            if read_json(folder / "config.json") != config_facts(checkpoint.config, tokenizer, target.form):
-                raise BadInput(f"{folder} was exported otherwise than is asked for now: remove it, or export elsewhere")
-            log.info("%s is there already", folder)
-            return folder
         try:
+            if folder.exists():
+                tokenizer = open_tokenizer(checkpoint, target.tokenizer_path)
+                if read_json(folder / "config.json") != config_facts(checkpoint.config, tokenizer, target.form):
+                    raise BadInput(
+                        f"{folder} was exported otherwise than is asked for now: remove it, or export elsewhere"
+                    )
+                if not tells_of(folder, checkpoint):
+                    raise BadInput(
+                        f"{folder} was exported from another state of the run, by its README.md: remove it, or export "
+                        "elsewhere"
+                    )
+                log.info("%s is there already", folder)
+                return folder
             whole = verified(checkpoint.path)
             require_shape(whole, target.model_name)
             tokenizer = open_tokenizer(whole, target.tokenizer_path)

@@ -231,8 +231,8 @@ def describe_rank(rank: int, device: torch.device) -> str:
 
 def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module:
     """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks."""
-    backend = choose_backend(settings.attention, fabric.device)
     compute_dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
+    backend = choose_backend(settings.attention, fabric.device, compute_dtype)
     mlp = "torch"
     if settings.float8 == "none":
         mlp = choose_mlp(settings.mlp, fabric.device, compute_dtype, (config.n_embd, config.intermediate_size))

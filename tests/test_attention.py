@@ -62,12 +62,12 @@ def test_positions_restart_at_each_segment() -> None:
 
 
 def test_choice() -> None:
-    assert choose_backend("auto", CPU) == choose_backend("torch", CPU) == "torch"
+    assert choose_backend("auto", CPU, torch.bfloat16) == choose_backend("torch", CPU, torch.bfloat16) == "torch"
     with pytest.raises(BadInput, match=r"unknown attention 'fa1'.*fa3, fa4, fa2, xformers, torch"):
-        choose_backend("fa1", CPU)
+        choose_backend("fa1", CPU, torch.bfloat16)
     for name in ("fa3", "fa4", "fa2", "xformers"):
         with pytest.raises(BadInput, match=f"--attention {name} cannot run here: it needs a CUDA device"):
-            choose_backend(name, CPU)
+            choose_backend(name, CPU, torch.bfloat16)
 
 
 class Hopper:
@@ -85,15 +85,24 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_auto_takes_the_best_installed(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("flash_attn_interface", "flash_attn.flash_attn_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
-    assert choose_backend("auto", on_hopper) == "torch"
+    assert choose_backend("auto", on_hopper, torch.bfloat16) == "torch"
     with pytest.raises(
         BadInput, match=r"--attention fa3 cannot run here: flash_attn_interface.*Install FlashAttention 3"
     ):
-        choose_backend("fa3", on_hopper)
+        choose_backend("fa3", on_hopper, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", types.ModuleType("flash_attn"))
-    assert choose_backend("auto", on_hopper) == "fa2"
+    assert choose_backend("auto", on_hopper, torch.bfloat16) == "fa2"
     monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("flash_attn_interface"))
-    assert choose_backend("auto", on_hopper) == "fa3"
+    assert choose_backend("auto", on_hopper, torch.bfloat16) == "fa3"
+
+
+def test_in_fp32_no_flash_attention(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("flash_attn_interface", "flash_attn.flash_attn_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    assert choose_backend("auto", on_hopper, torch.bfloat16) == "fa4"
+    assert choose_backend("auto", on_hopper, torch.float32) == "torch"
+    with pytest.raises(BadInput, match=r"--attention fa4 cannot run here: it computes in 16 bits, .*; use torch"):
+        choose_backend("fa4", on_hopper, torch.float32)
 
 
 def from_cu_seqlens(cu_seqlens: Tensor) -> list[tuple[int, int]]:
@@ -241,8 +250,8 @@ def test_backends_without_determinism_are_refused(on_hopper: Any, monkeypatch: p
     with pytest.raises(
         BadInput, match=r"--attention xformers cannot run here: .*--deterministic; use fa3, fa2 or torch"
     ):
-        choose_backend("xformers", on_hopper)
-    assert choose_backend("torch", on_hopper) == "torch"
+        choose_backend("xformers", on_hopper, torch.bfloat16)
+    assert choose_backend("torch", on_hopper, torch.bfloat16) == "torch"
 
 
 def test_custom_operator_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:

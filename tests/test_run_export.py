@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_gpt import hf_export
-from lit_gpt.checkpoint import checkpoint_name
+from lit_gpt.checkpoint import checkpoint_name, publish
 from lit_gpt.cli import BadInput
 from lit_gpt.run_export import revision_name
 from scripts import convert_lit_checkpoint
@@ -76,6 +77,11 @@ def create_all(
     )  # fmt: skip
 
 
+def revisions(hub: Hub, branch: str) -> list[str]:
+    """Of the branch's commits, newest first: their titles without the hash of the state."""
+    return [title.split()[0] for title in hub.titles(REPOSITORY, branch)]
+
+
 def assert_no_token(folder: Path, *texts: str) -> None:
     """The token stands in no file of `folder` and in none of the texts."""
     for path in folder.rglob("*"):
@@ -111,9 +117,9 @@ def test_every_checkpoint_becomes_a_branch_through_faults_and_again(
         held = state.files(REPOSITORY, name)
         assert held.pop(".gitattributes")
         assert held == written
-        assert state.titles(REPOSITORY, name)[0] == name
-        assert state.titles(REPOSITORY, name).count(name) == 1, "the commit whose answer was lost was made again"
-    assert state.titles(REPOSITORY, "main") == [names[1], "initial commit"]
+        assert revisions(state, name).count(name) == 1, "the commit whose answer was lost was made again"
+        assert revisions(state, name)[0] == name
+    assert revisions(state, "main") == [names[1], "initial"]
 
     state.requests.clear()
     copy_of(german_run, run, STEPS[2])
@@ -164,16 +170,44 @@ def test_watching_takes_what_appears_and_ends_with_the_last_step(
     wait_for(first, tmp_path / "first.log", f"could not upload {names[1]}")
     first.kill()
     first.wait()
-    assert names[1] not in state.titles(REPOSITORY, names[1])
+    assert names[1] not in revisions(state, names[1])
     state.faults.clear()
     second = start(tmp_path / "second.log")
     wait_for(second, tmp_path / "second.log", f"uploaded {names[1]} to {REPOSITORY}, branch main")
     (tmp_path / "later" / checkpoint_name(STEPS[2])).rename(run / checkpoint_name(STEPS[2]))
     assert second.wait(timeout=120) == 0
-    assert [state.titles(REPOSITORY, name)[0] for name in (*names, "main")] == [*names, names[2]]
+    assert [revisions(state, name)[0] for name in (*names, "main")] == [*names, names[2]]
     assert state.private[REPOSITORY]
     assert f"{tmp_path / 'out' / names[1]} is there already" in (tmp_path / "second.log").read_text()
     assert_no_token(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_step_that_was_trained_anew_is_not_taken_for_the_one_before(
+    german_run: Path, names: list[str], hub: tuple[Hub, str], tmp_path: Path
+) -> None:
+    state, address = hub
+    run = copy_of(german_run, tmp_path / "run", STEPS[0])
+    assert create_all(run, tmp_path, address).returncode == 0
+    before = state.files(REPOSITORY, names[0])
+    path = run / checkpoint_name(STEPS[0])
+    trained = torch.load(path / "state.pth", weights_only=True)
+    trained["model"]["lm_head.weight"].mul_(1.5)
+    torch.save(trained, path / "state.pth")
+    (path / "MANIFEST.json").unlink()
+    publish(path, path.with_name("new"), json.loads((path / "run.json").read_text()))
+    path.with_name("new").rename(path)
+
+    refused = create_all(run, tmp_path, address)
+    assert refused.returncode == 2
+    assert "was exported from another state of the run" in refused.stderr
+    assert state.files(REPOSITORY, names[0]) == before
+    shutil.rmtree(run / "huggingface")
+    assert create_all(run, tmp_path, address).returncode == 0
+    assert revisions(state, names[0])[:2] == [names[0], names[0]]
+    assert len(set(state.titles(REPOSITORY, names[0])[:2])) == 2
+    for branch in (names[0], "main"):
+        assert state.files(REPOSITORY, branch)["model.safetensors"] != before["model.safetensors"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ LENGTHS = (1, 511, 200, 300, 12, 512, 100, 57, 355)  # each row's documents end 
 
 def available(backend: str) -> str:
     try:
-        return choose_backend(backend, torch.device("cuda"))
+        return choose_backend(backend, torch.device("cuda"), torch.bfloat16)
     except BadInput as error:
         pytest.skip(str(error))
 
@@ -53,6 +53,14 @@ def test_against_fp32(backend: str, heads: int, groups: int, size: int, document
         results.append((out, *torch.autograd.grad(out, inputs, d_out.to(dtype))))
     for name, got, wanted in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         assert relative(got, wanted) < 1e-2, name
+
+
+def test_auto_in_fp32_runs() -> None:
+    chosen = choose_backend("auto", torch.device("cuda"), torch.float32)
+    q, k, v = (torch.randn(1, 64, n, 64, device="cuda", requires_grad=True) for n in (8, 4, 4))
+    segments = make_segments(None, 1, 64, q.device, torch.float32, chosen)
+    attention(q, k, v, segments, chosen).sum().backward()
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa4", "torch"])
