@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -30,18 +29,17 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 
-from lit_gpt import sharded_state
+from lit_gpt import full_state, sharded_state
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.sharded_state import MalformedState, one_line, plain_os_errors
+from lit_gpt.sharded_state import MalformedState
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +104,6 @@ def temporary_path(final: Path) -> Path:
     return final.with_name(f".saving-{final.name}")
 
 
-def write_full(state: dict[str, Any], temporary: Path) -> None:
-    """Write a whole state as one file."""
-    with plain_os_errors(), (temporary / FULL).open("wb") as file:
-        torch.save(state, file)
-
-
 def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
     """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere.
 
@@ -123,7 +115,9 @@ def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tenso
     try:
         mapped = temporary / "mapped"
         mapped.mkdir()
-        write_full({"model": {name: _mapped(tensor, mapped / name) for name, tensor in tensors}}, temporary)
+        full_state.write(
+            {"model": {name: _mapped(tensor, mapped / name) for name, tensor in tensors}}, temporary / FULL
+        )
         shutil.rmtree(mapped)
         publish(temporary, path, {**facts, "model": asdict(config)})
     finally:
@@ -234,22 +228,20 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
                 f"{k} is {checkpoint.facts['model'][k]} there, {getattr(inner.config, k)} here" for k in differs
             )
         )
-    full = (checkpoint.path / FULL).is_file()
-    if full:
-        state = torch.load(checkpoint.path / FULL, map_location="cpu", weights_only=True, mmap=True)
-    else:
+    path = checkpoint.path
+    full = (path / FULL).is_file()
+    try:
+        if full and not full_state.has_optimizer(path / FULL):  # an imported model: its optimizer starts afresh
+            full_state.read_into({"model": get_model_state_dict(inner)}, path / FULL)
+            return
         state = training_state(model, optimizer, full=False, to_host=False)
-        try:
-            sharded_state.read_into(state, checkpoint.path / SHARDED)
-        except MalformedState as error:
-            raise BadInput(f"{checkpoint.path} is not what this run could have saved: {error}") from None
-    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-    if "optimizer" not in state:  # an imported model: its optimizer starts afresh
-        set_model_state_dict(inner, state["model"], options=options)
-        return
-    set_state_dict(
-        inner, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-    )
+        if full:
+            full_state.read_into(state, path / FULL)
+        else:
+            sharded_state.read_into(state, path / SHARDED)
+    except MalformedState as error:
+        raise BadInput(f"{path} is not what this run could have saved: {error}") from None
+    set_state_dict(inner, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
 
 
@@ -257,31 +249,9 @@ def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The weights, one after another on the CPU; memory holds one at a time, whatever the kind of checkpoint."""
     path = checkpoint.path
     if (path / FULL).is_file():
-        yield from _read_one_by_one(path / FULL)
+        yield from full_state.weights(path / FULL)
         return
     yield from sharded_state.tensors(path / SHARDED, "model.")
-
-
-def _read_one_by_one(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights in a state.pth by plain reads. torch's own mmap is a private, writable mapping of the whole file, for
-    which Linux wants memory in reserve: it refuses a file that is larger than the machine's memory."""
-    try:
-        with FakeTensorMode():
-            weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise MalformedState(f"{path}: {one_line(error)}") from None
-    with path.open("rb") as file:
-        for name, fake in weights.items():
-            file.seek(fake.untyped_storage()._checkpoint_offset)
-            # not the storage's own size, which torch 2.10 multiplies by that of an element
-            last = fake.storage_offset() + sum(
-                (n - 1) * stride for n, stride in zip(fake.shape, fake.stride(), strict=True)
-            )
-            data = bytearray((last + 1) * fake.itemsize)
-            if file.readinto(data) != len(data):
-                raise DamagedCheckpoint(f"{path} ends within weight {name!r}")
-            whole = torch.frombuffer(data, dtype=fake.dtype)
-            yield name, whole.as_strided(fake.size(), fake.stride(), fake.storage_offset())
 
 
 # Small parts

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from lit_gpt import checkpoint, history, sharded_state
+from lit_gpt import checkpoint, full_state, history, sharded_state
 from lit_gpt.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class CheckpointSaver:
         try:
             self._on_rank_zero(lambda: self._make_room(temporary))
             if self._full:
-                self._on_rank_zero(lambda: checkpoint.write_full(state, temporary))
+                self._on_rank_zero(lambda: full_state.write(state, temporary / checkpoint.FULL))
             else:
                 sharded_state.write(state, temporary / checkpoint.SHARDED, self._group)
             self._on_rank_zero(lambda: checkpoint.publish(temporary, final, facts))

@@ -261,6 +261,48 @@ def test_a_sharded_state_of_another_shape_is_one_line(run_dir: Path) -> None:
         load(found, wider, torch.optim.AdamW(wider.parameters()))
 
 
+FIRST = "transformer.h.0.norm_1.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda s: s["model"].pop(FIRST), f"model lacks {FIRST}$"),
+        (lambda s: s["model"].update(x=torch.zeros(1)), "model has, unasked, x$"),
+        (lambda s: s["model"].update({FIRST: torch.zeros(3)}), rf"model\.{FIRST} is \(3,\), not \(16,\)$"),
+        (lambda s: s["optimizer"]["state"].pop(FIRST), rf"optimizer\.state lacks {FIRST}$"),
+        (lambda s: s["optimizer"]["state"].update({FIRST: 1}), rf"state\.{FIRST} is a int, no dictionary$"),
+        (lambda s: s["optimizer"]["state"][FIRST].pop("exp_avg"), rf"{FIRST} lacks exp_avg$"),
+        (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "not of this optimizer's parameters$"),
+        (lambda s: s["optimizer"].update(param_groups=None), "not of this optimizer's parameters$"),
+        (lambda s: s.update(rng=torch.zeros(4)), r"rng is \(4,\), not"),
+        (lambda s: s.pop("rng"), "the state lacks rng$"),
+    ],
+)
+def test_a_full_state_of_other_names_or_shapes_fills_nothing(
+    run_dir: Path, edit: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    path = run_dir / checkpoint_name(10)
+    state = torch.load(path / "state.pth", weights_only=True)
+    edit(state)
+    torch.save(state, path / "state.pth")
+    model, optimizer = model_and_optimizer(seed=99)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(BadInput, match=r"not what this run could have saved: .*state\.pth: .*" + told):
+        load(verified(published_anew(path)), model, optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_imported_model_leaves_the_optimizer_without_a_state(tmp_path: Path) -> None:
+    weights = {name: torch.ones_like(tensor) for name, tensor in GPT(TINY).state_dict().items()}
+    found = verified(write_initial(tmp_path / checkpoint_name(0), TINY, iter(weights.items()), facts(0)))
+    model = GPT(TINY)
+    optimizer = torch.optim.AdamW(model.parameters())
+    load(found, model, optimizer)
+    assert all((tensor == 1).all() for tensor in model.state_dict().values())
+    assert not optimizer.state
+
+
 SAVING = """
 import sys; sys.path[:0] = {paths!r}
 from pathlib import Path
