@@ -52,15 +52,19 @@ class TrainStep:
         loss_sum = torch.zeros((), device=self._fabric.device)
         for batch in batches:
             sync_gradients(self._model, last=batch is batches[-1])
-            loss = self.loss(batch)
-            # 0 * loss is 0, or NaN where the loss is not finite: then every gradient is NaN, on every rank.
-            self._fabric.backward(loss * (scale + 0 * loss.detach()))
-            loss_sum += loss.detach()
+            loss_sum += self._backward(batch, scale)
         grad_norm = gradient_norm(self._model.parameters())
         verdict = self.guard.judge(grad_norm)
         self._optimizer.step_clipped(grad_norm, self._settings.grad_clip, skip=(verdict != 0).float())
         self._optimizer.zero_grad(set_to_none=True)
         return Update(loss_sum, grad_norm, lr, verdict)
+
+    def _backward(self, batch: Batch, scale: float) -> Tensor:
+        """Gradients of one micro-batch, whose loss is returned: its graph and what that holds end here."""
+        loss = self.loss(batch)
+        # 0 * loss is 0, or NaN where the loss is not finite: then every gradient is NaN, on every rank.
+        self._fabric.backward(loss * (scale + 0 * loss.detach()))
+        return loss.detach()
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of one micro-batch, in nats."""

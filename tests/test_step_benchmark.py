@@ -6,7 +6,9 @@ import gzip
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ import torch
 
 from lit_gpt.args import Settings, step_range
 from lit_gpt.cli import BadInput
+from lit_gpt.packed_dataset import Batch
 from lit_gpt.step_benchmark import Bench, packed_documents
+from lit_gpt.train_step import TrainStep
 from tests.training import environment, train
 
 PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark_step.py"
@@ -103,3 +107,38 @@ def test_steps_that_update_nothing_are_no_measurement() -> None:
     bench.step()
     with pytest.raises(RuntimeError, match="1 of 2 updates were skipped, their gradients were not finite"):
         bench.require_updates()
+
+
+class Mark:
+    """Something that a graph holds beside what the backward pass frees."""
+
+
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mark: Mark) -> torch.Tensor:
+        ctx.mark = mark
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return d_out, None
+
+
+def test_the_graph_of_a_micro_batch_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(
+        model_name="debug", global_batch_size=3, micro_batch_size=1, precision="32-true", accelerator="cpu", devices=1,
+        train_data_dir="(random tokens)",
+    )  # fmt: skip
+    bench = Bench(settings, distinct_steps=1)
+    plain, marks = TrainStep.loss, list[weakref.ref[Mark]]()
+
+    def loss(self: TrainStep, batch: Batch) -> torch.Tensor:
+        assert not any(mark() for mark in marks)
+        mark = Mark()
+        marks.append(weakref.ref(mark))
+        return Marked.apply(plain(self, batch), mark)
+
+    monkeypatch.setattr(TrainStep, "loss", loss)
+    bench.step()
+    assert len(marks) == 3
+    assert not any(mark() for mark in marks)
