@@ -90,19 +90,27 @@ def test_initial_weights_do_not_depend_on_the_number_of_processes(store: Path, t
     assert all(torch.equal(one[name], two[name]) for name in one if name.startswith("model."))
 
 
-def test_resume_on_other_numbers_of_processes(store: Path, alone: Path, tmp_path: Path) -> None:
-    """4 -> 2 -> 1 -> 4 processes, sharded and full checkpoints in turn: no row lost, none twice, the same losses."""
-    settings = dict(micro_batch_size=2, save_interval_steps=3, eval_interval_steps=6, keep_last_checkpoints=0)
-    parts = [(4, 3, "sharded"), (2, 6, "full"), (1, 9, "sharded"), (4, 12, "full")]
-    for devices, until, kind in parts:
+@pytest.mark.parametrize(
+    ("strategy", "kinds"), [("FULL_SHARD", ("sharded", "full")), ("HYBRID_SHARD", ("full", "sharded"))]
+)
+def test_resume_on_other_numbers_of_processes(
+    store: Path, alone: Path, tmp_path: Path, strategy: str, kinds: tuple[str, str]
+) -> None:
+    """4 -> 2 -> 1 -> 4 processes, both kinds of checkpoints in turn: no row lost, none twice, the same losses."""
+    settings = dict(
+        micro_batch_size=2, save_interval_steps=3, eval_interval_steps=6, keep_last_checkpoints=0,
+        sharding_strategy=strategy,
+    )  # fmt: skip
+    for devices, until, kind in zip((4, 2, 1, 4), (3, 6, 9, 12), kinds * 2, strict=True):
+        group = 2 if strategy == "HYBRID_SHARD" and devices > 1 else None
         # the schedule is the whole run's, so each part is stopped by keeping only its checkpoints
-        train(store, tmp_path, devices=devices, state_dict_type=kind, resume="auto", **settings)
+        train(store, tmp_path, devices=devices, state_dict_type=kind, shard_group_size=group, resume="auto", **settings)
         for step in range(until + 3, 13, 3):
             shutil.rmtree(tmp_path / f"iter-{step:08d}-ckpt.pth")
     assert_close_runs(tmp_path, alone)
-    sharded = verified(tmp_path / "iter-00000009-ckpt.pth")
+    one_process = verified(tmp_path / "iter-00000009-ckpt.pth")
     reference = full_state(alone, 12)
-    for name, tensor in model_tensors(sharded):
+    for name, tensor in model_tensors(one_process):
         assert tensor.shape == reference[f"model.{name}"].shape
         assert torch.isfinite(tensor).all()
 
