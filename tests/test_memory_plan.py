@@ -31,12 +31,14 @@ DEBUG = Settings(model_name="debug", micro_batch_size=8, global_batch_size=8, ml
 MEASURED = [  # GiB on one H100, torch 2.11, fa4, compiled (docs/benchmarks.md)
     (58.8, dict(model_name="LLaMmlein_1B", micro_batch_size=16, mlp="torch")),
     (51.88, dict(model_name="LLaMmlein_1B", micro_batch_size=16)),
+    (69.82, dict(model_name="LLaMmlein_1B", micro_batch_size=24)),
     (28.58, dict(model_name="LLaMmlein_1B", micro_batch_size=4, global_batch_size=16)),
     (50.8, dict(model_name="LLaMmlein_1B", micro_batch_size=16, precision="bf16-true", mlp="torch")),
     (43.81, dict(model_name="LLaMmlein_1B", micro_batch_size=16, precision="bf16-true")),
     (61.75, dict(model_name="LLaMmlein_1B", micro_batch_size=24, precision="bf16-true")),
     (42.43, dict(model_name="LLaMmlein_1B", micro_batch_size=16, precision="bf16-true", float8="tensorwise")),
     (59.69, dict(model_name="LLaMmlein_1B", micro_batch_size=24, precision="bf16-true", float8="tensorwise")),
+    (18.56, dict(model_name="LLaMmlein_120M", micro_batch_size=32)),
     (20.9, dict(model_name="LLaMmlein_120M", micro_batch_size=32, mlp="torch")),
     (17.67, dict(model_name="LLaMmlein_120M", micro_batch_size=32, precision="bf16-true")),
     (74.47, dict(
