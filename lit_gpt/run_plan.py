@@ -99,7 +99,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _memory_table(plan)
     if settings.precision == "32-true":
         scores = 4 * settings.micro_batch_size * config.n_layer * config.n_head * config.block_size**2
-        yield f"not counted, for want of a measurement: attention's scores in fp32, at most {scores / GIB:.2f} GiB"
+        yield f"not counted, for want of a measurement: attention's scores in fp32, some {scores / GIB:.2f} GiB"
     yield _fit(plan)
     yield ""
     yield f"{settings.max_steps:,} steps of {plan.tokens_per_step:,} tokens: {plan.tokens:,} tokens"
