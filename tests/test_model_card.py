@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -11,13 +13,20 @@ from huggingface_hub import ModelCard
 from lit_gpt.args import Settings
 from lit_gpt.checkpoint import Checkpoint
 from lit_gpt.config import Config
-from lit_gpt.model_card import Card, write_card
+from lit_gpt.model_card import Card, tells_of, write_card
 from lit_gpt.parity import Parity
 from lit_gpt.run_folder import read_metrics
 from lit_gpt.token_store import TokenStore, write_store
 from lit_gpt.trackers import Trackers
 
 CARD = Card("apache-2.0", "bfloat16", Parity(3e-7, 12.5, 256))
+
+
+def published(path: Path, facts: dict[str, Any]) -> Checkpoint:
+    """With a manifest, and without the files that it names: a card needs none."""
+    path.mkdir(parents=True)
+    (path / "MANIFEST.json").write_text(json.dumps({"state.pth": {"bytes": 5, "xxh3": "0123456789abcdef"}}))
+    return Checkpoint(path, facts)
 
 
 @pytest.fixture
@@ -41,7 +50,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
         "datapoint_log": {"attempt": 2, "step": 20, "bytes": 1234, "xxh3": "abcd"},
         "environment": {"git_commit": "c0ffee", "packages": {"torch": "2.13.0"}, "command": ["x", "--secret"]},
     }  # fmt: skip
-    return Checkpoint(run / "iter-00000020-ckpt.pth", facts)
+    return published(run / "iter-00000020-ckpt.pth", facts)
 
 
 def test_it_tells_the_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +79,12 @@ def test_it_tells_the_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: p
     assert checkpoint.facts["dataset_id"][0] in card.content
     assert "attempt 2, 1,234 bytes, xxh3 `abcd`" in card.content
     assert "largest difference 3.0e-07" in card.content
+    assert f"xxh3 `{checkpoint.state_xxh3}`" in card.content
+    assert tells_of(tmp_path, checkpoint)
+    anew = {"state.pth": {"bytes": 5, "xxh3": "fedcba9876543210"}}
+    (checkpoint.path / "MANIFEST.json").write_text(json.dumps(anew))
+    assert not tells_of(tmp_path, checkpoint)
+    assert not tells_of(checkpoint.path, checkpoint), "no card is there"
     for hidden in ("hf_thisIsSecret", "--secret", "/home/someone", str(tmp_path)):
         assert hidden not in card.content
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -77,7 +92,7 @@ def test_it_tells_the_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: p
 
 def test_what_is_not_at_hand_is_unknown(checkpoint: Checkpoint, tmp_path: Path) -> None:
     facts = {**checkpoint.facts, "train_data_dir": str(tmp_path / "absent")}
-    bare = Checkpoint(tmp_path / "elsewhere" / "iter-00000020-ckpt.pth", facts)
+    bare = published(tmp_path / "elsewhere" / "iter-00000020-ckpt.pth", facts)
     write_card(tmp_path, bare, CARD)
     text = (tmp_path / "README.md").read_text()
     assert "unknown: the data set was not at hand" in text
@@ -89,7 +104,7 @@ def test_what_is_not_at_hand_is_unknown(checkpoint: Checkpoint, tmp_path: Path) 
 
 def test_an_imported_model_has_a_card_too(tmp_path: Path) -> None:
     facts = {"step": 0, "slot": 0, "tokens": 0, "settings": {}, "model": asdict(Config.from_name("debug"))}
-    write_card(tmp_path, Checkpoint(tmp_path / "iter-00000000-ckpt.pth", facts), CARD)
+    write_card(tmp_path, published(tmp_path / "iter-00000000-ckpt.pth", facts), CARD)
     assert "| data set | unknown |" in (tmp_path / "README.md").read_text()
 
 
