@@ -1,4 +1,5 @@
-"""What FSDP2 holds on each rank in a step of the training program: one JSON list over the ranks, sizes in bytes.
+"""What FSDP2 holds on each rank in a step of the training program, in bytes, and how often it reduces gradients over
+ranks: one JSON list over the ranks.
 
 python tests/fsdp_memory.py '{"devices": 2, "sharding_strategy": "FULL_SHARD", ...}'    (values of Settings)
 """
@@ -16,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from lit_gpt.args import Settings  # noqa: E402
@@ -39,7 +41,14 @@ def main() -> None:
     settings = Settings(**json.loads(sys.argv[1]))
     bench = Bench(settings)
     model, optimizer = bench.model, bench.optimizer
-    found: dict[str, int] = {"whole": 0, "accumulated": 0}
+    found: dict[str, int] = {"whole": 0, "accumulated": 0, "reductions": 0}
+    reduce = _fsdp_param_group.foreach_reduce
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        found["reductions"] += 1
+        return reduce(*arguments, **more)
+
+    _fsdp_param_group.foreach_reduce = counted
 
     def before_the_last_block(*_: object) -> None:
         parameters = list(fsdp_parameters(model))

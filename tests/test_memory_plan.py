@@ -178,6 +178,8 @@ def test_tokens_time_and_disk() -> None:
     assert "a copy of the weights on 8" in text
     assert "for others plan with --mlp torch" in text
     assert "quack" not in "\n".join(lines(plan(replace(settings, mlp="torch"))))
+    in_fp32 = replace(settings, precision="32-true")
+    assert "not counted, for want of a measurement: attention's scores in fp32" in "\n".join(lines(plan(in_fp32)))
     assert plan(replace(settings, keep_last_checkpoints=0)).checkpoints == 11
     assert plan(replace(settings, keep_every_steps=15)).checkpoints == 7  # steps 30, 60 and 90 stay as well
 

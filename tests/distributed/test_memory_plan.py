@@ -1,4 +1,5 @@
-"""The plan's memory over several processes against what FSDP2 holds on each rank, to the byte (gloo, CPU).
+"""The plan's memory over several processes against what FSDP2 holds on each rank, to the byte (gloo, CPU); and that a
+step reduces its gradients once.
 
 The sizes of weights, gradients and moments do not depend on the device. What the GPU's streams add to them is not seen
 here: the block that is fetched ahead, and the buffer that it comes in.
@@ -48,5 +49,6 @@ def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
         "optimizer": update.optimizer,
         "accumulated": forward.gradients,
         "whole": forward.compute_weights - on_a_gpu,
+        "reductions": settings.config.n_layer + 1,  # of each unit once, whatever the number of micro-batches
     }
     assert json.loads(done.stdout.splitlines()[-1]) == [planned, planned]  # before it: what gloo says in torch 2.10
