@@ -91,9 +91,9 @@ class Float8Linear(Linear):
         return _Product.apply(flat, self.weight, self.compiled_input, self.compiled_gradient).unflatten(0, x.shape[:-1])
 
 
-def float8_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """swiglu.fused_mlp with float8 products: x (N, C), gate_up (2 I, C), down (C, I): (N, C)."""
-    return _MLP.apply(x, gate_up, down)
+def float8_mlp(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """fused_products.fused_mlp with float8 products: x and residual (N, C), gate_up (2 I, C), down (C, I): (N, C)."""
+    return residual + _MLP.apply(x, gate_up, down)
 
 
 class _Product(torch.autograd.Function):

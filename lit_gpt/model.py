@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_gpt.attention import Segments, attention, make_segments
 from lit_gpt.config import Config
+from lit_gpt.fused_products import add_product, fused_mlp
 from lit_gpt.loss import cross_entropy, linear_cross_entropy
-from lit_gpt.swiglu import fused_mlp
 
 # Shapes: B rows, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width, V vocabulary.
 
@@ -49,47 +49,56 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, fused: bool) -> None:
         super().__init__()
         self.heads = (config.n_head, config.n_query_groups, config.n_query_groups)  # of q, k, v
         self.head_size = config.head_size
         self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_size)
         self.proj = Linear(config.n_embd, config.n_embd)
+        self.fused = fused
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, backend: str) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, segments: Segments, backend: str
+    ) -> Tensor:
+        """residual plus the attention of x, both (B, T, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_size)).split(self.heads, dim=2)  # (B, T, H | G | G, D)
-        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, backend)  # (B, T, H, D)
-        return self.proj(y.flatten(2))  # (B, T, C)
+        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, backend).flatten(2)  # (B, T, C)
+        if self.fused:
+            return add_product(residual.flatten(0, 1), y.flatten(0, 1), self.proj.weight).view_as(residual)
+        return residual + self.proj(y)
 
 
 class SwiGLU(nn.Module):
-    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    """All of it from input (B * T, C) and both weights, by swiglu.py or float8.py; None: layer by layer."""
+    fused: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
+    """All of it from input and residual (B * T, C) and both weights, by fused_products.py or float8.py; None: layer by
+    layer."""
 
-    def __init__(self, config: Config, backend: str) -> None:
+    def __init__(self, config: Config, fused: bool) -> None:
         super().__init__()
         self.gate_up = Linear(config.n_embd, 2 * config.intermediate_size)
         self.down = Linear(config.intermediate_size, config.n_embd)
-        self.fused = fused_mlp if backend == "quack" else None
+        self.fused = fused_mlp if fused else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual plus the MLP of x, both (B, T, C)."""
         if self.fused is not None:
-            return self.fused(x.flatten(0, 1), self.gate_up.weight, self.down.weight).view_as(x)
+            flat = x.flatten(0, 1), residual.flatten(0, 1)
+            return self.fused(*flat, self.gate_up.weight, self.down.weight).view_as(x)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return residual + self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
     def __init__(self, config: Config, mlp_backend: str = "torch") -> None:
         super().__init__()
         self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, mlp_backend == "quack")
         self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.mlp = SwiGLU(config, mlp_backend)
+        self.mlp = SwiGLU(config, mlp_backend == "quack")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, backend: str) -> Tensor:
-        x = x + self.attn(self.norm_1(x), cos, sin, segments, backend)
-        return x + self.mlp(self.norm_2(x))
+        x = self.attn(self.norm_1(x), x, cos, sin, segments, backend)
+        return self.mlp(self.norm_2(x), x)
 
 
 class Transformer(nn.Module):
@@ -103,7 +112,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder of `config`'s shape. Backends are names that attention.choose_backend and swiglu.choose_mlp gave."""
+    """A decoder of `config`'s shape. Backends are what attention.choose_backend and fused_products.choose_mlp gave."""
 
     def __init__(
         self,

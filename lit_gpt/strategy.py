@@ -37,10 +37,10 @@ from lit_gpt.attention import choose_backend
 from lit_gpt.cli import EXIT_BAD_INPUT, BadInput
 from lit_gpt.config import Config
 from lit_gpt.float8 import use_float8
+from lit_gpt.fused_products import choose_mlp
 from lit_gpt.job import host
 from lit_gpt.model import GPT, initialize
 from lit_gpt.recomputation import checkpoint_activations
-from lit_gpt.swiglu import choose_mlp
 
 Result = TypeVar("Result")
 

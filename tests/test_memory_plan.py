@@ -25,6 +25,7 @@ from lit_gpt.memory_plan import kept_bytes_per_token, peak_bytes, step_memory
 from lit_gpt.model import Block, rotary_angles
 from lit_gpt.recomputation import checkpoint_activations
 from lit_gpt.run_plan import lines, plan
+from tests import quack_stand_in
 from tests.training import command, environment
 
 DEBUG = Settings(model_name="debug", micro_batch_size=8, global_batch_size=8, mlp="torch")
@@ -96,7 +97,7 @@ def test_measured_on_an_h100(gib: float, run: dict[str, Any]) -> None:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """FlashAttention 4's interface, giving zeros: what is kept does not depend on the numbers."""
+    """Quack's interface, and FlashAttention 4's, giving zeros: what is kept does not depend on the numbers."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0])
@@ -107,12 +108,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     package = SimpleNamespace(interface=SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
     monkeypatch.setattr(attention, "_package", lambda backend: package)
+    quack_stand_in.install(monkeypatch)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def kept_by_the_compiler(config: Config, rows: int, *, checkpointing: str) -> int:
+def kept_by_the_compiler(config: Config, rows: int, *, checkpointing: str, mlp: str) -> int:
     """Bytes in distinct storages that a compiled block hands from its forward to its backward pass, without weights."""
     kept: list[Tensor] = []
 
@@ -123,7 +125,7 @@ def kept_by_the_compiler(config: Config, rows: int, *, checkpointing: str) -> in
         kept.extend(x for x in inputs if isinstance(x, Tensor))
         return make_boxed_func(module)
 
-    block = Block(config)
+    block = Block(config, mlp)
     checkpoint_activations(block, checkpointing)
     block.compile(
         fullgraph=True,
@@ -152,11 +154,12 @@ def kept_by_the_compiler(config: Config, rows: int, *, checkpointing: str) -> in
 
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_what_a_compiled_block_keeps(checkpointing: Any) -> None:
+@pytest.mark.parametrize("mlp", ["torch", "quack"])
+def test_what_a_compiled_block_keeps(checkpointing: Any, mlp: Any) -> None:
     """Equal on torch 2.13; releases differ a little in what they compute again."""
-    settings = replace(DEBUG, activation_checkpointing=checkpointing)
+    settings = replace(DEBUG, activation_checkpointing=checkpointing, mlp=mlp)
     wanted = kept_bytes_per_token(settings.config, settings) * 3 * settings.config.block_size
-    kept = kept_by_the_compiler(settings.config, 3, checkpointing=checkpointing)
+    kept = kept_by_the_compiler(settings.config, 3, checkpointing=checkpointing, mlp=mlp)
     assert kept == pytest.approx(wanted, rel=0.03)
 
 

@@ -123,15 +123,16 @@ def test_products_against_fp32_and_torchao(compiled: bool) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_mlp_against_fp32(compiled: bool, weight_dtype: torch.dtype) -> None:
-    x = random(512, 256, seed=1).cuda()
+    x, residual = random(512, 256, seed=1).cuda(), random(512, 256, seed=3).cuda()
     gate_up, down = (0.1 * random(*shape, seed=2, dtype=weight_dtype).cuda() for shape in ((1408, 256), (256, 704)))
 
-    def plain(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def plain(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, down)
+        return residual + F.linear(F.silu(gate) * up, down)
 
     mlp = torch.compile(float8_mlp, fullgraph=True) if compiled else float8_mlp
-    got = results(mlp, x, gate_up, down)
-    assert [g.dtype for g in got] == [torch.bfloat16, torch.bfloat16, weight_dtype, weight_dtype]
-    for ours, wanted in zip(got, results(plain, x.float(), gate_up.float(), down.float()), strict=True):
-        assert 0.01 < error(ours, wanted) < 0.12
+    inputs = x, residual, gate_up, down
+    got = results(mlp, *inputs)
+    assert [g.dtype for g in got] == [torch.bfloat16] * 3 + [weight_dtype] * 2
+    for ours, wanted in zip(got, results(plain, *(t.float() for t in inputs)), strict=True):
+        assert error(ours, wanted) < 0.12

@@ -1,10 +1,8 @@
-"""The fused MLP through a stand-in of the interface of quack-kernels 0.6; tests/gpu has the real one."""
+"""The fused products through a stand-in of the interface of quack-kernels 0.6; tests/gpu has the real one."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import sys
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,98 +12,91 @@ from torch import Tensor
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.fused_products import add_product, best_tiles, choose_mlp, fused_mlp
 from lit_gpt.model import GPT, initialize
-from lit_gpt.swiglu import PACKAGE, choose_mlp, fused_mlp
+from tests import quack_stand_in
+from tests.quack_stand_in import Quack
 
 CPU = torch.device("cpu")
 
 
-def alternating(halves: Tensor, dim: int) -> Tensor:
-    """[a0 a1 ..; b0 b1 ..] along dim to a0 b0 a1 b1 .."""
-    return torch.stack(halves.chunk(2, dim=dim), dim=dim + 1).flatten(dim, dim + 1)
-
-
-def halves(mixed: Tensor, dim: int) -> Tensor:
-    return torch.cat([mixed.unflatten(dim, (-1, 2)).select(dim + 1, i) for i in (0, 1)], dim=dim)
-
-
-def swiglu(mixed: Tensor) -> Tensor:
-    return F.silu(mixed[:, 0::2]) * mixed[:, 1::2]
-
-
-class Quack(ModuleType):
-    """concat_layout names the tensors whose halves lie one after the other, where the kernels have them alternate."""
-
-    @staticmethod
-    def gemm(
-        a: Tensor,
-        b: Tensor,
-        out_dtype: Any = None,
-        tuned: bool = True,
-        concat_layout: tuple[str, ...] = (),
-        dynamic_scheduler: bool = False,
-    ) -> Tensor:
-        assert not tuned, "tuning measures dozens of kernels at the start of a run"
-        out = a.float() @ (alternating(b, 0) if "B" in concat_layout else b).float()
-        return (halves(out, 0) if "out" in concat_layout else out).to(out_dtype or a.dtype)
-
-    @staticmethod
-    def gemm_gated(
-        a: Tensor, b: Tensor, activation: str, tuned: bool = True, concat_layout: tuple[str, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
-        assert activation == "swiglu"
-        assert concat_layout == ("B",)
-        assert not tuned
-        mixed = a.float() @ alternating(b, 1).float()
-        return mixed.to(a.dtype), swiglu(mixed).to(a.dtype)
-
-    @staticmethod
-    def gemm_dgated(
-        a: Tensor, b: Tensor, mixed: Tensor, activation: str, tuned: bool = True, config: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        assert activation == "swiglu"
-        assert not tuned
-        d_inner = a.float() @ b.float()
-        gate, up = mixed.float()[:, 0::2], mixed.float()[:, 1::2]
-        sigmoid = gate.sigmoid()
-        d_gate = d_inner * up * sigmoid * (1 + gate * (1 - sigmoid))
-        d_mixed = torch.stack((d_gate, d_inner * gate * sigmoid), dim=2).flatten(1, 2)
-        return d_mixed.to(a.dtype), swiglu(mixed.float()).to(a.dtype)
-
-
 @pytest.fixture
 def quack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
-    monkeypatch.setitem(sys.modules, PACKAGE, Quack(PACKAGE))
-    config = ModuleType("quack.gemm_config")
-    monkeypatch.setattr(config, "GemmConfig", SimpleNamespace, raising=False)
-    monkeypatch.setitem(sys.modules, config.__name__, config)
+    quack_stand_in.install(monkeypatch)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def plain_mlp(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+    return residual + (F.silu(gate) * up) @ down.T
+
+
+def plain_sum(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return residual + x @ weight.T
 
 
 @pytest.mark.usefixtures("quack")
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients_are_those_of_the_plain_formula(weight_dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6, 8, generator=generator).bfloat16().requires_grad_()
-    gate_up, down = (
-        torch.randn(*shape, generator=generator).to(weight_dtype).requires_grad_() for shape in ((20, 8), (8, 10))
-    )
-    d_out = torch.randn(6, 8, generator=generator).bfloat16()
-    out = fused_mlp(x, gate_up, down)
-    got = torch.autograd.grad(out, (x, gate_up, down), d_out)
-    exact = [t.detach().bfloat16().float().requires_grad_() for t in (x, gate_up, down)]
-    gate, up = (exact[0] @ exact[1].T).chunk(2, dim=-1)
-    wanted = (F.silu(gate) * up) @ exact[2].T
+@pytest.mark.parametrize(
+    ("function", "plain", "shapes", "weights"),
+    [
+        (fused_mlp, plain_mlp, [(6, 8), (6, 8)], [(20, 8), (8, 10)]),
+        (add_product, plain_sum, [(6, 8), (6, 12)], [(8, 12)]),
+    ],
+)
+def test_value_and_gradients_are_those_of_the_plain_formula(
+    weight_dtype: torch.dtype, function: Any, plain: Any, shapes: Any, weights: Any
+) -> None:
+    inputs = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs += [random(*shape, seed=9 + i, dtype=weight_dtype) for i, shape in enumerate(weights)]
+    d_out = random(6, 8, seed=5).detach()
+    out = function(*inputs)
+    got = torch.autograd.grad(out, inputs, d_out)
+    exact = [t.detach().bfloat16().float().requires_grad_() for t in inputs]
+    wanted = plain(*exact)
     assert out.dtype == torch.bfloat16
-    assert [g.dtype for g in got] == [torch.bfloat16, weight_dtype, weight_dtype]
+    assert [g.dtype for g in got] == [t.dtype for t in inputs]
     gradients = torch.autograd.grad(wanted, exact, d_out.float())
     for ours, theirs in zip((out, *got), (wanted, *gradients), strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("shape", "tile", "busy"),
+    [
+        ((11264, 2048), (256, 176), 0.970),  # gate and up of 1B: 44 * 12 tiles are 4 waves of 132
+        ((2048, 5632), (256, 176), 0.970),  # down of 1B
+        ((4096, 768), (128, 192), 0.970),  # gate and up of 120M: 32 * 4 tiles, one wave
+        ((768, 2048), (128, 192), 0.485),  # down of 120M: half the processors have nothing to do
+        ((22016, 4096), (128, 192), 0.959),  # gate and up of 7B
+    ],
+)
+def test_tiles_that_leave_the_fewest_processors_idle(
+    shape: tuple[int, int], tile: tuple[int, int], busy: float
+) -> None:
+    tiles, share = best_tiles(*shape, 132)
+    assert tiles[:2] == tile
+    assert share == pytest.approx(busy, abs=1e-3)
+
+
+@pytest.mark.usefixtures("quack")
+def test_a_weight_of_few_tiles_is_left_to_cublas() -> None:
+    """But not gate's and up's, whose rows only quack's kernel puts in order."""
+    inputs = [random(*shape, seed=1) for shape in ((2, 2048), (2, 2048), (11264, 2048), (2048, 5632))]
+    fused_mlp(*inputs).sum().backward()
+    assert Quack.tiles == [(256, 176), (256, 176)]
+    Quack.tiles.clear()
+    inputs = [random(*shape, seed=1) for shape in ((2, 768), (2, 768), (4096, 768), (768, 2048))]
+    fused_mlp(*inputs).sum().backward()
+    assert Quack.tiles == [(128, 192)]
+
+
 @pytest.mark.usefixtures("quack")
 def test_a_model_with_it_is_the_same_model() -> None:
-    """Also under torch.compile, in one graph for all blocks."""
+    """To bf16's rounding, of which there is less; also under torch.compile, in one graph for all blocks."""
     tokens = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
     losses, norms = [], []
     for backend, compiled in (("torch", False), ("quack", False), ("quack", True)):
@@ -118,7 +109,7 @@ def test_a_model_with_it_is_the_same_model() -> None:
         loss.backward()
         losses.append(loss.item())
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=5e-4)
     assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-2)
 
 
