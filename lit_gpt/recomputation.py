@@ -21,29 +21,26 @@ _KEPT = (
     "mm", "addmm", "bmm", "fused_mlp", "add_product", "_scaled_mm", "absolute_max", "gated_absolute_max",
     "varlen_attention", "_varlen_attn", "_scaled_dot_product",
 )  # fmt: skip
-"""Operators whose results `selective` keeps, by name without namespace; the last stands for all of SDPA's kernels."""
+"""How the names of operators begin, without namespace, whose results `selective` keeps."""
 
 
 def checkpoint_activations(block: nn.Module, kind: str) -> None:
     """Make `block` recompute by `kind`; before it is compiled, and before it is sharded."""
-    if kind == "none":
-        return
-    contexts = {"context_fn": _selective} if kind == "selective" else {}
-    block.forward = _recomputed(block.forward, contexts)
+    if kind != "none":
+        block.forward = _recomputed(block.forward, _KEPT if kind == "selective" else ())
 
 
-def _recomputed(forward: Callable[..., Tensor], contexts: dict[str, Any]) -> Callable[..., Tensor]:
+def _recomputed(forward: Callable[..., Tensor], kept: tuple[str, ...]) -> Callable[..., Tensor]:
     # A function of this module, since torch.compile leaves out whatever is entered through PyTorch's own `checkpoint`.
+    # A policy also where nothing is kept: without one, torch.compile of torch 2.11 keeps what autograd.Functions save.
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
+
     def run(*inputs: Any) -> Tensor:
-        return checkpoint(forward, *inputs, use_reentrant=False, **contexts)
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
     return run
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(kept: tuple[str, ...], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.name().split("::")[-1].split(".")[0]
-    kept = name in _KEPT or name.startswith(_KEPT[-1])
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_selective = partial(create_selective_checkpoint_contexts, _policy)
+    return CheckpointPolicy.MUST_SAVE if name.startswith(kept) else CheckpointPolicy.PREFER_RECOMPUTE

@@ -36,6 +36,8 @@ CASES: list[dict[str, Any]] = [
     dict(precision="bf16-mixed", micro_batch_size=8, global_batch_size=16),
     dict(precision="bf16-mixed", micro_batch_size=16, activation_checkpointing="full"),
     dict(precision="bf16-mixed", micro_batch_size=8, compile=False),
+    dict(precision="bf16-true", micro_batch_size=16, float8="tensorwise"),
+    dict(precision="bf16-true", micro_batch_size=16, float8="tensorwise", activation_checkpointing="selective"),
     dict(precision="bf16-true", micro_batch_size=4, model_name="LLaMmlein_1B"),
 ]
 
