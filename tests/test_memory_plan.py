@@ -39,13 +39,22 @@ MEASURED = [  # GiB on one H100, torch 2.11, fa4, compiled (docs/benchmarks.md)
     (50.8, dict(model_name="LLaMmlein_1B", micro_batch_size=16, precision="bf16-true", mlp="torch")),
     (43.81, dict(model_name="LLaMmlein_1B", micro_batch_size=16, precision="bf16-true")),
     (61.75, dict(model_name="LLaMmlein_1B", micro_batch_size=24, precision="bf16-true")),
+    (70.72, dict(model_name="LLaMmlein_1B", micro_batch_size=28, precision="bf16-true")),
+    (54.14, dict(model_name="LLaMmlein_1B", micro_batch_size=24, precision="bf16-true", float8="rowwise")),
     (42.43, dict(model_name="LLaMmlein_1B", micro_batch_size=16, precision="bf16-true", float8="tensorwise")),
     (59.69, dict(model_name="LLaMmlein_1B", micro_batch_size=24, precision="bf16-true", float8="tensorwise")),
+    (61.74, dict(
+        model_name="LLaMmlein_1B", micro_batch_size=24, global_batch_size=96, precision="bf16-true", float8="tensorwise"
+    )),
     (18.56, dict(model_name="LLaMmlein_120M", micro_batch_size=32)),
     (20.9, dict(model_name="LLaMmlein_120M", micro_batch_size=32, mlp="torch")),
     (17.67, dict(model_name="LLaMmlein_120M", micro_batch_size=32, precision="bf16-true")),
     (74.47, dict(
         model_name="LLaMmlein_7B", micro_batch_size=4, global_batch_size=12, precision="bf16-true", mlp="torch",
+        activation_checkpointing="selective",
+    )),
+    (74.72, dict(
+        model_name="LLaMmlein_7B", micro_batch_size=4, global_batch_size=12, precision="bf16-true",
         activation_checkpointing="selective",
     )),
     (68.73, dict(
