@@ -110,13 +110,13 @@ class Settings:
     attention: Literal["auto", "fa3", "fa4", "fa2", "xformers", "torch"] = "auto"
     """Attention kernel; auto takes the fastest that the device and the installed packages allow, and logs it."""
     mlp: Literal["auto", "quack", "torch"] = "auto"
-    """Who computes the MLP and the sums with the residual: quack inside its products, or torch step by step. auto: quack
-    on Hopper GPUs that have it."""
+    """Who computes the MLP and the sums with the residual: quack inside its products, or torch step by step. auto:
+    quack on Hopper GPUs that have it."""
     compile: bool | None = None
     """torch.compile each block and the loss. Default: on GPUs."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
-    """Products of matrices of the blocks in 8 bits, with one scale a tensor, for speed, or (torchao's) a row, which keeps
-    more digits and was slower than bf16; not with 32-true."""
+    """Products of matrices of the blocks in 8 bits, with one scale a tensor, for speed, or (torchao's) a row, which
+    keeps more digits and was slower than bf16; not with 32-true."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What blocks compute again for the backward pass, to save memory. selective: all but products of matrices and
     attention; full: everything but each block's input."""
