@@ -1,14 +1,16 @@
-"""The optimizer's parts: parameter groups, AdamW, the learning rate as a pure function of the step, and clipping."""
+"""The optimizer's parts: parameter groups, the learning rate as a pure function of the step, and the gradient norm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_gpt.adamw import AdamW, RoundingAdamW
 from lit_gpt.args import Settings
 
 
@@ -36,35 +38,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-class AdamW(torch.optim.AdamW):
-    """AdamW (arXiv:1711.05101) in one fused kernel a group, which also clips, or leaves all as it is."""
-
-    grad_scale: Tensor | None = None
-    """The kernel divides gradients by it: a pass over them less than scaling them beforehand."""
-    found_inf: Tensor | None = None
-    """Where it is 1, weights, moments and their count of updates stay, whatever the gradients hold."""
-
-    @torch.no_grad()
-    def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
-        """Update by gradients of global 2-norm `norm`, scaled down to max_norm (0: never); not at all where skip is 1.
-
-        norm and skip are scalars on the device, the same on every rank: the host decides nothing and waits for nothing.
-        """
-        self.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
-        self.found_inf = skip
-        self.step()
-        self.grad_scale = self.found_inf = None
-
-
 def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
     """The run's optimizer; the training loop sets the learning rate each step."""
-    return AdamW(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=1e-8,
-        fused=True,
-    )
+    groups = parameter_groups(model, settings.weight_decay)
+    adam: dict[str, Any] = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
+    weight = next(model.parameters())
+    if weight.dtype != torch.bfloat16:
+        return AdamW(groups, **adam)
+    compiled = settings.compile if settings.compile is not None else weight.is_cuda
+    return RoundingAdamW(groups, compiled=compiled, **adam)
 
 
 @torch.no_grad()

@@ -1,0 +1,147 @@
+"""AdamW (arXiv:1711.05101) that also clips, or leaves all as it is, where it reads and writes weights anyway.
+
+Weights of fp32 take PyTorch's fused kernel. Weights of bf16 are rounded up or down at random, with the chances that
+keep their mean (arXiv:2010.06192): rounded to the nearest, an update of less than half of a weight's last bit would
+always be lost, and so most of a warm-up, of the schedule's end and all weight decay (docs/benchmarks.md).
+
+Chance is a hash of the weight's number, how often it was updated, and the element's place in the whole weight: a
+repetition and a resumed run round alike, and so do all numbers of processes. No generator, nothing to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class AdamW(torch.optim.AdamW):
+    """One fused kernel a group."""
+
+    grad_scale: Tensor | None = None
+    """The kernel divides gradients by it: a pass over them less than scaling them beforehand."""
+    found_inf: Tensor | None = None
+    """Where it is 1, weights, moments and their count of updates stay, whatever the gradients hold."""
+
+    @torch.no_grad()
+    def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
+        """Update by gradients of global 2-norm `norm`, scaled down to max_norm (0: never); not at all where skip is 1.
+
+        norm and skip are scalars on the device, the same on every rank: the host decides nothing and waits for nothing.
+        """
+        self.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
+        self.found_inf = skip
+        self.step()
+        self.grad_scale = self.found_inf = None
+
+
+class RoundingAdamW(AdamW):
+    """For bf16: weights rounded at random, moments to the nearest. State as PyTorch's, of which `step` initialises it.
+
+    Compiled, one kernel a weight, made once for each of the half dozen sizes that a model's weights have.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, compiled: bool, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self._update: Callable[..., None] = rounding_update
+        if compiled:
+            self._update = torch.compile(rounding_update, fullgraph=True, dynamic=False)
+        self._places: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
+        scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else torch.ones_like(skip)
+        weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:
+                moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+                self.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
+        torch._foreach_add_([self.state[weight]["step"] for weight in weights], 1 - skip)
+        for group in self.param_groups:
+            rate, decay = group["lr"], group["weight_decay"]
+            numbers = [torch.full((), x, device=skip.device) for x in (rate, 1 - rate * decay)]
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    state = self.state[weight]
+                    parts = [_part(x) for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
+                    scalars = state["step"], *self._place(weight), *numbers, scale, skip
+                    self._update(*parts, *scalars, betas=group["betas"], eps=group["eps"])
+
+    def _place(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight's number among all, and the place of this rank's first element in it; int32 on the device."""
+        if weight not in self._places:
+            numbers = len(self._places), _first_element(weight)
+            number, first = (torch.full((), x, dtype=torch.int32, device=weight.device) for x in numbers)
+            self._places[weight] = number, first
+        return self._places[weight]
+
+
+def rounding_update(
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    count: Tensor,
+    number: Tensor,
+    first: Tensor,
+    rate: Tensor,
+    keep: Tensor,
+    scale: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Update in place weight, mean and square (n,) bf16 by gradient / scale, unless skip is 1.
+
+    All others are scalars on the device: count of updates, this one included; number of the weight and place of its
+    first element here, int32; learning rate, and what weight decay keeps of a weight.
+    """
+    g, w, m, v = (x.float() for x in (gradient, weight, mean, square))
+    g = g / scale
+    m = m + (1 - betas[0]) * (g - m)
+    v = betas[1] * v + (1 - betas[1]) * g * g
+    step_size, correction = rate / (1 - betas[0] ** count), (1 - betas[1] ** count).sqrt()
+    w = w * keep - step_size * m / (v.sqrt() / correction + eps)
+    index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device) + first
+    rounded = round_at_random(w, _hash(_hash(_hash(number) + count.int()) + index))
+    for old, new in ((weight, rounded), (mean, m), (square, v)):
+        old.copy_(torch.where(skip == 0, new.to(old.dtype), old))
+
+
+def round_at_random(x: Tensor, chance: Tensor) -> Tensor:
+    """x fp32 to bf16, up or down by the 16 lower bits of chance (int32): up as often as x is close to the upper one."""
+    return ((x.view(torch.int32) + (chance & 0xFFFF)) & ~0xFFFF).view(torch.float32).bfloat16()
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Of int32, as int32: each bit of x changes each bit of it half of the time (the constants: Chris Wellons's
+    "lowbias32", https://nullprogram.com/blog/2018/07/31/)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _part(x: Tensor) -> Tensor:
+    """This rank's part, flat."""
+    return (x.to_local() if isinstance(x, DTensor) else x).detach().view(-1)
+
+
+def _first_element(weight: Tensor) -> int:
+    """Where in the whole weight this rank's part begins; FSDP shards by rows, as torch.chunk cuts."""
+    if not isinstance(weight, DTensor):
+        return 0
+    rows, row = weight.shape[0], weight[0:1].numel()
+    for dim, placement in enumerate(weight.placements):
+        if placement.is_shard():
+            ranks, rank = weight.device_mesh.size(dim), weight.device_mesh.get_local_rank(dim)
+            return min(rank * -(-rows // ranks), rows) * row
+    return 0
