@@ -49,34 +49,36 @@ class RoundingAdamW(AdamW):
         self._update: Callable[..., None] = rounding_update
         if compiled:
             self._update = torch.compile(rounding_update, fullgraph=True, dynamic=False)
-        self._places: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._starts: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
-        scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else torch.ones_like(skip)
+        clip = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(skip)
         weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
         for weight in weights:
             if not self.state[weight]:
                 moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
                 self.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
         torch._foreach_add_([self.state[weight]["step"] for weight in weights], 1 - skip)
+        count = self.state[weights[0]]["step"]  # one for all, which are updated together
+        draw = _hash(count.int())
         for group in self.param_groups:
-            rate, decay = group["lr"], group["weight_decay"]
-            numbers = [torch.full((), x, device=skip.device) for x in (rate, 1 - rate * decay)]
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            rate, correction = lr / (1 - beta1**count), (1 - beta2**count).rsqrt()
+            keep = torch.full((), 1 - lr * group["weight_decay"], device=skip.device)
             for weight in group["params"]:
                 if weight.grad is not None:
                     state = self.state[weight]
                     parts = [_part(x) for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
-                    scalars = state["step"], *self._place(weight), *numbers, scale, skip
+                    scalars = self._start(weight), draw, clip, rate, correction, keep, skip
                     self._update(*parts, *scalars, betas=group["betas"], eps=group["eps"])
 
-    def _place(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight's number among all, and the place of this rank's first element in it; int32 on the device."""
-        if weight not in self._places:
-            numbers = len(self._places), _first_element(weight)
-            number, first = (torch.full((), x, dtype=torch.int32, device=weight.device) for x in numbers)
-            self._places[weight] = number, first
-        return self._places[weight]
+    def _start(self, weight: Tensor) -> Tensor:
+        """Where this rank's first element of the weight is in the row of chances; int32 on the device."""
+        if weight not in self._starts:
+            number = torch.full((), len(self._starts), dtype=torch.int32, device=weight.device)
+            self._starts[weight] = _hash(_hash(number) + 1) + _first_element(weight)
+        return self._starts[weight]
 
 
 def rounding_update(
@@ -84,30 +86,30 @@ def rounding_update(
     gradient: Tensor,
     mean: Tensor,
     square: Tensor,
-    count: Tensor,
-    number: Tensor,
-    first: Tensor,
+    start: Tensor,
+    draw: Tensor,
+    clip: Tensor,
     rate: Tensor,
+    correction: Tensor,
     keep: Tensor,
-    scale: Tensor,
     skip: Tensor,
     *,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Update in place weight, mean and square (n,) bf16 by gradient / scale, unless skip is 1.
+    """Update in place weight, mean and square (n,) bf16 by gradient * clip, unless skip is 1.
 
-    All others are scalars on the device: count of updates, this one included; number of the weight and place of its
-    first element here, int32; learning rate, and what weight decay keeps of a weight.
+    Scalars on the device, so that one compilation serves all steps: where the weight's chances begin and what this
+    update adds to it, int32; the learning rate over the first moment's bias correction, and 1 over the root of the
+    second's; what weight decay keeps of a weight.
     """
-    g, w, m, v = (x.float() for x in (gradient, weight, mean, square))
-    g = g / scale
+    w, g, m, v = (x.float() for x in (weight, gradient, mean, square))
+    g = g * clip
     m = m + (1 - betas[0]) * (g - m)
     v = betas[1] * v + (1 - betas[1]) * g * g
-    step_size, correction = rate / (1 - betas[0] ** count), (1 - betas[1] ** count).sqrt()
-    w = w * keep - step_size * m / (v.sqrt() / correction + eps)
-    index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device) + first
-    rounded = round_at_random(w, _hash(_hash(_hash(number) + count.int()) + index))
+    w = w * keep - rate * m / (v.sqrt() * correction + eps)
+    index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device)
+    rounded = round_at_random(w, _hash(index + (start + draw)))
     for old, new in ((weight, rounded), (mean, m), (square, v)):
         old.copy_(torch.where(skip == 0, new.to(old.dtype), old))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_gpt.adamw import AdamW, RoundingAdamW, _hash, round_at_random, rounding_update
+from lit_gpt.optim import gradient_norm
 
 ADAM = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -21,9 +23,10 @@ def steps(kind: type[AdamW], weights: list[Tensor], *, lr: float, count: int, de
     optimizer = kind([{"params": weights, "weight_decay": decay}], **(ADAM | {"lr": lr} | further))
     for step in range(count):
         for number, weight in enumerate(weights):
-            weight.grad = (1 + random(*weight.shape, seed=97 * step + number, scale=0.1).float()).to(weight.dtype)
-        norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-        optimizer.step_clipped(norm, 1.0, torch.tensor(0.0))
+            whole = (1 + random(*weight.shape, seed=97 * step + number, scale=0.1).float()).to(weight.dtype)
+            shared = isinstance(weight, DTensor)
+            weight.grad = distribute_tensor(whole, weight.device_mesh, weight.placements) if shared else whole
+        optimizer.step_clipped(gradient_norm(weights), 1.0, torch.tensor(0.0))
     return optimizer
 
 
@@ -68,18 +71,17 @@ def test_chance_is_even_and_the_mean_exact() -> None:
 def test_parts_round_as_the_whole_and_each_update_by_itself() -> None:
     gradient, start = random(1000, seed=3), random(1000, seed=4)
 
-    def updated(part: slice, *, number: int = 2, count: int = 5) -> Tensor:
+    def updated(part: slice, draw: int = 5) -> Tensor:
         weight, mean, square = start[part].clone(), *(torch.zeros_like(start[part]) for _ in range(2))
-        place = (torch.tensor(x, dtype=torch.int32) for x in (number, part.start))
-        scalars = (torch.tensor(x) for x in (1e-2, 0.999, 1.0, 0.0))
-        parts = weight, gradient[part], mean, square, torch.tensor(float(count))
-        rounding_update(*parts, *place, *scalars, betas=(0.9, 0.95), eps=1e-8)
+        place = (torch.tensor(x, dtype=torch.int32) for x in (part.start, draw))
+        scalars = (torch.tensor(x) for x in (1.0, 1e-2, 3.0, 0.999, 0.0))
+        rounding_update(weight, gradient[part], mean, square, *place, *scalars, betas=(0.9, 0.95), eps=1e-8)
         return weight
 
     whole = updated(slice(0, 1000))
     assert torch.equal(whole, torch.cat([updated(slice(0, 300)), updated(slice(300, 1000))]))
     assert torch.equal(whole, updated(slice(0, 1000)))
-    assert not torch.equal(whole, updated(slice(0, 1000), number=3))
+    assert not torch.equal(whole, updated(slice(0, 1000), draw=6))
 
 
 def test_compiled_it_is_the_same_function() -> None:

@@ -63,24 +63,26 @@ def test_adamw_first_step_by_hand() -> None:
     torch.testing.assert_close(model.lm_head.weight, before * (1 - 0.001) - 0.01, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("max_norm", "factor"), [(10.0, 1.0), (1.0, 0.2), (0.0, 1.0)])
-def test_clipping(max_norm: float, factor: float) -> None:
+def test_clipping(max_norm: float, factor: float, dtype: torch.dtype) -> None:
     """Gradients (3, 0) and (4): norm 5. The first moment after a step is 1 - beta1 = 0.1 of what AdamW took."""
-    model = torch.nn.ParameterList([torch.zeros(2), torch.zeros(1), torch.zeros(1)])
+    model = torch.nn.ParameterList([torch.zeros(n, dtype=dtype) for n in (2, 1, 1)])
     optimizer = make_optimizer(model, Settings())
     one, two, _ = model
-    one.grad, two.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    one.grad, two.grad = torch.tensor([3.0, 0.0], dtype=dtype), torch.tensor([4.0], dtype=dtype)
     norm = gradient_norm(model)
     assert norm.item() == pytest.approx(5)
     optimizer.step_clipped(norm, max_norm, skip=torch.tensor(0.0))
-    torch.testing.assert_close(optimizer.state[one]["exp_avg"], torch.tensor([0.3 * factor, 0.0]))
-    torch.testing.assert_close(optimizer.state[two]["exp_avg"], torch.tensor([0.4 * factor]))
+    for weight, moment in ((one, [0.3 * factor, 0.0]), (two, [0.4 * factor])):
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"], torch.tensor(moment, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_skipped_update_changes_nothing(poison: float) -> None:
+def test_a_skipped_update_changes_nothing(poison: float, dtype: torch.dtype) -> None:
     """Not the weights, not the moments, not their count, although the gradients are poisoned."""
-    model = torch.nn.ParameterList([torch.ones(2), torch.ones(3, 2)])
+    model = torch.nn.ParameterList([torch.ones(2, dtype=dtype), torch.ones(3, 2, dtype=dtype)])
     optimizer = make_optimizer(model, Settings(learning_rate=0.1))
     states = []
     for gradient, skip in ((1.0, 0.0), (poison, 1.0)):
@@ -89,5 +91,5 @@ def test_a_skipped_update_changes_nothing(poison: float) -> None:
         optimizer.step_clipped(gradient_norm(model), 1.0, skip=torch.tensor(skip))
         moments = [tensor for p in model for tensor in optimizer.state[p].values()]
         states.append([tensor.detach().clone() for tensor in (*model, *moments)])
-    assert not torch.equal(states[0][0], torch.ones(2))
+    assert not torch.equal(states[0][0], torch.ones(2, dtype=dtype))
     assert all(torch.equal(before, after) for before, after in zip(*states, strict=True))

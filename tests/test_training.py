@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from lit_gpt.checkpoint import model_tensors, verified
 from tests.training import command, environment, full_state, make_store, metrics, seen_rows, train
 
 GOLDEN = Path(__file__).parent / "data" / "golden_loss_debug_fp32.json"
@@ -95,6 +96,17 @@ def test_resume_from_a_named_checkpoint(store: Path, unbroken: Path, tmp_path: P
         assert torch.equal(
             full_state(run, 12)["model.lm_head.weight"], full_state(unbroken, 12)["model.lm_head.weight"]
         )
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_weights_that_are_rounded_at_random_resume_exactly(store: Path, tmp_path: Path, kind: str) -> None:
+    settings = dict(precision="bf16-true", state_dict_type=kind, save_interval_steps=4, keep_last_checkpoints=0)
+    train(store, tmp_path / "unbroken", **settings)
+    train(store, tmp_path / "resumed", resume=tmp_path / "unbroken" / "iter-00000004-ckpt.pth", **settings)
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "unbroken")[4:]
+    ends = [verified(tmp_path / name / "iter-00000012-ckpt.pth") for name in ("unbroken", "resumed")]
+    for (name, ours), (_, theirs) in zip(*(model_tensors(end) for end in ends), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_micro_batch_size_does_not_change_the_result(store: Path, unbroken: Path, tmp_path: Path) -> None:
