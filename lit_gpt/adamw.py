@@ -2,7 +2,8 @@
 
 Weights of fp32 take PyTorch's fused kernel. Weights of bf16 are rounded up or down at random, with the chances that
 keep their mean (arXiv:2010.06192): rounded to the nearest, an update of less than half of a weight's last bit would
-always be lost, and so most of a warm-up, of the schedule's end and all weight decay (docs/benchmarks.md).
+always be lost, and so most of a warm-up, of the schedule's end and all weight decay (docs/benchmarks.md). So are their
+second moments, of which a beta2 near 1 changes less than half of the last bit as well.
 
 Chance is a hash of the weight's number, how often it was updated, and the element's place in the whole weight: a
 repetition and a resumed run round alike, and so do all numbers of processes. No generator, nothing to save.
@@ -39,7 +40,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class RoundingAdamW(AdamW):
-    """For bf16: weights rounded at random, moments to the nearest. State as PyTorch's, of which `step` initialises it.
+    """For weights and moments of bf16, in PyTorch's state.
 
     Compiled, one kernel a weight, made once for each of the half dozen sizes that a model's weights have.
     """
@@ -109,9 +110,10 @@ def rounding_update(
     v = betas[1] * v + (1 - betas[1]) * g * g
     w = w * keep - rate * m / (v.sqrt() * correction + eps)
     index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device)
-    rounded = round_at_random(w, _hash(index + (start + draw)))
-    for old, new in ((weight, rounded), (mean, m), (square, v)):
-        old.copy_(torch.where(skip == 0, new.to(old.dtype), old))
+    chance = _hash(index + (start + draw))
+    rounded = round_at_random(w, chance), m.bfloat16(), round_at_random(v, _shifted(chance, 16))
+    for old, new in zip((weight, mean, square), rounded, strict=True):
+        old.copy_(torch.where(skip == 0, new, old))
 
 
 def round_at_random(x: Tensor, chance: Tensor) -> Tensor:

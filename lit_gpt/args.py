@@ -99,8 +99,8 @@ class Settings:
     num_nodes: int = 1
     """Nodes of the run."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "bf16-mixed"
-    """bf16-mixed: fp32 weights and optimizer, bf16 computation; bf16-true: weights and optimizer in bf16 as well, which
-    rounds small updates away: less memory, and a higher loss (docs/benchmarks.md)."""
+    """bf16-mixed: fp32 weights and optimizer, bf16 computation; bf16-true: weights and optimizer in bf16 as well,
+    for less memory; weights are rounded at random, so that small updates are not lost."""
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
     """How weights, gradients and optimizer state are spread over ranks; HYBRID_SHARD shards inside a group."""
     shard_group_size: int | None = None

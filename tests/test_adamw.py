@@ -54,6 +54,17 @@ def test_small_updates_are_not_lost() -> None:
     assert torch.equal(theirs, torch.ones_like(theirs))
 
 
+def test_second_moments_keep_their_mean() -> None:
+    """Gradients of 1, then of 0: each of 500 updates takes a thousandth, a quarter of a last bit."""
+    weight = torch.ones(4096, dtype=torch.bfloat16)
+    optimizer = RoundingAdamW([{"params": [weight]}], compiled=False, **(ADAM | {"betas": (0.9, 0.999)}))
+    for step in range(501):
+        weight.grad = torch.full_like(weight, float(step == 0))
+        optimizer.step_clipped(torch.tensor(1.0), 0.0, torch.tensor(0.0))
+    square = optimizer.state[weight]["exp_avg_sq"].float().mean().item()
+    assert square == pytest.approx(0.001 * 0.999**500, rel=0.01)
+
+
 def test_chance_is_even_and_the_mean_exact() -> None:
     """Of 2^20 elements, by how far x is between two neighbours, here 1 and 1 + 2^-7."""
     chance = _hash(torch.arange(1 << 20, dtype=torch.int32))
