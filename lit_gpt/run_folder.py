@@ -12,6 +12,7 @@ import logging
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -41,12 +42,10 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def create(path: Path) -> None:
-    """Make the run folder, and refuse one that cannot be written."""
+    """Make the run folder, and refuse one that cannot be written. All ranks may do so at once."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise BadInput(
             f"the run folder {path} cannot be written: {error.strerror}. Choose another by --out_dir"

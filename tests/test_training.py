@@ -7,13 +7,16 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from lit_gpt import run_folder
 from lit_gpt.checkpoint import model_tensors, verified
+from lit_gpt.cli import BadInput
 from tests.training import command, environment, full_state, make_store, metrics, seen_rows, train
 
 GOLDEN = Path(__file__).parent / "data" / "golden_loss_debug_fp32.json"
@@ -96,6 +99,16 @@ def test_resume_from_a_named_checkpoint(store: Path, unbroken: Path, tmp_path: P
         assert torch.equal(
             full_state(run, 12)["model.lm_head.weight"], full_state(unbroken, 12)["model.lm_head.weight"]
         )
+
+
+def test_ranks_make_the_run_folder_at_once(tmp_path: Path) -> None:
+    """Each tries whether it can write there, and leaves nothing behind."""
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(run_folder.create, [tmp_path / "run"] * 2000))
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="run cannot be written"):
+        run_folder.create(tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
