@@ -134,5 +134,6 @@ def test_mlp_against_fp32(compiled: bool, weight_dtype: torch.dtype) -> None:
     inputs = x, residual, gate_up, down
     got = results(mlp, *inputs)
     assert [g.dtype for g in got] == [torch.bfloat16] * 3 + [weight_dtype] * 2
-    for ours, wanted in zip(got, results(plain, *(t.float() for t in inputs)), strict=True):
-        assert error(ours, wanted) < 0.12
+    errors = [error(a, b) for a, b in zip(got, results(plain, *(t.float() for t in inputs)), strict=True)]
+    assert errors.pop(2) < 2**-8  # the residual's gradient is the output's, rounded to bf16
+    assert all(0.01 < e < 0.12 for e in errors)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.fused_products import add_product, choose_mlp, fused_mlp
+from tests.test_fused_products import plain_mlp, plain_sum
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -18,15 +18,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def random(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     return (scale * torch.randn(*shape, device="cuda", generator=generator)).to(dtype).requires_grad_()
-
-
-def plain_mlp(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return residual + (F.silu(gate) * up) @ down.T
-
-
-def plain_sum(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return residual + x @ weight.T
 
 
 @pytest.mark.parametrize(("width", "inner"), [(768, 2048), (2048, 5632)])
