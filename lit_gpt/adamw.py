@@ -2,8 +2,8 @@
 
 Weights of fp32 take PyTorch's fused kernel. Weights of bf16 are rounded up or down at random, with the chances that
 keep their mean (arXiv:2010.06192): rounded to the nearest, an update of less than half of a weight's last bit would
-always be lost, and so most of a warm-up, of the schedule's end and all weight decay (docs/benchmarks.md). So are their
-second moments, of which a beta2 near 1 changes less than half of the last bit as well.
+always be lost, and so most of a warm-up and all weight decay (docs/benchmarks.md). So are their second moments, of
+which a beta2 near 1 changes less than half of the last bit as well.
 
 Chance is a hash of the weight's number, how often it was updated, and the element's place in the whole weight: a
 repetition and a resumed run round alike, and so do all numbers of processes. No generator, nothing to save.
@@ -53,6 +53,7 @@ class RoundingAdamW(AdamW):
         self._starts: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
+    @torch.profiler.record_function("Optimizer.step#RoundingAdamW")  # as PyTorch's own say it to the profiler
     def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
         clip = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(skip)
         weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
