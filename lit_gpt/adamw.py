@@ -61,8 +61,9 @@ class RoundingAdamW(AdamW):
             if not self.state[weight]:
                 moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
                 self.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
-        torch._foreach_add_([self.state[weight]["step"] for weight in weights], 1 - skip)
-        count = self.state[weights[0]]["step"]  # one for all, which are updated together
+        counts = [self.state[weight]["step"] for weight in weights]
+        torch._foreach_add_(counts, [1 - skip] * len(counts))  # one tensor instead of the list: the host would wait
+        count = counts[0]  # one for all, which are updated together
         draw = _hash(count.int())
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
