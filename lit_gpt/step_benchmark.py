@@ -56,7 +56,8 @@ class Bench:
         self.fabric = launch(settings, find_world(settings))
         self.device = self.fabric.device
         self.model = build_model(self.fabric, self.config, settings)
-        self.backend, self.mlp = str(self.model.attention_backend), str(self.model.mlp_backend)
+        self.backend = str(self.model.attention_backend)
+        self.mlp = "float8" if settings.float8 == "tensorwise" else str(self.model.mlp_backend)
         self.optimizer = make_optimizer(self.model, settings)
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
         generator = np.random.default_rng(settings.seed)
@@ -163,7 +164,10 @@ def _timed(call: Callable[[], Any]) -> float:
 
 
 def _breakdown(bench: Bench, step_s: float) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step by part against the floor that this device's own rates set."""
+    """Milliseconds of a step by part against the floor that this device's own rates set.
+
+    "no kernel running" is a timed step less the kernels of other, profiled steps: some ms below 0 if these ran slower.
+    """
     if bench.device.type != "cuda":
         return
     flops_s, bytes_s = _product_rate(bench.device), _copy_rate(bench.device)

@@ -50,6 +50,13 @@ def test_a_line_for_the_step_and_one_for_the_reference(tmp_path: Path) -> None:
     assert beside["ratio"] == pytest.approx(step["value"] / 10, abs=1e-3)
 
 
+def test_the_line_names_what_the_mlp_runs_on(tmp_path: Path) -> None:
+    done = benchmark("--rows", "1", "--float8", "tensorwise", "--reference", str(tmp_path / "none"))
+    assert done.returncode == 0, done.stderr
+    (step,) = (json.loads(line) for line in done.stdout.splitlines())
+    assert (step["float8"], step["mlp"]) == ("tensorwise", "float8")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
