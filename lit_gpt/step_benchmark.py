@@ -56,8 +56,7 @@ class Bench:
         self.fabric = launch(settings, find_world(settings))
         self.device = self.fabric.device
         self.model = build_model(self.fabric, self.config, settings)
-        self.backend = str(self.model.attention_backend)
-        self.mlp = "float8" if settings.float8 == "tensorwise" else str(self.model.mlp_backend)
+        self.backend, self.mlp = str(self.model.attention_backend), str(self.model.mlp_backend)
         self.optimizer = make_optimizer(self.model, settings)
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
         generator = np.random.default_rng(settings.seed)

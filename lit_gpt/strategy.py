@@ -233,7 +233,7 @@ def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module
     """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks."""
     compute_dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
     backend = choose_backend(settings.attention, fabric.device, compute_dtype)
-    mlp = "torch"
+    mlp = "float8" if settings.float8 == "tensorwise" else "torch"
     if settings.float8 == "none":
         mlp = choose_mlp(settings.mlp, fabric.device, compute_dtype, (config.n_embd, config.intermediate_size))
     with torch.device("meta"):
