@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -26,7 +26,7 @@ setup(
     description="LLäMmlein: pretraining of LLaMA models from scratch, with a record of every document and exact resume",
     license="Apache-2.0",
     license_files=["license.md"],
-    packages=["lit_gpt"],
+    packages=find_packages(include=["lit_gpt", "lit_gpt.*"]),
     python_requires=">=3.10,<3.13",
     install_requires=requirements(),
     extras_require={

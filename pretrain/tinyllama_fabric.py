@@ -10,9 +10,9 @@ requeued; 74 ended, but the last checkpoint could not be saved; 3 the run gave u
 updates in a row were skipped; 2 bad input, told in one line; anything else is a failure with its traceback.
 """
 
-from lit_gpt.args import Settings
 from lit_gpt.cli import parse_settings, run_program
-from lit_gpt.signals import StopFlag
+from lit_gpt.launch.signals import StopFlag
+from lit_gpt.train.settings import Settings
 
 
 def main() -> int:
@@ -20,11 +20,11 @@ def main() -> int:
     settings = parse_settings(Settings, None, __doc__)
     settings.check()
     if settings.plan:
-        from lit_gpt.run_plan import lines, plan
+        from lit_gpt.train.run_plan import lines, plan
 
         print("\n".join(lines(plan(settings))))
         return 0
-    from lit_gpt.trainer import train  # imports torch, for which --help and a mistyped setting need not wait
+    from lit_gpt.train.trainer import train  # imports torch, for which --help and a mistyped setting need not wait
 
     return train(settings, stop_flag)
 

@@ -32,7 +32,7 @@ def main() -> None:
     configs = [Config.from_name(size) for size in arguments.size or ()]
     import torch
 
-    from lit_gpt.attention_benchmark import measure
+    from lit_gpt.bench.bench_attention import measure
 
     if arguments.accelerator == "cuda" and not torch.cuda.is_available():
         raise BadInput("--accelerator cuda: no CUDA device is visible. Valid here: cpu")

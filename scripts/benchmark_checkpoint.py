@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lit_gpt.args import Settings
 from lit_gpt.cli import Parser, run_program
+from lit_gpt.train.settings import Settings
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         devices=1, train_data_dir="(random tokens)",
     )  # fmt: skip
     settings.check()
-    from lit_gpt.checkpoint_benchmark import measure  # brings torch
+    from lit_gpt.bench.bench_checkpoint import measure  # brings torch
 
     for line in measure(settings, work_dir=arguments.work_dir):
         print(json.dumps(line), flush=True)

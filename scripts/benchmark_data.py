@@ -32,7 +32,7 @@ def main() -> None:
         raise BadInput("--source and --tokenizer_path: give both or none")
     if arguments.source and not arguments.source.is_file():
         raise BadInput(f"--source {arguments.source}: no such file")
-    from lit_gpt.data_benchmark import measure  # brings torch
+    from lit_gpt.bench.bench_data import measure  # brings torch
 
     for line in measure(arguments.tokens, arguments.source, arguments.tokenizer_path, arguments.work_dir):
         print(json.dumps(line), flush=True)

@@ -3,7 +3,7 @@
     python scripts/benchmark_litgpt.py [--size LLaMmlein_1B] [--rows 8] [--precision bf16-mixed] [--steps 20]
 
 The number to hold scripts/benchmark_step.py against: litgpt's model, loss and optimizer, put together as its own
-pretraining does (lit_gpt/litgpt_benchmark.py says what is left out). Needs the package litgpt, without which it ends
+pretraining does (lit_gpt/bench/bench_litgpt.py says what is left out). Needs the package litgpt, without which it ends
 with exit code 2.
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
 
     if arguments.accelerator == "cuda" and not torch.cuda.is_available():
         raise BadInput("--accelerator cuda: no CUDA device is visible. Valid here: cpu")
-    from lit_gpt.litgpt_benchmark import measure
+    from lit_gpt.bench.bench_litgpt import measure
 
     line = measure(
         config, precision=arguments.precision, rows=arguments.rows, steps=arguments.steps, warmup=arguments.warmup,

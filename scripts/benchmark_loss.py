@@ -2,7 +2,7 @@
 
     python scripts/benchmark_loss.py [--tokens 32768] [--width 2048] [--vocabulary 32064] [--dtype bfloat16]
 
-Ours (lit_gpt/loss.py, compiled, by chunk size) beside whole logits under torch.compile, and the fused losses of
+Ours (lit_gpt/model/loss.py, compiled, by chunk size) beside whole logits under torch.compile, and the fused losses of
 liger-kernel and cut-cross-entropy; a line says when one is not installed. Needs a GPU. `error` is the relative error of
 the loss and of the gradients of input and weight against fp32 on the same numbers.
 """
@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from lit_gpt.loss_benchmark import measure
+    from lit_gpt.bench.bench_loss import measure
 
     if not torch.cuda.is_available():
         raise BadInput("scripts/benchmark_loss.py needs a CUDA device, and none is visible")

@@ -20,8 +20,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lit_gpt.args import Settings
 from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.train.settings import Settings
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "gpu" / "gpu_step.py"
 
@@ -60,7 +60,7 @@ def main() -> None:
         train_data_dir="(random tokens)",
     )  # fmt: skip
     settings.check()
-    from lit_gpt.step_benchmark import measure  # brings torch
+    from lit_gpt.bench.bench_step import measure  # brings torch
 
     ours = 0.0
     for line in measure(settings, steps=arguments.steps, warmup=arguments.warmup, breakdown=arguments.breakdown):

@@ -38,10 +38,10 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from lit_gpt import run_folder
-    from lit_gpt.args import Settings
-    from lit_gpt.node_check import Measured, judge, measure
-    from lit_gpt.strategy import describe_rank, find_world, launch
+    from lit_gpt.datapoints import run_folder
+    from lit_gpt.launch.node_check import Measured, judge, measure
+    from lit_gpt.launch.world import describe_rank, find_world, launch
+    from lit_gpt.train.settings import Settings
 
     settings = Settings(accelerator=arguments.accelerator, devices=arguments.devices)
     world = find_world(settings)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_gpt.cli import BadInput, Parser, run_program
-from lit_gpt.run_comparison import PICTURES, compare, draw, open_run
+from lit_gpt.datapoints.compare_runs import PICTURES, compare, draw, open_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

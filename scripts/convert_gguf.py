@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (arguments.model / "config.json").is_file():
         raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
 
-    from lit_gpt.gguf_export import write_gguf
+    from lit_gpt.export.gguf_export import write_gguf
 
     destination = arguments.destination_path.absolute()
     write_gguf(arguments.model, destination, arguments.type)

@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import transformers
 
-    from lit_gpt.hf_import import import_folder
-    from lit_gpt.parity import Twin
+    from lit_gpt.export.hf_import import import_folder
+    from lit_gpt.export.parity import Twin
 
     parity = import_folder(
         arguments.checkpoint_dir.absolute(),

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 from lit_gpt.cli import BadInput, Parser, run_program
 
 if TYPE_CHECKING:
-    from lit_gpt.hf_export import Form
-    from lit_gpt.parity import Twin
+    from lit_gpt.export.hf_export import Form
+    from lit_gpt.export.parity import Twin
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import transformers
 
-    from lit_gpt.hf_export import Form, export, open_checkpoint, open_tokenizer
-    from lit_gpt.hf_weights import DTYPES
-    from lit_gpt.parity import Twin
+    from lit_gpt.export.hf_export import Form, export, open_checkpoint, open_tokenizer
+    from lit_gpt.export.hf_weights import DTYPES
+    from lit_gpt.export.parity import Twin
 
     form = Form(DTYPES[arguments.dtype], arguments.vocabulary == "cut", arguments.max_shard_size)
     destination = arguments.destination_path.absolute()
@@ -95,8 +95,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _export_run(arguments: argparse.Namespace, destination: Path, form: Form, twin: Twin) -> None:
-    from lit_gpt.hub_repository import HubRepository, Patience, UploadFailed
-    from lit_gpt.run_export import RunExport, Target
+    from lit_gpt.export.hub_repository import HubRepository, Patience, UploadFailed
+    from lit_gpt.export.run_export import RunExport, Target
 
     os.nice(NICENESS)
     patience = Patience(arguments.attempts, arguments.first_wait_s)

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_gpt.cli import BadInput, Parser, run_program
-from lit_gpt.datapoint_query import Replay, Seen, difference
-from lit_gpt.run_record import RunRecord
+from lit_gpt.datapoints.query import Replay, Seen, difference
+from lit_gpt.datapoints.run_record import RunRecord
 
 EXIT_FOUND = 1
 """verify found a contradiction, diff a difference."""
@@ -81,7 +81,7 @@ def show(replay: Replay, parts: list[Seen], arguments: Namespace) -> int:
 
 
 def text_of(replay: Replay, parts: list[Seen], tokenizer_path: str | None) -> list[str | None]:
-    from lit_gpt.tokenizer import Tokenizer  # loading one takes longer than a query
+    from lit_gpt.data.tokenizer import Tokenizer  # loading one takes longer than a query
 
     path = tokenizer_path or replay.record.attempts[-1].details.get("tokenizer_path")
     if not path:

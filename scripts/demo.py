@@ -172,8 +172,8 @@ def last_step(run: Path) -> int:
 
 def same_weights(run: Path, other: Path) -> Proof:
     """Bits, not values: 0.0 and -0.0 differ here. Every file of both checkpoints is checked against its hash first."""
-    from lit_gpt.checkpoint import model_tensors
-    from lit_gpt.history import find
+    from lit_gpt.checkpoint.checkpoint import model_tensors
+    from lit_gpt.checkpoint.history import find
 
     weights = []
     for folder in (run, other):
@@ -212,7 +212,7 @@ def beats_unigrams(run: Path, val: Path) -> Proof:
     """Against the entropy of the split's own token frequencies, which no model without context can beat."""
     import numpy as np
 
-    from lit_gpt.token_store import ShardFile, TokenStore
+    from lit_gpt.data.token_store import ShardFile, TokenStore
 
     store = TokenStore.open(val)
     tokens = [ShardFile(store.path, shard, store).read(0, shard.tokens) for shard in store.shards]
@@ -230,8 +230,8 @@ def same_loss_in_transformers(run: Path, model_folder: Path, val: Path) -> Proof
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from lit_gpt.packed_dataset import PackedDataset, validation_batches
-    from lit_gpt.token_store import TokenStore
+    from lit_gpt.data.loader import PackedDataset, validation_batches
+    from lit_gpt.data.token_store import TokenStore
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()

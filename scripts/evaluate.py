@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from lit_gpt.cli import BadInput, Parser, run_program
 
 if TYPE_CHECKING:
-    from lit_gpt.evaluation import Score
-    from lit_gpt.validation import Validation
+    from lit_gpt.eval.evaluation import Score
+    from lit_gpt.train.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from lit_gpt.evaluation import folder_loss, task_scores
-    from lit_gpt.token_store import TokenStore
+    from lit_gpt.data.token_store import TokenStore
+    from lit_gpt.eval.evaluation import folder_loss, task_scores
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     store = TokenStore.open(arguments.val_data_dir) if arguments.val_data_dir else None
@@ -90,9 +90,9 @@ def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Ite
 
     import transformers
 
-    from lit_gpt.hf_export import Form, export, open_checkpoint, open_tokenizer
-    from lit_gpt.hf_weights import DTYPES
-    from lit_gpt.parity import Twin
+    from lit_gpt.export.hf_export import Form, export, open_checkpoint, open_tokenizer
+    from lit_gpt.export.hf_weights import DTYPES
+    from lit_gpt.export.parity import Twin
 
     checkpoint = open_checkpoint(arguments.checkpoint, None)
     tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
@@ -120,7 +120,7 @@ def _report(arguments: argparse.Namespace, loss: Validation | None, scores: Sequ
         table.add_row(score.task, score.metric, f"{score.value:.4f}", error)
     Console().print(table)
     if arguments.output is not None:
-        from lit_gpt.hf_folder import write_json
+        from lit_gpt.export.hf_folder import write_json
 
         found: dict[str, Any] = {
             "model": str(measured),

@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (arguments.val_data_dir is None) != (arguments.tokenizer_path is None):
         raise BadInput("--val_data_dir and --tokenizer_path go together")
 
-    from lit_gpt.cloze import make_items, texts_of_files, texts_of_store, write_task
-    from lit_gpt.document_source import Fields
-    from lit_gpt.token_store import TokenStore
-    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.data.token_store import TokenStore
+    from lit_gpt.data.tokenizer import Tokenizer
+    from lit_gpt.prepare.document_source import Fields
+    from lit_gpt.tasks.cloze import make_items, texts_of_files, texts_of_store, write_task
 
     if arguments.val_data_dir:
         store = TokenStore.open(arguments.val_data_dir)

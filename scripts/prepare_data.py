@@ -20,11 +20,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.build_request import BuildSettings
 from lit_gpt.cli import Parser, run_program
-from lit_gpt.document_source import Fields
-from lit_gpt.store_builder import Progress, Report, build
-from lit_gpt.token_store import MANIFEST, DamagedShard, ShardFile, TokenStore, document_ends
+from lit_gpt.data.token_store import MANIFEST, DamagedShard, ShardFile, TokenStore, document_ends
+from lit_gpt.prepare.build_request import BuildSettings
+from lit_gpt.prepare.document_source import Fields
+from lit_gpt.prepare.store_builder import Progress, Report, build
 
 LOG_INTERVAL_S = 10
 EXIT_DAMAGED = 1

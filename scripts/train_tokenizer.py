@@ -1,6 +1,6 @@
 """Train a byte-complete BPE tokenizer: decode(encode(text)) == text for any Unicode text, no unknown token.
 
-Writes a folder (tokenizer.json, tokenizer_config.json, special_tokens_map.json) that lit_gpt.tokenizer and
+Writes a folder (tokenizer.json, tokenizer_config.json, special_tokens_map.json) that lit_gpt.data.tokenizer and
 transformers' AutoTokenizer load with the same ids. The same input gives the same bytes.
 
 Example: python scripts/train_tokenizer.py --source corpus/ --destination_path tokenizers/german --vocab_size 32000
@@ -19,8 +19,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lit_gpt.cli import BadInput, Parser, run_program
-from lit_gpt.document_source import Document, Fields, SourceFile, check_source, find_sources, parse_piece, read_pieces
-from lit_gpt.tokenizer import NEWLINES, Tokenizer
+from lit_gpt.data.tokenizer import NEWLINES, Tokenizer
+from lit_gpt.prepare.document_source import (
+    Document,
+    Fields,
+    SourceFile,
+    check_source,
+    find_sources,
+    parse_piece,
+    read_pieces,
+)
 
 BOS, EOS = "<s>", "</s>"
 MIN_VOCABULARY = 256 + 2

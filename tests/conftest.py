@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.german_run import make_german_run
-from tests.training import make_store
+from tests.support.german_run import make_german_run
+from tests.support.training import make_store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,5 +29,5 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def german_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder that tests/german_run.py makes; tests only read it."""
+    """The run folder that tests/support/german_run.py makes; tests only read it."""
     return make_german_run(tmp_path_factory.mktemp("german"))

@@ -7,7 +7,7 @@ import torch
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import REGISTRY, Config
-from lit_gpt.model import GPT
+from lit_gpt.model.gpt import GPT
 
 PUBLISHED = {
     "LLaMmlein_120M": (12, 12, 4, 768, 2048, 124_766_976),

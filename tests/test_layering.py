@@ -7,31 +7,41 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(path.stem for path in (ROOT / "lit_gpt").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "lit_gpt").rglob("*.py"))
 PROGRAMS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("pretrain/*.py"), *ROOT.glob("scripts/*.py")])
-SOURCES = [f"lit_gpt/{module}.py" for module in MODULES] + PROGRAMS
+SOURCES = MODULES + PROGRAMS
 
 FENCES = {
-    "flash_attn": ("lit_gpt/attention.py",),
-    "flash_attn_interface": ("lit_gpt/attention.py",),
-    "xformers": ("lit_gpt/attention.py",),
-    "lightning": ("lit_gpt/strategy.py", "lit_gpt/train_step.py", "lit_gpt/litgpt_benchmark.py"),
+    "flash_attn": ("lit_gpt/model/attention.py",),
+    "flash_attn_interface": ("lit_gpt/model/attention.py",),
+    "xformers": ("lit_gpt/model/attention.py",),
+    "lightning": ("lit_gpt/launch/", "lit_gpt/train/", "lit_gpt/bench/bench_litgpt.py"),
     "transformers": ("scripts/",),
     "datatrove": ("scripts/",),
 }
 OPTIONAL = "datatrove flash_attn flash_attn_interface gguf liger_kernel litgpt lm_eval torchao wandb xformers"
 
 
-def level_table() -> dict[str, int]:
-    """Module -> level, in the table's order."""
+def rooms() -> list[str]:
+    """The rooms of lit_gpt in the order of docs/architecture.md: files of the top level, and folders."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| (\w+)\.py \|", text, re.MULTILINE)
-    return {module: int(level) for level, module in rows}
+    return re.findall(r"^\| `(\w+(?:\.py|/))` \|", text, re.MULTILINE)
+
+
+def room(module: str) -> str:
+    """lit_gpt/model/gpt.py -> model/; lit_gpt/cli.py -> cli.py"""
+    parts = module.split("/")
+    return f"{parts[1]}/" if len(parts) > 2 else parts[1]
+
+
+def dotted(module: str) -> str:
+    return module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def imports(source: str) -> Iterator[str]:
@@ -46,20 +56,31 @@ def imports(source: str) -> Iterator[str]:
 
 
 def library_imports(source: str) -> set[str]:
-    return {name.split(".")[1] for name in imports(source) if name.startswith("lit_gpt.")} & set(MODULES)
+    """The modules of lit_gpt that a file imports: where it names a package and a name in it, the module alone."""
+    known = {dotted(module): module for module in MODULES}
+    found = {known[name] for name in imports(source) if name in known}
+    return {module for module in found if not module.endswith("__init__.py")}
 
 
-def test_table_names_every_module_once_and_no_other() -> None:
-    assert sorted(level_table()) == MODULES
+def test_the_table_names_every_room_once_and_no_other() -> None:
+    found = {room(module) for module in MODULES} - {"__init__.py"}
+    assert sorted(rooms()) == sorted(found)
+    assert len(list((ROOT / "lit_gpt").glob("[!_]*"))) <= 20
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_downwards(module: str) -> None:
-    levels = level_table()
-    order = list(levels)
-    for imported in library_imports(f"lit_gpt/{module}.py"):
-        below = levels[imported] <= levels[module] and order.index(imported) < order.index(module)
-        assert below, f"{module}.py (level {levels[module]}) imports {imported}.py (level {levels[imported]})"
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.endswith("__init__.py")])
+def test_imports_go_to_earlier_rooms(module: str) -> None:
+    order = rooms()
+    for imported in library_imports(module):
+        assert order.index(room(imported)) <= order.index(room(module)), f"{module} imports {imported}: a later room"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    arrows = {module: library_imports(module) - {module} for module in MODULES}
+    try:
+        list(TopologicalSorter(arrows).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -103,8 +124,8 @@ def test_import_needs_no_optional_package_and_does_no_work(tmp_path: Path) -> No
 import importlib, logging, os, threading
 import torch, lightning.fabric  # what their own imports set is not ours
 environment = dict(os.environ)
-for module in {MODULES}:
-    importlib.import_module(f"lit_gpt.{{module}}")
+for module in {[dotted(module) for module in MODULES]}:
+    importlib.import_module(module)
 assert os.environ == environment
 assert threading.active_count() == 1, threading.enumerate()
 assert not torch.cuda.is_initialized()
@@ -130,8 +151,8 @@ runpy.run_path({str(ROOT / program)!r}, run_name="__main__")""",
     assert done.stdout.startswith("usage: ")
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "args"])
-def test_level_zero_needs_no_torch(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", sorted({"cli", "config", *(room(m)[:-1] for m in MODULES if room(m)[-1] == "/")}))
+def test_entering_a_room_needs_no_torch(module: str, tmp_path: Path) -> None:
     done = run_python(f"sys.modules['torch'] = None; import lit_gpt.{module}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

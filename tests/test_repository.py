@@ -44,7 +44,7 @@ def program_in(command: list[str]) -> str | None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_holds_settings_only(recipe: Path) -> None:
-    from lit_gpt.args import Settings
+    from lit_gpt.train.settings import Settings
 
     known = {field.name for field in dataclasses.fields(Settings)}
     keys = set(yaml.safe_load(recipe.read_text(encoding="utf-8")))
@@ -95,7 +95,7 @@ def test_imports_are_declared() -> None:
     optional_kernels |= {"liger_kernel", "cut_cross_entropy", "litgpt"}  # compared with
     optional_kernels |= {"triton"}  # a part of torch on GPUs
     own = {"lit_gpt"}
-    for path in [*ROOT.glob("lit_gpt/*.py"), *ROOT.glob("pretrain/*.py"), *ROOT.glob("scripts/*.py")]:
+    for path in [*ROOT.glob("lit_gpt/**/*.py"), *ROOT.glob("pretrain/*.py"), *ROOT.glob("scripts/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

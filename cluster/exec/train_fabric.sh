@@ -148,7 +148,7 @@ if [[ -n ${DRY_RUN:-} ]]; then
     exit
 fi
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is no Slurm job: start it by sbatch $0, or set DRY_RUN=1"
-export REQUEUE_FILE=$PWD/.requeue-$SLURM_JOB_ID # left by the watchdog: lit_gpt/job.py
+export REQUEUE_FILE=$PWD/.requeue-$SLURM_JOB_ID # left by the watchdog: lit_gpt/launch/job.py
 rm -f "$REQUEUE_FILE"
 # Newer Slurms tell a job when it ends; an older one is asked, for the run saves in time by itself.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then

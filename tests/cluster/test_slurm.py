@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.training import ROOT, SMALL, command, environment, metrics, seen_rows, train
+from tests.support.training import ROOT, SMALL, command, environment, metrics, seen_rows, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

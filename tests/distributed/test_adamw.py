@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from lit_gpt.adamw import RoundingAdamW
-from tests.test_adamw import random, steps
+from lit_gpt.train.adamw import RoundingAdamW
+from tests.train.test_adamw import random, steps
 
 pytestmark = pytest.mark.distributed
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lit_gpt.args import Settings
-from lit_gpt.memory_plan import step_memory
-from tests.training import ROOT, environment
+from lit_gpt.train.memory_plan import step_memory
+from lit_gpt.train.settings import Settings
+from tests.support.training import ROOT, environment
 
 pytestmark = pytest.mark.distributed
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.checkpoint import verified
-from lit_gpt.history import find
-from tests.training import command, environment, metrics, seen_rows, small_disk, train
+from lit_gpt.checkpoint.checkpoint import verified
+from lit_gpt.checkpoint.history import find
+from tests.support.training import command, environment, metrics, seen_rows, small_disk, train
 
 pytestmark = pytest.mark.distributed
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt.args import Settings
-from lit_gpt.checkpoint import model_tensors, verified
-from lit_gpt.run_record import RunRecord
-from tests.test_step_guard import FAULTY
-from tests.training import command, environment, full_state, metrics, seen_rows, train
+from lit_gpt.checkpoint.checkpoint import model_tensors, verified
+from lit_gpt.datapoints.run_record import RunRecord
+from lit_gpt.train.settings import Settings
+from tests.support.training import command, environment, full_state, metrics, seen_rows, train
+from tests.train.test_step_guard import FAULTY
 
 pytestmark = pytest.mark.distributed
 

@@ -13,8 +13,8 @@ from typing import IO
 
 import pytest
 
-from lit_gpt.watchdog import Heartbeat, Limits, verdict
-from tests.training import SECRETS, assert_no_secret, command, environment, metrics
+from lit_gpt.launch.watchdog import Heartbeat, Limits, verdict
+from tests.support.training import SECRETS, assert_no_secret, command, environment, metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -72,7 +72,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(store: Path, tmp_path: Path, s
     assert lines[-1] == told[-1]
     stacks = (tmp_path / "watchdog" / f"stacks-rank-{1 - stopped:05d}.txt").read_text()
     assert "trainer.py" in stacks
-    assert "packed_dataset.py" in stacks, "the loader's thread is a thread of the rank"
+    assert "loader.py" in stacks, "the loader's thread is a thread of the rank"
     assert (tmp_path / "requeue").exists() == (stopped == 1)
     assert_no_secret(tmp_path)  # the log is there, too
 
@@ -87,7 +87,7 @@ def test_a_second_stall_from_the_same_checkpoint_is_not_requeued(tmp_path: Path)
     code = """
 import os, sys, time
 from pathlib import Path
-from lit_gpt.watchdog import Limits, Watchdog
+from lit_gpt.launch.watchdog import Limits, Watchdog
 
 def stall(started_from):
     limits = Limits(factor=3, floor_s=1.0, long_s=50)

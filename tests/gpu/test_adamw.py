@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_gpt.adamw import RoundingAdamW
-from tests.test_adamw import ADAM, random
+from lit_gpt.train.adamw import RoundingAdamW
+from tests.train.test_adamw import ADAM, random
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

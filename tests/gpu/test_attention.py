@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gpt.attention import BACKENDS, attention, choose_backend, make_segments
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.model import GPT, initialize
+from lit_gpt.model.attention import BACKENDS, attention, choose_backend, make_segments
+from lit_gpt.model.gpt import GPT, initialize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

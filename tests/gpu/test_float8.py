@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_gpt.float8 import Float8Linear, float8_mlp
-from lit_gpt.float8_kernels import (
+from lit_gpt.model.float8 import Float8Linear, float8_mlp
+from lit_gpt.model.float8_triton import (
     E4M3,
     E5M2,
     absolute_max,
@@ -19,7 +19,7 @@ from lit_gpt.float8_kernels import (
     gated_backward_cast,
     gated_cast,
 )  # fmt: skip
-from lit_gpt.model import Linear
+from lit_gpt.model.gpt import Linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHAPES = [(512, 768), (160, 5632), (33, 48)]

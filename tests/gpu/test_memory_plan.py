@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt.args import Settings
-from lit_gpt.memory_plan import peak_bytes
-from lit_gpt.token_store import write_store
-from tests.training import EOS, command, documents, environment
+from lit_gpt.data.token_store import write_store
+from lit_gpt.train.memory_plan import peak_bytes
+from lit_gpt.train.settings import Settings
+from tests.support.training import EOS, command, documents, environment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

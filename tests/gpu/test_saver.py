@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt.args import Settings
-from lit_gpt.checkpoint import checkpoint_name, load, verified
+from lit_gpt.checkpoint.checkpoint import checkpoint_name, load, verified
+from lit_gpt.checkpoint.host_copy import HostCopy
+from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.config import Config
-from lit_gpt.host_copy import HostCopy
-from lit_gpt.model import GPT, initialize
-from lit_gpt.optim import make_optimizer
-from lit_gpt.saver import CheckpointSaver
+from lit_gpt.model.gpt import GPT, initialize
+from lit_gpt.train.optimizer import make_optimizer
+from lit_gpt.train.settings import Settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lit_gpt.args import Settings
-from lit_gpt.optim import gradient_norm, make_optimizer
-from lit_gpt.step_guard import StepGuard, Verdict
+from lit_gpt.train.optimizer import gradient_norm, make_optimizer
+from lit_gpt.train.settings import Settings
+from lit_gpt.train.step_guard import StepGuard, Verdict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -1,0 +1,268 @@
+"""What a training step costs on this device, and where its time goes; what scripts/benchmark_step.py prints.
+
+The step is the training program's own (train_step.py), on packed rows of random tokens with the lengths of German web
+text, made once and copied to the device each step; loading, logging and saving are left out. Times are medians of
+steps that follow each other without a wait, taken from the device's clock after a warm-up that compiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from lit_gpt.config import IGNORE_INDEX, Config
+from lit_gpt.data.loader import Batch, boundary_entries
+from lit_gpt.launch.world import find_world, launch
+from lit_gpt.train.optimizer import make_optimizer
+from lit_gpt.train.settings import Settings
+from lit_gpt.train.sharding import build_model, shard
+from lit_gpt.train.speed_monitor import peak_flops
+from lit_gpt.train.train_step import TrainStep
+
+# Shapes: B rows of a micro-batch, T tokens a row, C width, L blocks.
+
+MEDIAN_TOKENS, SIGMA = 368, 1.14
+"""Of a document's length: log-normal, as German web text has it (docs/benchmarks.md)."""
+PRODUCT = 8192
+"""Side of the square matrices that measure the device's rate of products."""
+COPY_BYTES = 1 << 30
+PROFILED_STEPS = 3
+
+PARTS = ("attention", "products", "float8 casts", "loss", "optimizer", "rest")
+_CASTS = ("absolute_max", "cast", "gated_absolute_max", "gated_cast", "gated_backward_cast")
+"""Names of float8_triton.py's kernels; the last three compute SwiGLU on the way."""
+_KERNELS = {
+    "attention": ("flash", "attn", "attention", "fmha"),
+    "products": ("gemm", "quack", "nvjet", "cutlass", "xmma", "splitk"),
+}
+"""Parts of kernels' names, in lower case."""
+
+
+class Bench:
+    """A model of `settings` on one device, and batches for it."""
+
+    def __init__(self, settings: Settings, *, distinct_steps: int = 4) -> None:
+        self.settings = settings
+        self.config: Config = settings.config
+        world = find_world(settings)
+        self.fabric = launch(settings, world, lambda model: shard(model, settings, world))
+        self.device = self.fabric.device
+        self.model = build_model(self.fabric, self.config, settings)
+        self.backend, self.mlp = str(self.model.attention_backend), str(self.model.mlp_backend)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
+        generator = np.random.default_rng(settings.seed)
+        micro_batches = settings.global_batch_size // settings.micro_batch_size
+        self._steps = [[self._batch(generator) for _ in range(micro_batches)] for _ in range(distinct_steps)]
+        self._targets = [sum(int((b.targets != IGNORE_INDEX).sum()) for b in step) for step in self._steps]
+        self._done = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _batch(self, generator: np.random.Generator) -> Batch:
+        rows, length = self.settings.micro_batch_size, self.config.block_size
+        cu_seqlens, ends = packed_documents(rows, length, generator)
+        tokens = torch.from_numpy(generator.integers(0, self.config.vocab_size, (rows, length)).astype(np.uint16))
+        targets = torch.from_numpy(generator.integers(0, self.config.vocab_size, rows * length).astype(np.int32))
+        targets[torch.from_numpy(ends) - 1] = IGNORE_INDEX  # a document's last token predicts nothing
+        targets = targets.view(rows, length)
+        if self.device.type == "cuda":
+            tokens, targets, cu_seqlens = (x.pin_memory() for x in (tokens, targets, cu_seqlens))
+        return Batch(tokens, targets, cu_seqlens, int(cu_seqlens.diff().max()), np.arange(rows))
+
+    def step(self) -> tuple[Tensor, int]:
+        """One update: the summed loss on the device, and the valid targets."""
+        which = self._done % len(self._steps)
+        update = self.train_step.update(self._done, self._steps[which], self._targets[which])
+        self._done += 1
+        self._skipped += update.verdict != 0
+        return update.loss_sum, self._targets[which]
+
+    def require_updates(self) -> None:
+        """Raise if updates were skipped: times without them mean nothing."""
+        if skipped := int(self._skipped):
+            raise RuntimeError(f"{skipped} of {self._done} updates were skipped, their gradients were not finite")
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def packed_documents(rows: int, length: int, generator: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+    """cu_seqlens (S + 1,) int32 of documents packed into rows, and where each but the last ends in the rows' tokens."""
+    size = rows * length
+    lengths = np.exp(generator.normal(np.log(MEDIAN_TOKENS), SIGMA, size)).astype(np.int64) + 1
+    ends = np.cumsum(lengths)
+    ends = ends[ends < size]
+    edges = np.union1d(np.arange(0, size + 1, length), ends)
+    cu_seqlens = torch.full((boundary_entries(len(edges)),), size, dtype=torch.int32)
+    cu_seqlens[: len(edges)] = torch.from_numpy(edges.astype(np.int32))
+    return cu_seqlens, ends
+
+
+def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> Iterator[dict[str, Any]]:
+    """The step's speed, and with `breakdown` where its time goes; one dictionary a line of output."""
+    started = time.perf_counter()
+    bench = Bench(settings)
+    loss = 0.0
+    for index in range(warmup):
+        loss_sum, targets = bench.step()
+        loss = loss_sum.item() / targets
+        if index == 0:
+            first_step_s = time.perf_counter() - started
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds = _step_seconds(bench, steps)
+    bench.require_updates()
+    median = statistics.median(seconds)
+    tokens = statistics.mean(bench._targets)
+    rate = tokens / median
+    line: dict[str, Any] = {
+        "what": "step", "size": settings.model_name, "precision": settings.precision, "float8": settings.float8,
+        "attention": bench.backend, "mlp": bench.mlp, "checkpointing": settings.activation_checkpointing,
+        "deterministic": settings.deterministic, "compile": settings.compile is not False,
+        "rows": settings.global_batch_size, "micro_batch": settings.micro_batch_size,
+        "value": round(rate), "unit": "tokens/s",
+        "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),
+        "first_step_s": round(first_step_s, 1), "loss_after_warmup": round(loss, 4),
+    }  # fmt: skip
+    if bench.device.type == "cuda":
+        line["memory_gib"] = round(torch.cuda.max_memory_allocated(bench.device) / 2**30, 2)
+        if peak := peak_flops(torch.cuda.get_device_name(bench.device)):
+            for name, with_embedding in (("mfu_palm", True), ("mfu", False)):
+                line[name] = round(rate * bench.config.flops_per_token(with_embedding=with_embedding) / peak, 4)
+    yield line
+    if breakdown:
+        yield from _breakdown(bench, median)
+
+
+def _step_seconds(bench: Bench, steps: int) -> list[float]:
+    if bench.device.type != "cuda":
+        return [_timed(bench.step) for _ in range(steps)]
+    edges = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    bench.synchronize()
+    edges[0].record()
+    for edge in edges[1:]:
+        bench.step()
+        edge.record()
+    bench.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(edges)]
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _breakdown(bench: Bench, step_s: float) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step by part against the floor that this device's own rates set.
+
+    "no kernel running" is a timed step less the kernels of other, profiled steps: some ms below 0 if these ran slower.
+    """
+    if bench.device.type != "cuda":
+        return
+    flops_s, bytes_s = _product_rate(bench.device), _copy_rate(bench.device)
+    yield {"what": "rate of bf16 products", "value": round(flops_s / 1e12, 1), "unit": "TFLOP/s"}
+    yield {"what": "rate of copies", "value": round(bytes_s / 1e9), "unit": "GB/s, read and written"}
+    spent, kernels = _time_by_part(bench)
+    floors = _floors(bench, flops_s, bytes_s)
+    for part in PARTS:
+        line: dict[str, Any] = {"what": part, "value": round(spent[part] * 1e3, 2), "unit": "ms"}
+        line["share"] = round(spent[part] / step_s, 3)
+        if part in floors:
+            line |= {"floor_ms": round(floors[part] * 1e3, 2), "of_floor": round(floors[part] / spent[part], 3)}
+        yield line
+    idle = step_s - sum(spent.values())
+    yield {"what": "no kernel running", "value": round(idle * 1e3, 2), "unit": "ms", "share": round(idle / step_s, 3)}
+    for (part, name), seconds in sorted(kernels.items(), key=lambda item: -item[1])[:24]:
+        yield {"what": "kernel", "part": part, "value": round(seconds * 1e3, 2), "unit": "ms", "name": name[:90]}
+
+
+def _time_by_part(bench: Bench) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """Seconds a step of each part, and of each kernel: by the operator that launched it, else by its name."""
+    bench.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(PROFILED_STEPS):
+            bench.step()
+        bench.synchronize()
+    parts: dict[str, float] = defaultdict(float)
+    kernels: dict[tuple[str, str], float] = defaultdict(float)
+    # calls of the CUDA runtime count their ids apart from operators
+    operators = {e.id: e for e in recorded.events() or [] if not e.name.startswith("cu")}
+    assert recorded.profiler is not None
+    for event in recorded.profiler.kineto_results.events():
+        if event.device_type() != DeviceType.CUDA or event.is_user_annotation():
+            continue
+        part = _part(operators.get(event.linked_correlation_id()), event.name())
+        seconds = event.duration_ns() / 1e9 / PROFILED_STEPS
+        parts[part] += seconds
+        kernels[part, event.name()] += seconds
+    return parts, kernels
+
+
+def _part(operator: Any, kernel: str) -> str:
+    while operator is not None:
+        if "LinearCrossEntropy" in operator.name:
+            return "loss"
+        if operator.name.startswith("Optimizer."):
+            return "optimizer"
+        operator = operator.cpu_parent
+    if kernel in _CASTS:
+        return "float8 casts"
+    name = kernel.lower()
+    if name.startswith("triton"):  # fused by torch.compile: named after all that it does
+        return "rest"
+    return next((part for part, words in _KERNELS.items() if any(word in name for word in words)), "rest")
+
+
+def _floors(bench: Bench, flops_s: float, bytes_s: float) -> dict[str, float]:
+    """Seconds that a step's products and the optimizer's memory traffic take at the device's measured rates."""
+    config, settings = bench.config, bench.settings
+    tokens = settings.global_batch_size * config.block_size
+    blocks = config.n_layer * config.block_parameters
+    recompute = 8 if settings.activation_checkpointing == "full" else 6
+    faster = 1 if settings.float8 == "none" else 2
+    lengths = [np.diff(batch.cu_seqlens.numpy()).astype(np.float64) for step in bench._steps for batch in step]
+    pairs = sum(float((x * x).sum()) for x in lengths) / 2 / len(bench._steps)
+    stored = 2 if settings.precision == "bf16-true" else 4
+    return {
+        "attention": 14 * pairs * config.n_embd * config.n_layer / flops_s,  # two products forward, five backward
+        "products": recompute * blocks * tokens / flops_s / faster,
+        "loss": 6 * config.padded_vocab_size * config.n_embd * tokens / flops_s,
+        "optimizer": 7 * stored * config.parameters / bytes_s,  # four numbers read, three written
+    }
+
+
+def _product_rate(device: torch.device) -> float:
+    """FLOP/s of a bf16 product of square matrices of random numbers."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * PRODUCT**3 / _kernel_seconds(lambda: a @ b)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy in device memory."""
+    source = torch.randint(0, 256, (COPY_BYTES,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _kernel_seconds(lambda: target.copy_(source))
+
+
+def _kernel_seconds(call: Callable[[], Any], repetitions: int = 20) -> float:
+    for _ in range(3):
+        call()
+    edges = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    edges[0].record()
+    for edge in edges[1:]:
+        call()
+        edge.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(edges)) / 1e3

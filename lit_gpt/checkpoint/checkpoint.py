@@ -1,0 +1,278 @@
+"""Checkpoints that can be trusted: written under a temporary name, hashed, synced, and published by one rename.
+
+A checkpoint is a folder `iter-XXXXXXXX-ckpt.pth`; the number is the step, whatever the number of processes:
+
+    run.json        what the run was: model shape, settings, step, slot, data, versions; JSON, no code
+    state.pth       weights, optimizer and RNG in one file (state_dict_type full), or
+    state/          the same, each rank's part in a file of its own (sharded; torch.distributed.checkpoint)
+    MANIFEST.json   size and xxh3 of each file above
+
+A folder without a manifest, or with a file that does not match it, is no checkpoint: it is skipped with a warning and
+never counted by pruning. Neither is one whose weights are not finite numbers. Either kind loads on any number of
+processes. Loading runs no code (weights_only, JSON). How a running training saves is saver.py's; which checkpoint of a
+run is resumed and which stay is history.py's.
+Cost of publishing: one more read of the files for their hashes, from the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from lit_gpt.checkpoint import full_state, sharded_state
+from lit_gpt.checkpoint.sharded_state import MalformedState
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"iter-(\d{8})-ckpt\.pth")
+RUN, MANIFEST, FULL, SHARDED = "run.json", "MANIFEST.json", "state.pth", "state"
+_HASH_CHUNK_BYTES = 16 << 20
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was saved; says which file, and what differs."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint on disk and the facts in its run.json."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.facts["step"]
+
+    @property
+    def config(self) -> Config:
+        return Config(**self.facts["model"])
+
+    @property
+    def state_xxh3(self) -> str:
+        """Names what was trained: a hash over the manifest's entries of everything but run.json."""
+        files = {name: entry for name, entry in _manifest(self.path).items() if name != RUN}
+        return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def checkpoint_name(step: int) -> str:
+    return f"iter-{step:08d}-ckpt.pth"
+
+
+# Publishing
+
+
+def publish(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Make the checkpoint `final` of the state that lies in `temporary`, whole or not at all."""
+    (temporary / RUN).write_text(json.dumps(facts, indent=1))
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    listing = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": _hash(path)} for path in files}
+    (temporary / MANIFEST).write_text(json.dumps(listing, indent=1))
+    for path in (temporary / MANIFEST, temporary / SHARDED, temporary):
+        if path.exists():
+            _sync(path)
+    if final.exists():
+        log.warning("%s is replaced: it was damaged, or of a branch that the run has left", final)
+        remove(final)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def temporary_path(final: Path) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return final.with_name(f".saving-{final.name}")
+
+
+def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
+    """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere.
+
+    Memory holds one weight at a time, the disk for a moment all of them twice.
+    """
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        mapped = temporary / "mapped"
+        mapped.mkdir()
+        full_state.write(
+            {"model": {name: _mapped(tensor, mapped / name) for name, tensor in tensors}}, temporary / FULL
+        )
+        shutil.rmtree(mapped)
+        publish(temporary, path, {**facts, "model": asdict(config)})
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there only if it failed
+    return path
+
+
+def _mapped(tensor: Tensor, path: Path) -> Tensor:
+    """The tensor as a map of a new file, which the system reads and drops as it needs to."""
+    path.write_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    whole = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return whole.view(tensor.shape)
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool, to_host: bool) -> dict[str, Any]:
+    """Weights, optimizer and RNG under the names of a checkpoint; tensors that need no gathering are the live ones.
+
+    full: whole tensors instead of this rank's shards; with to_host on rank 0 alone, in its memory.
+    """
+    options = StateDictOptions(full_state_dict=full, cpu_offload=to_host)
+    weights, optimizer_state = get_state_dict(unwrapped(model), optimizer, options=options)
+    return {"model": weights, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint so that a kill in the middle leaves nothing that looks like half of one."""
+    doomed = path.with_name(f".removing-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every file is there in its size; hashes are for those who load."""
+    try:
+        return _size_mismatch(path) is None
+    except DamagedCheckpoint:
+        return False
+
+
+# Checking
+
+
+def verified(path: Path) -> Checkpoint:
+    """The checkpoint at `path` if every file has the manifest's size and hash, every weight is a finite number, and
+    what is no tensor is a plain value.
+
+    Raises DamagedCheckpoint. Cost: the files are read once for their hashes, the weights once more from the page cache.
+    """
+    if mismatch := _size_mismatch(path):
+        raise DamagedCheckpoint(mismatch)
+    for name, entry in _manifest(path).items():
+        if (digest := _hash(path / name)) != entry["xxh3"]:
+            raise DamagedCheckpoint(f"{path / name} is corrupt: xxh3 {digest}, saved as {entry['xxh3']}")
+    found = Checkpoint(path, json.loads((path / RUN).read_text()))
+    try:
+        for name, tensor in model_tensors(found):
+            if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):  # NaN spreads to both
+                raise DamagedCheckpoint(f"{path} holds weights that are not finite numbers: {name}")
+        if not (path / FULL).is_file():
+            sharded_state.check_values(path / SHARDED)
+    except MalformedState as error:
+        raise DamagedCheckpoint(f"{path} holds more than tensors and plain values; it was not run: {error}") from None
+    return found
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise DamagedCheckpoint(
+            f"{path} has no {MANIFEST}: not a checkpoint of this project, or never finished"
+        ) from None
+    except ValueError:
+        raise DamagedCheckpoint(f"{path / MANIFEST} is not JSON") from None
+
+
+def _size_mismatch(path: Path) -> str | None:
+    for name, entry in _manifest(path).items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != entry["bytes"]:
+            return (
+                f"{path / name} is {'missing' if found is None else f'{found} bytes'}, saved as {entry['bytes']} bytes"
+            )
+    return None
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """The folders that are named as checkpoints, whole or not."""
+    return sorted((path for path in run_dir.glob("iter-*") if NAME.fullmatch(path.name)), reverse=True)
+
+
+def names(run_dir: Path) -> str:
+    """The checkpoints of a run folder as a message names them."""
+    return ", ".join(path.name for path in newest_first(run_dir)) or "no checkpoint"
+
+
+# Loading
+
+
+def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the checkpoint's state into model and optimizer, on any number of processes, from either kind."""
+    inner = unwrapped(model)
+    if inner.config != checkpoint.config:
+        differs = [k for k, v in asdict(inner.config).items() if v != checkpoint.facts["model"][k]]
+        raise BadInput(
+            f"{checkpoint.path} is a checkpoint of another model: "
+            + ", ".join(
+                f"{k} is {checkpoint.facts['model'][k]} there, {getattr(inner.config, k)} here" for k in differs
+            )
+        )
+    path = checkpoint.path
+    full = (path / FULL).is_file()
+    try:
+        if full and not full_state.has_optimizer(path / FULL):  # an imported model: its optimizer starts afresh
+            full_state.read_into({"model": get_model_state_dict(inner)}, path / FULL)
+            return
+        state = training_state(model, optimizer, full=False, to_host=False)
+        if full:
+            full_state.read_into(state, path / FULL)
+        else:
+            sharded_state.read_into(state, path / SHARDED)
+    except MalformedState as error:
+        raise BadInput(f"{path} is not what this run could have saved: {error}") from None
+    set_state_dict(inner, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    torch.set_rng_state(state["rng"])
+
+
+def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The weights, one after another on the CPU; memory holds one at a time, whatever the kind of checkpoint."""
+    path = checkpoint.path
+    if (path / FULL).is_file():
+        yield from full_state.weights(path / FULL)
+        return
+    yield from sharded_state.tensors(path / SHARDED, "model.")
+
+
+# Small parts
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The GPT inside Fabric's wrapper."""
+    return getattr(model, "module", model)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

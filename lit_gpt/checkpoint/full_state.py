@@ -1,0 +1,119 @@
+"""The file of a full checkpoint: a whole state, written by one process, of which each process reads what it holds.
+
+Reading runs no code (weights_only). A file that does not hold the state asked for is a `MalformedState`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lit_gpt.checkpoint.sharded_state import MalformedState, one_line, plain_os_errors
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    with plain_os_errors(), path.open("wb") as file:
+        torch.save(state, file)
+
+
+def has_optimizer(path: Path) -> bool:
+    """Not so of a model that was imported."""
+    with FakeTensorMode():
+        return "optimizer" in _load(path)
+
+
+@torch.no_grad()
+def read_into(state: dict[str, Any], path: Path) -> None:
+    """Fill the tensors of `state` in place, of sharded ones this rank's part, and replace its other values.
+
+    Nothing is filled unless names and shapes are those of the file. Cost: the file is mapped, not read as a whole.
+    """
+    found = _load(path, mmap=True)
+    if differences := list(_differences(state, found, ())):
+        raise MalformedState(f"{path}: {'; '.join(differences[:3])}")
+    _fill(state, found)
+
+
+def weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights, one after another by plain reads.
+
+    torch's own mmap is a private, writable mapping of the whole file, for which Linux wants memory in reserve: it
+    refuses a file that is larger than the machine's memory.
+    """
+    with FakeTensorMode():
+        fakes = _load(path).get("model")
+    if not isinstance(fakes, dict) or not all(isinstance(fake, Tensor) for fake in fakes.values()):
+        raise MalformedState(f"{path}: 'model' is no dictionary of tensors")
+    with path.open("rb") as file:
+        for name, fake in fakes.items():
+            file.seek(fake.untyped_storage()._checkpoint_offset)
+            # not the storage's own size, which torch 2.10 multiplies by that of an element
+            last = fake.storage_offset() + sum(
+                (n - 1) * stride for n, stride in zip(fake.shape, fake.stride(), strict=True)
+            )
+            data = bytearray((last + 1) * fake.itemsize)
+            if file.readinto(data) != len(data):
+                raise MalformedState(f"{path} ends within weight {name!r}")
+            whole = torch.frombuffer(data, dtype=fake.dtype)
+            yield name, whole.as_strided(fake.size(), fake.stride(), fake.storage_offset())
+
+
+def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        raise MalformedState(f"{path}: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise MalformedState(f"{path}: a {type(found).__name__}, no dictionary")
+    return found
+
+
+def _differences(wanted: Any, found: Any, names: tuple[str, ...]) -> Iterator[str]:
+    """In what `found` is not of the names and shapes of `wanted`; values that are no tensors may differ."""
+    where = ".".join(names) or "the state"
+    if isinstance(wanted, Tensor):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != tuple(wanted.shape):
+            yield f"{where} is {shape}, not {tuple(wanted.shape)}"
+    elif names == ("optimizer", "param_groups"):
+        if _members(found) != _members(wanted):
+            yield f"{where} are not of this optimizer's parameters"
+    elif isinstance(wanted, dict):
+        if not isinstance(found, dict):
+            yield f"{where} is a {type(found).__name__}, no dictionary"
+            return
+        yield from (f"{where} lacks {name}" for name in wanted if name not in found)
+        yield from (f"{where} has, unasked, {name}" for name in found if name not in wanted)
+        for name in wanted:
+            if name in found:
+                yield from _differences(wanted[name], found[name], (*names, name))
+
+
+def _members(groups: Any) -> list[list[str]] | None:
+    """The parameters of each group; which further settings a group has is torch's version's."""
+    try:
+        return [sorted(group["params"]) for group in groups]
+    except (TypeError, KeyError):
+        return None
+
+
+def _fill(state: dict[str, Any], found: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if isinstance(value, dict):
+            _fill(value, found[name])
+        elif isinstance(value, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+            part = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+            value.to_local().copy_(found[name][part])
+        elif isinstance(value, Tensor):
+            value.copy_(found[name])
+        else:
+            state[name] = found[name]

@@ -1,0 +1,231 @@
+"""How a running training saves: staged in host memory, written beside the training, agreed on by all ranks.
+
+A save has two halves. The training loop waits for the first: the weights are found finite and the state is copied to
+host memory, which later steps cannot change. A thread does the second: write, sync, hash, publish, prune. A save that
+must be over when it returns (a stop signal, the end of the run, async_save off) does both in place, without the copy.
+
+Invariants: one save at a time, a second one waits for the first; older checkpoints are removed only after a newer one
+is published; ranks agree on the outcome, over a gloo group of their own, so that none waits for one that failed. A save
+that is refused (weights that are not finite) or for which there is no room leaves the training and the older
+checkpoints alone: an error is logged and `failure` says why. Any other failure is raised by the next `wait`.
+Costs: while a save runs, one copy of this rank's state in host memory, page-locked on GPUs and kept for the next save;
+of a full checkpoint of several processes, the whole state on rank 0.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from lit_gpt.checkpoint import checkpoint, full_state, history, sharded_state
+from lit_gpt.checkpoint.host_copy import HostCopy
+
+log = logging.getLogger(__name__)
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+SAVE_TIMEOUT = timedelta(hours=2)
+"""Longest wait of a rank for another's part of a save; ranks that die are noticed at once."""
+
+
+class CheckpointSaver:
+    """Saves of one run. All ranks make one, and call `save`, `wait` and `close` in the same order."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        full: bool,
+        overlap: bool,
+        keep_last: int,
+        keep_every_steps: int = 0,
+    ) -> None:
+        self.failure: str | None = None
+        """Why the newest save came to nothing; None if it is published or still being written."""
+        self.longest_s = 0.0
+        """Seconds of the longest save so far, from its call to its publication."""
+        self._run_dir, self._model, self._optimizer = run_dir, model, optimizer
+        self._full, self._overlap = full, overlap
+        self._prune = partial(history.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
+        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if dist.is_initialized() else None
+        self._rank = dist.get_rank() if self._group is not None else 0
+        device = next(model.parameters()).device
+        on_gpu = device.type == "cuda"
+        self._host_copy = HostCopy(from_gpu=on_gpu)
+        # a thread has a current device of its own: without this, every rank would start a context on GPU 0
+        use_device = partial(torch.cuda.set_device, device) if on_gpu else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device)
+        self._running: Future[None] | None = None
+
+    def save(self, facts: dict[str, Any], *, wait: bool = False) -> None:
+        """Save the state after `facts["step"]` updates; with wait=True, or without overlap, it is over on return.
+
+        `facts` goes to run.json on rank 0 and must be plain JSON; the model's shape is added to it.
+        """
+        began = time.monotonic()
+        self.wait()
+        self.failure = None
+        facts = {**facts, "model": asdict(checkpoint.unwrapped(self._model).config)}
+        if not self._weights_are_finite():
+            self._give_up(facts["step"], "the weights are not finite numbers")
+        elif self._overlap and not wait:
+            state = self._staged_state()
+            self._running = self._thread.submit(self._write, state, facts, began, time.monotonic() - began)
+        else:
+            state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=self._full)
+            self._write(state, facts, began, None)
+
+    def wait(self) -> None:
+        """Return when no save is running; raises what ended one that failed for another reason than room."""
+        running, self._running = self._running, None
+        if running is not None and (error := running.exception()) is not None:
+            raise RuntimeError("a checkpoint could not be written") from error
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._running is not None and not self._running.done()
+
+    @property
+    def broken(self) -> bool:
+        """Whether `wait` is going to raise; asks no other rank."""
+        return self._running is not None and self._running.done() and self._running.exception() is not None
+
+    def close(self) -> None:
+        """Wait for a running save, whatever ends the run; an error is logged, not to hide the one that ends it."""
+        if self._running is not None and (error := self._running.exception()) is not None:
+            log.error("a checkpoint could not be written", exc_info=error)
+        self._thread.shutdown()
+        self._host_copy.close()
+
+    def log_room(self) -> None:
+        """Say how many checkpoints fit into the run folder's file system; warn if there is no room for two."""
+        if self._rank == 0:
+            size, free = self._state_bytes(), shutil.disk_usage(self._run_dir).free
+            log.log(
+                logging.WARNING if free < 2 * size else logging.INFO,
+                "a checkpoint takes about %.2f GB; %.2f GB are free in %s: room for %d",
+                size / 1e9, free / 1e9, self._run_dir, free // size,
+            )  # fmt: skip
+
+    # What the training loop waits for
+
+    def _weights_are_finite(self) -> bool:
+        """The largest weight of each rank's shards, found on its device; NaN counts as larger than any."""
+        local = [shard for p in self._model.parameters() if (shard := _local(p.detach())).numel()]
+        largest = torch.nn.utils.get_total_norm(local, torch.inf) if local else torch.zeros(())
+        bad = torch.tensor([not torch.isfinite(largest)], dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(bad, group=self._group)
+        return not bad.item()
+
+    def _staged_state(self) -> dict[str, Any]:
+        gathered = self._full and self._group is not None
+        state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=gathered)
+        if not gathered:
+            return self._host_copy.of(state)
+        # Gathering copies what is sharded; the rest (the optimizer's step counters) is still the optimizer's own.
+        tensors = [*self._model.parameters(), *(t for s in self._optimizer.state.values() for t in s.values())]
+        live = {_address(t) for t in tensors if isinstance(t, Tensor)}
+        return tree_map_only(Tensor, lambda t: t.clone() if _address(t) in live else t, state)
+
+    def _state_bytes(self) -> int:
+        """Size of a checkpoint: each weight and Adam's two averages of it, in its own precision."""
+        return sum(3 * p.numel() * p.element_size() for p in self._model.parameters())
+
+    # What a thread may do
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any], began: float, waited_s: float | None) -> None:
+        final = self._run_dir / checkpoint.checkpoint_name(facts["step"])
+        temporary = checkpoint.temporary_path(final)
+        try:
+            self._on_rank_zero(lambda: self._make_room(temporary))
+            if self._full:
+                self._on_rank_zero(lambda: full_state.write(state, temporary / checkpoint.FULL))
+            else:
+                sharded_state.write(state, temporary / checkpoint.SHARDED, self._group)
+            self._on_rank_zero(lambda: checkpoint.publish(temporary, final, facts))
+        except (OSError, CheckpointException) as error:
+            reason = _no_room(error)
+            if reason is None:
+                raise
+            self._on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            self._give_up(facts["step"], reason)
+            return
+        seconds = time.monotonic() - began
+        self.longest_s = max(self.longest_s, seconds)
+        if self._rank == 0:
+            log.info("saved %s in %.2f s, training waited %.2f s", final, seconds, waited_s or seconds)
+            self._remove_old(facts["step"])
+
+    def _make_room(self, temporary: Path) -> None:
+        """An empty folder, if the file system has room for what will be written: others write there too."""
+        shutil.rmtree(temporary, ignore_errors=True)  # left over by a save that was killed
+        size, free = self._state_bytes(), shutil.disk_usage(self._run_dir).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size} bytes needed, {free} free")
+        temporary.mkdir(parents=True)
+
+    def _remove_old(self, newest_step: int) -> None:
+        try:
+            self._prune(newest_step)
+        except OSError as error:  # the new checkpoint is published all the same
+            log.error("old checkpoints could not be removed: %s", error)
+
+    def _give_up(self, step: int, reason: str) -> None:
+        self.failure = reason
+        if self._rank == 0:
+            log.error("the checkpoint of step %d was NOT saved: %s. Older ones are untouched", step, reason)
+
+    def _on_rank_zero(self, call: Callable[[], None]) -> None:
+        """Make the call on rank 0; if it fails, all ranks raise."""
+        error: Exception | None = None
+        if self._rank == 0:
+            try:
+                call()
+            except Exception as caught:  # noqa: BLE001 - raised below, when the other ranks know
+                error = caught
+        told = [(getattr(error, "errno", None), str(error)) if error else None]
+        if self._group is not None:
+            dist.broadcast_object_list(told, src=0, group=self._group)
+        if error is not None:
+            raise error
+        if told[0] is not None:
+            number, text = told[0]
+            raise OSError(number, f"on rank 0: {text}") if number else RuntimeError(f"on rank 0: {text}")
+
+
+def _no_room(error: BaseException) -> str | None:
+    """What the file system said, if lack of room is all that went wrong, on whichever ranks."""
+    failures = [error]
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
+    if all(isinstance(failure, OSError) and failure.errno in NO_ROOM for failure in failures):
+        return str(failures[0])
+    return None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _address(tensor: Tensor) -> int:
+    return _local(tensor).untyped_storage().data_ptr()

@@ -1,0 +1,294 @@
+"""Batches for training: rows of tokens with document boundaries, read ahead by one thread, one step at a time.
+
+slot = step_start + (micro * world_size + rank) * micro_batch_size + j, so the rows of a step are the same for every
+number of ranks and every micro-batch. The slot of the next step is the whole state: it belongs to what was trained,
+never to what was read ahead, and a loader opened at any slot goes on from there.
+
+Costs: a step's rows are read in one go and held twice to thrice (6 bytes a token, times the steps read ahead). There
+are no worker processes: passing batches between processes costs more than making them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from lit_gpt.cli import BadInput
+from lit_gpt.config import IGNORE_INDEX
+from lit_gpt.data.row_reader import RowReader
+from lit_gpt.data.shard_cache import ShardCache
+from lit_gpt.data.token_store import TokenStore
+
+BOUNDARIES_STEP = 64
+"""cu_seqlens has a multiple of this many entries."""
+_POLL_S = 1.0
+"""How often a waiting consumer looks whether the prefetch thread still lives."""
+
+
+class Batch(NamedTuple):
+    """Rows of one forward pass. B: rows, T: block_size."""
+
+    tokens: torch.Tensor
+    """(B, T) uint16, or int32 for a vocabulary above 65,535: cast on the device, half the bytes over the bus."""
+    targets: torch.Tensor
+    """(B, T) int32; IGNORE_INDEX where a document ends and on padding."""
+    cu_seqlens: torch.Tensor
+    """int32 edges of the segments in the B*T flattened tokens, 0 to B*T; B*T repeats up to full BOUNDARIES_STEPs."""
+    max_seqlen: int
+    """Tokens of the longest segment."""
+    slots: NDArray[np.int64]
+    """(B,) the rows' places in the global order."""
+
+
+class Step(NamedTuple):
+    """What one rank computes in one optimizer step."""
+
+    first_slot: int
+    rows: int
+    """Rows of all ranks: the next step begins at first_slot + rows, or after rows that are left out."""
+    batches: tuple[Batch, ...]
+    targets: int
+    """Valid targets of this rank."""
+    digest: int
+    """This rank's part of the sum modulo 2**64 over all rows of the step."""
+
+
+class PackedDataset:
+    """The rows of one or more token stores as batches. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        stores: TokenStore | Sequence[TokenStore],
+        block_size: int,
+        seed: int,
+        *,
+        weights: Sequence[float] | None = None,
+        packing: str = "window",
+        cross_document_attention: bool = False,
+        max_epochs: int = 1,
+        cache: ShardCache | None = None,
+        index_dir: Path | None = None,
+    ) -> None:
+        self.reader = RowReader(
+            [stores] if isinstance(stores, TokenStore) else stores,
+            block_size,
+            seed,
+            weights=weights,
+            packing=packing,
+            cross_document_attention=cross_document_attention,
+            max_epochs=max_epochs,
+            cache=cache,
+            index_dir=index_dir,
+        )
+        self.block_size = block_size
+        self.rows_per_epoch = self.reader.rows_per_epoch
+        """Rows until the first of the sources has been seen once."""
+        self.total_rows = self.reader.total_rows
+        """Rows until the first of the sources has been seen max_epochs times."""
+
+    def read(self, slots: NDArray[np.int64]) -> tuple[Batch, int]:
+        """The rows of `slots` as one batch, and their digest."""
+        batches, digest = self.read_batches(slots[None])
+        return batches[0], digest
+
+    def read_batches(self, slots: NDArray[np.int64], *, pin_memory: bool = False) -> tuple[tuple[Batch, ...], int]:
+        """One batch for each line of `slots`, read together, and the digest of all; slots below 0 are padding."""
+        micro_batches, rows = slots.shape
+        shape = (micro_batches, rows, self.block_size)
+        narrow = self.reader.dtype.itemsize == 2
+        tokens = torch.empty(shape, dtype=torch.uint16 if narrow else torch.int32, pin_memory=pin_memory)
+        targets = torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory)
+        flat = (-1, self.block_size)
+        filled = self.reader.fill(slots.reshape(-1), tokens.numpy().reshape(flat), targets.numpy().reshape(flat))
+        size = rows * self.block_size
+        edges = np.searchsorted(filled.boundaries, np.arange(micro_batches + 1) * size)
+        batches = []
+        for micro in range(micro_batches):
+            starts = filled.boundaries[edges[micro] : edges[micro + 1]] - micro * size
+            cu_seqlens = torch.empty(boundary_entries(len(starts) + 1), dtype=torch.int32, pin_memory=pin_memory)
+            array = cu_seqlens.numpy()
+            array[: len(starts)] = starts
+            array[len(starts) :] = size
+            longest = int(np.diff(array).max())
+            batches.append(Batch(tokens[micro], targets[micro], cu_seqlens, longest, slots[micro]))
+        return tuple(batches), filled.digest
+
+
+def boundary_entries(needed: int) -> int:
+    """Entries of a cu_seqlens: few lengths, and few empty segments, which attention kernels look at one by one."""
+    return -(-needed // BOUNDARIES_STEP) * BOUNDARIES_STEP
+
+
+def full_rows(rows: int, block_size: int) -> torch.Tensor:
+    """cu_seqlens of a batch whose rows are one segment each, padded as those of read_batches are."""
+    edges = torch.arange(rows + 1, dtype=torch.int32) * block_size
+    return F.pad(edges, (0, boundary_entries(rows + 1) - len(edges)), value=rows * block_size)
+
+
+class StepLoader:
+    """Iterates the steps of one rank from `first_slot`; a thread reads `prefetch_steps` ahead.
+
+    The ranges of slots in `left_out` (see step_stretches) are passed over. It ends before the step for which the data
+    does not suffice, which is the same step on every rank.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        first_slot: int = 0,
+        left_out: Sequence[tuple[int, int]] = (),
+        max_steps: int | None = None,
+        pin_memory: bool = False,
+        prefetch_steps: int = 2,
+    ) -> None:
+        check_batch_sizes(global_batch_size, micro_batch_size, world_size)
+        if dataset.total_rows < global_batch_size:
+            raise BadInput(
+                f"the data has {dataset.total_rows} rows of {dataset.block_size} tokens, too few for one step of "
+                f"global_batch_size={global_batch_size}: take a smaller batch, more data or more max_epochs"
+            )
+        self._dataset = dataset
+        self._pin_memory = pin_memory
+        self._rows = global_batch_size
+        micros = global_batch_size // (micro_batch_size * world_size)
+        self._offsets = (
+            (np.arange(micros)[:, None] * world_size + rank) * micro_batch_size + np.arange(micro_batch_size)
+        ).astype(np.int64)
+        self._stretches = step_stretches(first_slot, global_batch_size, dataset.total_rows, left_out)
+        steps = sum(map(len, self._stretches))
+        self.steps = steps if max_steps is None else min(steps, max_steps)
+        """Steps until it ends."""
+        self._waited_s = 0.0
+        self._closed = threading.Event()
+        self._ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=max(1, prefetch_steps))
+        self._thread = threading.Thread(target=self._prefetch, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        asked = time.perf_counter()
+        item = self._next_item()
+        self._waited_s += time.perf_counter() - asked
+        if item is None:
+            self._put(None)  # asked again, it still ends
+            raise StopIteration
+        if isinstance(item, BaseException):
+            self.close()
+            raise RuntimeError(f"reading ahead failed: {item}") from item
+        return item
+
+    def take_wait_s(self) -> float:
+        """Seconds that the consumer has waited for data since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+    def _next_item(self) -> Step | BaseException | None:
+        while True:
+            try:
+                return self._ready.get(timeout=_POLL_S)
+            except queue.Empty:
+                if self._closed.is_set():
+                    raise RuntimeError("the loader is closed") from None
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise RuntimeError("the prefetch thread ended without a word") from None
+
+    def _prefetch(self) -> None:
+        try:
+            for first_slot in islice(chain.from_iterable(self._stretches), self.steps):
+                if not self._put(self._read(first_slot)):
+                    return
+            self._put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
+            self._put(error)
+
+    def _read(self, first_slot: int) -> Step:
+        batches, digest = self._dataset.read_batches(first_slot + self._offsets, pin_memory=self._pin_memory)
+        targets = sum(int(np.count_nonzero(batch.targets.numpy() != IGNORE_INDEX)) for batch in batches)
+        return Step(first_slot, self._rows, batches, targets, digest)
+
+    def _put(self, item: Step | BaseException | None) -> bool:
+        """Hand an item over; False where the loader was closed meanwhile."""
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the thread."""
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def step_stretches(first_slot: int, rows: int, total_rows: int, left_out: Sequence[tuple[int, int]]) -> list[range]:
+    """The first slots of all steps of `rows` rows from `first_slot` on, in stretches between the ranges left out.
+
+    A range is (first slot, slot after the last). A step that would touch one begins after it.
+    """
+    stretches = []
+    for begin, end in [*sorted(left_out), (total_rows, total_rows)]:
+        steps = max(0, min(begin, total_rows) - first_slot) // rows
+        stretches.append(range(first_slot, first_slot + steps * rows, rows))
+        first_slot = max(first_slot, end)
+    return stretches
+
+
+def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Refuse batch sizes that do not share a step's rows evenly; the message lists sizes that do."""
+    for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
+        if value < 1:
+            raise BadInput(f"{name}={value} rows: must be at least 1")
+    together = world_size * micro_batch_size
+    if global_batch_size % together == 0:
+        return
+    below = global_batch_size // together * together
+    globals_ = " or ".join(str(size) for size in (below, below + together) if size)
+    share, rest = divmod(global_batch_size, world_size)
+    micros = [size for size in range(1, share + 1) if share % size == 0] if rest == 0 else []
+    choice = f"micro_batch_size {', '.join(map(str, micros))} or " if micros else ""
+    raise BadInput(
+        f"global_batch_size={global_batch_size} rows is no multiple of {world_size} processes x "
+        f"micro_batch_size={micro_batch_size}. Valid: {choice}global_batch_size {globals_}"
+    )
+
+
+def validation_batches(
+    dataset: PackedDataset, *, micro_batch_size: int, rank: int, world_size: int, max_rows: int | None = None
+) -> Iterator[Batch]:
+    """This rank's batches over the first rows of epoch 0 (all, or max_rows), each row once over all ranks.
+
+    Every rank yields the same number of batches; rows beyond the last are padding, without a target.
+    """
+    rows = dataset.rows_per_epoch if max_rows is None else min(max_rows, dataset.rows_per_epoch)
+    together = world_size * micro_batch_size
+    for start in range(0, rows, together):
+        slots = start + rank * micro_batch_size + np.arange(micro_batch_size)
+        yield dataset.read(np.where(slots < rows, slots, -1))[0]

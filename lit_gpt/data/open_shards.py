@@ -1,0 +1,141 @@
+"""The shards that a process has open: file or staged copy, document ends, packed rows; reopened where a disk falters.
+
+Invariants: a failing read is tried again with growing pauses and then raised, never skipped. A shard that the node's
+cache has staged meanwhile is read from there from the next call on.
+Costs: an open shard holds a file descriptor and 4 bytes a document (`window`; others 32 more a piece); opening one of
+64 Mi tokens takes some 5 ms, of which most is hashing and parsing its documents. At most two pools a source are open.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_gpt.data.order import POOL_SHARDS
+from lit_gpt.data.packing import Packing, Window, window_rows
+from lit_gpt.data.packing_index import PackingIndex
+from lit_gpt.data.shard_cache import ShardCache, StagedFile, Wanted
+from lit_gpt.data.token_store import ShardFile, TokenStore, document_ends
+
+log = logging.getLogger(__name__)
+
+RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Pauses before a failed read is tried again; a network file system's hiccup is over in half a minute, or is none."""
+_TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
+
+Result = TypeVar("Result")
+
+
+class OpenShard(NamedTuple):
+    """One shard ready for reading."""
+
+    file: ShardFile | StagedFile
+    ends: NDArray[Any]
+    """Ends of its documents, exclusive."""
+    packing: Packing
+
+
+class OpenShards:
+    """Shards by source and number, opened when they are first asked for. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        block_size: int,
+        packing: str,
+        cache: ShardCache | None = None,
+        index_dir: Path | None = None,
+    ) -> None:
+        self._stores = stores
+        self._block_size = block_size
+        self._cache = cache
+        self._indexes = (
+            [PackingIndex(index_dir or store.path / "packing", store, packing, block_size) for store in stores]
+            if packing != "window"
+            else None
+        )
+        self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
+
+    def rows(self, source: int) -> Sequence[int] | NDArray[np.int64]:
+        """Rows of each shard of a source."""
+        if self._indexes:
+            return self._indexes[source].rows
+        return [window_rows(shard.tokens, self._block_size) for shard in self._stores[source].shards]
+
+    def packing(self, source: int, number: int) -> Packing:
+        """The rows of one shard."""
+        if self._indexes:
+            return self._indexes[source].load(number)
+        return Window(self._stores[source].shards[number].tokens, self._block_size)
+
+    def get(self, source: int, number: int) -> OpenShard:
+        """The shard, opened now if it is not open."""
+        key = (source, number)
+        opened = self._open.pop(key, None) or self._open_from_store(source, number)
+        if self._cache:
+            if not isinstance(opened.file, StagedFile) and (staged := self._cache.open(self._wanted(source, number))):
+                opened.file.close()
+                opened = opened._replace(file=staged)
+            self._cache.count(hit=isinstance(opened.file, StagedFile))
+        self._open[key] = opened
+        while len(self._open) > 2 * POOL_SHARDS * len(self._stores):
+            self._open.popitem(last=False)[1].file.close()
+        return opened
+
+    def with_retries(self, action: Callable[[], Result], source: int, number: int) -> Result:
+        """Run `action` on a shard; where the file system fails for a moment, open the shard afresh and run it again."""
+        name = self._stores[source].path / self._stores[source].shards[number].name
+        begin = time.monotonic()
+        for tries, delay_s in enumerate((*RETRY_DELAYS_S, None), start=1):
+            try:
+                return action()
+            except OSError as error:
+                if error.errno not in _TRANSIENT:
+                    raise
+                waited_s = time.monotonic() - begin
+                if delay_s is None:
+                    said = f"{error.strerror}, {tries} times in {waited_s:.1f} s"
+                    raise OSError(error.errno, said, str(name)) from error
+                said = f"{error.strerror}; try {tries} failed after {waited_s:.1f} s, next in {delay_s:g} s"
+                log.warning("shard %s: %s", name, said)
+            if opened := self._open.pop((source, number), None):
+                opened.file.close()
+            time.sleep(delay_s)
+        raise AssertionError("the last try returns or raises")
+
+    def stage(self, shards: Sequence[tuple[int, int]]) -> None:
+        """Have the cache fetch these shards, in this order."""
+        if self._cache:
+            self._cache.want(self._wanted(source, number) for source, number in shards)
+
+    @property
+    def staging(self) -> bool:
+        """Whether there is a cache."""
+        return self._cache is not None
+
+    def close(self) -> None:
+        """Close every shard."""
+        while self._open:
+            self._open.popitem()[1].file.close()
+
+    def _open_from_store(self, source: int, number: int) -> OpenShard:
+        store = self._stores[source]
+        shard = store.shards[number]
+        ends = document_ends(store, shard)
+        if shard.tokens < np.iinfo(np.int32).max:
+            ends = ends.astype(np.int32)
+        file = ShardFile(store.path, shard, store)
+        file.expect_random_reads()
+        return OpenShard(file, ends, self.packing(source, number))
+
+    def _wanted(self, source: int, number: int) -> Wanted:
+        store = self._stores[source]
+        return Wanted(store, store.shards[number])

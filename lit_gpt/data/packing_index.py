@@ -1,0 +1,98 @@
+"""The rows of a whole store under `bestfit` or `pad`: packed once, kept on disk, loaded shard by shard.
+
+    <folder>/<packing>-<block_size>-<data set>-v<version>/00000.npz    the pieces of one shard, in order of row
+    .../rows.npy                                                       rows of each shard; written last, by rename
+
+Invariants: the files hold nothing that the store does not determine, so that they can be deleted, built twice, or built
+by several processes at once. One process builds, the others of a machine wait for its lock.
+Costs: some 50 ms a shard of 64 Mi tokens to build (15,000 shards: 12 minutes, once) and 1.5 MB a shard on disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_gpt.cli import BadInput
+from lit_gpt.data.packing import PACKING_VERSION, Pieces, pack
+from lit_gpt.data.token_store import DamagedShard, TokenStore, document_ends
+
+log = logging.getLogger(__name__)
+
+_REPORT_S = 10.0
+_ARRAYS = ("first", "start", "inputs", "stop")
+
+
+class PackingIndex:
+    """The packed rows of a store."""
+
+    def __init__(self, folder: Path, store: TokenStore, packing: str, block_size: int) -> None:
+        """Open the index under `folder`, which is built now if it is not there."""
+        self._folder = folder / f"{packing}-{block_size}-{store.dataset_id[:16]}-v{PACKING_VERSION}"
+        self._store = store
+        path = self._folder / "rows.npy"
+        if not path.exists():
+            self._build_once(path, packing, block_size)
+        self.rows: NDArray[np.int64] = np.load(path)
+        """Rows of each shard."""
+        if len(self.rows) != len(store.shards):
+            raise DamagedShard(f"{path}: {len(self.rows)} shards where the store has {len(store.shards)}; delete it")
+
+    def load(self, number: int) -> Pieces:
+        """The rows of one shard."""
+        path = self._folder / f"{self._store.shards[number].name}.npz"
+        try:
+            with np.load(path) as arrays:
+                pieces = Pieces(*(arrays[name] for name in _ARRAYS))
+        except (OSError, ValueError, KeyError) as error:
+            raise DamagedShard(f"{path}: {error}; delete {self._folder}, it is built again") from error
+        if pieces.rows != self.rows[number]:
+            raise DamagedShard(f"{path}: {pieces.rows} rows where rows.npy says {self.rows[number]}; delete the folder")
+        return pieces
+
+    def _build_once(self, path: Path, packing: str, block_size: int) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise BadInput(
+                f"packing={packing} keeps an index in {self._folder}, which cannot be written ({error.strerror}): "
+                "give a --cache_dir"
+            ) from None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            if not path.exists():
+                self._build(path, packing, block_size)
+        finally:
+            os.close(descriptor)
+
+    def _build(self, path: Path, packing: str, block_size: int) -> None:
+        rows, reported = [], time.monotonic()
+        for number, shard in enumerate(self._store.shards):
+            pieces = pack(document_ends(self._store, shard), block_size, packing)
+            _save(self._folder / f"{shard.name}.npz", {name: getattr(pieces, name) for name in _ARRAYS})
+            rows.append(pieces.rows)
+            if time.monotonic() - reported > _REPORT_S:
+                log.info("packing (%s): %d of %d shards", packing, number + 1, len(self._store.shards))
+                reported = time.monotonic()
+        _save(path, np.array(rows, dtype=np.int64))
+
+
+def _save(path: Path, content: Any) -> None:
+    """Write arrays, so that the file is absent or whole."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        if isinstance(content, dict):
+            np.savez(file, **content)
+        else:
+            np.save(file, content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,270 @@
+"""A node's copies of the shards that the run reads now and next, on local disk or in memory.
+
+The processes of a node share one folder. The one that holds its lock is the stager: a thread copies what is wanted, in
+order, hashes while it copies, and publishes by fsync and rename; the others find the files. A copy is named by its data
+set and shard, so that one that is there is right, whichever job made it, and a stager that dies leaves at most a
+partial file, which the next one overwrites; the kernel drops its lock.
+
+Invariants: the folder's files stay within the bound; copies that are not wanted any more go first, the oldest first.
+The cache is never waited for: what is not staged, or cannot be (no space, no folder, another job's lock), is read from
+its source, with a warning. Only damage is passed on: a shard whose copy hashes wrongly three times stops the run.
+Costs: two pools of 64 shards of 128 MB are 17 GB; copying takes one core about 1 s a GB.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from lit_gpt.data.token_store import HEADER_BYTES, DamagedShard, Shard, ShardFile, TokenStore
+
+log = logging.getLogger(__name__)
+
+COPY_TRIES = 3
+_CHUNK_BYTES = 4 << 20
+_POLL_S = 0.5
+"""How often a process looks for what others staged."""
+_PAUSE_S = 60.0
+"""Rest after a failed copy: a full disk is not asked again at once."""
+
+
+class Wanted(NamedTuple):
+    """A shard of a store."""
+
+    store: TokenStore
+    shard: Shard
+
+    @property
+    def file(self) -> str:
+        """Path of the copy, relative to the cache folder."""
+        return f"{self.store.dataset_id[:16]}/{self.shard.name}.tokens"
+
+
+class Report(NamedTuple):
+    """What the cache has done for this process so far."""
+
+    hits: int
+    """Groups of rows that were read from a copy."""
+    misses: int
+    """Groups of rows that were read from the source."""
+    staged_bytes: int
+    staged_s: float
+    """Seconds spent in copying."""
+
+
+class StagedFile:
+    """An open copy, mapped into memory. Only copies are: a file that is cut short under a map kills the process."""
+
+    def __init__(self, folder: Path, wanted: Wanted) -> None:
+        with ShardFile(folder, wanted.shard, wanted.store) as file:
+            self.path = file.path
+            tokens = wanted.shard.tokens
+            self._tokens = np.memmap(file.path, file.dtype, mode="r", offset=HEADER_BYTES, shape=(tokens,))
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Token ids [start, stop) of the shard."""
+        return self._tokens[start:stop]
+
+    def close(self) -> None:
+        """The map ends with the last array that looks into it."""
+        del self._tokens
+
+
+class _Closed(Exception):
+    """The cache was closed while it copied."""
+
+
+class ShardCache:
+    """One process's view of the node's cache folder, and its stager where it holds the lock."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._wanted: tuple[Wanted, ...] = ()
+        self._present: frozenset[str] = frozenset()
+        self._failure: DamagedShard | None = None
+        self._lock: int | None = None
+        self._hits = self._misses = self._staged_bytes = 0
+        self._staged_s = 0.0
+        self._closed = threading.Event()
+        self._changed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shard-cache", daemon=True)
+        self._thread.start()
+
+    def want(self, shards: Iterable[Wanted]) -> None:
+        """Name the shards that are read now, then those that are read next."""
+        wanted = tuple({item.file: item for item in shards}.values())  # the next epoch's pool may hold the same
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._changed.set()
+
+    def open(self, wanted: Wanted) -> StagedFile | None:
+        """The verified copy of a shard; None where there is none. Raises what the stager found damaged."""
+        if self._failure:
+            raise self._failure
+        if wanted.file not in self._present:
+            return None
+        try:
+            return StagedFile((self._folder / wanted.file).parent, wanted)
+        except (DamagedShard, OSError) as error:  # removed by another job's stager, or spoilt by somebody
+            log.warning("cache: %s; the shard is read from its source", error)
+            self._present -= {wanted.file}
+            return None
+
+    def count(self, *, hit: bool) -> None:
+        """Note that rows were read from a copy, or were not."""
+        self._hits += hit
+        self._misses += not hit
+
+    def report(self) -> Report:
+        return Report(self._hits, self._misses, self._staged_bytes, self._staged_s)
+
+    def close(self) -> None:
+        """Stop staging; the copies stay for the next job."""
+        self._closed.set()
+        self._changed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closed.is_set():
+                self._changed.clear()
+                pause_s = _POLL_S
+                try:
+                    self._work()
+                except OSError as error:
+                    log.warning("cache %s: %s; shards are read from their source", self._folder, error)
+                    pause_s = _PAUSE_S
+                self._changed.wait(pause_s)
+        except _Closed:
+            return
+        except DamagedShard as error:
+            self._failure = error
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _work(self) -> None:
+        """Look at what is there; as the stager, copy what is missing."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._present = frozenset(self._files())
+        if not self._is_stager():
+            return
+        kept, used = [], 0
+        for wanted in self._wanted:
+            used += wanted.shard.bytes
+            if used > self._limit_bytes:
+                break
+            kept.append(wanted)
+        missing = [wanted for wanted in kept if wanted.file not in self._present]
+        before = self.report()
+        for wanted in missing:
+            if self._closed.is_set() or self._changed.is_set():
+                return
+            self._make_room(wanted.shard.bytes, {keep.file for keep in kept})
+            self._stage(wanted)
+            self._present |= {wanted.file}
+        if missing:
+            staged, seconds = self._staged_bytes - before.staged_bytes, self._staged_s - before.staged_s
+            log.info(
+                "cache %s: staged %d shards at %.0f MB/s; %d reads hit, %d did not",
+                self._folder, len(missing), staged / 1e6 / max(seconds, 1e-9), self._hits, self._misses,
+            )  # fmt: skip
+
+    def _files(self) -> dict[str, os.stat_result]:
+        """Whole copies by name."""
+        found = {}
+        for path in self._folder.glob("*/*.tokens"):
+            try:
+                found[str(path.relative_to(self._folder))] = path.stat()
+            except FileNotFoundError:  # the stager has just removed it
+                continue
+        return found
+
+    def _is_stager(self) -> bool:
+        if self._lock is None:
+            descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return False
+            except OSError:
+                os.close(descriptor)
+                raise
+            self._lock = descriptor
+        return True
+
+    def _make_room(self, needed_bytes: int, keep: set[str]) -> None:
+        """Remove partial files and, as far as the bound asks for it, copies that are not wanted."""
+        for partial in self._folder.glob("*/*.partial"):
+            partial.unlink()
+        files = self._files()
+        used = sum(stat.st_size for stat in files.values())
+        spare = sorted(files.keys() - keep, key=lambda name: files[name].st_mtime)
+        while used + needed_bytes > self._limit_bytes and spare:
+            name = spare.pop(0)
+            self._present -= {name}
+            (self._folder / name).unlink()  # a process that has it open keeps it until it closes it
+            used -= files[name].st_size
+
+    def _stage(self, wanted: Wanted) -> None:
+        begin = time.perf_counter()
+        target = self._folder / wanted.file
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_suffix(".partial")
+        for attempt in range(1, COPY_TRIES + 1):
+            try:
+                digest = self._copy(wanted.store.path / f"{wanted.shard.name}.tokens", partial)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            if digest == wanted.shard.xxh3:
+                break
+            log.warning("cache: shard %s of %s: copy %d hashes wrongly", wanted.shard.name, wanted.store.path, attempt)
+        else:
+            partial.unlink()
+            _explain_damage(wanted)
+        os.replace(partial, target)
+        _fsync_folder(target.parent)
+        self._staged_bytes += wanted.shard.bytes
+        self._staged_s += time.perf_counter() - begin
+
+    def _copy(self, source: Path, partial: Path) -> str:
+        """Copy and fsync; the xxh3 of what was copied."""
+        running = xxhash.xxh3_64()
+        with open(source, "rb", buffering=0) as reader, open(partial, "wb", buffering=0) as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                if self._closed.is_set():
+                    raise _Closed
+                running.update(chunk)
+                view = memoryview(chunk)
+                while view:
+                    view = view[writer.write(view) :]
+            os.fsync(writer.fileno())
+        return running.hexdigest()
+
+
+def _explain_damage(wanted: Wanted) -> None:
+    """Raise DamagedShard naming the block."""
+    with ShardFile(wanted.store.path, wanted.shard, wanted.store) as file:
+        file.verify()
+    raise DamagedShard(f"{file.path}: {COPY_TRIES} copies hash wrongly, though the file itself verifies")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""The losses of runs that saw the same rows, beside each other; what scripts/compare_runs.py prints and draws.
+
+The first run is the reference. The datapoint logs decide whether rows are the same: a difference of losses on other
+rows says nothing about what was changed. No torch; a run may still be training.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lit_gpt.cli import BadInput
+from lit_gpt.datapoints.query import difference
+from lit_gpt.datapoints.run_folder import read_metrics
+from lit_gpt.datapoints.run_record import RunRecord
+
+PICTURES = (".png", ".svg", ".pdf")
+_PLACES = ("out_dir", "resume")
+"""Settings that say where a run is, not what it is."""
+
+
+class Run(NamedTuple):
+    """What a run folder says of its run."""
+
+    folder: Path
+    settings: dict[str, Any]
+    metrics: list[dict[str, str]]
+    losses: dict[int, float]
+    """Nats a target by step, for each logged step."""
+    val_losses: dict[int, float]
+    """The same on the validation split, for each step that was validated."""
+    record: RunRecord
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run folder; raises BadInput if it is none, or if nothing was logged yet."""
+    settings = folder / "settings.yaml"
+    metrics = read_metrics(folder / "metrics.csv")
+    if not settings.is_file() or not metrics:
+        missing = "no line in metrics.csv" if settings.is_file() else "no settings.yaml"
+        raise BadInput(f"{folder} holds {missing}: give the folder of a run that has logged a step")
+    losses, val_losses = (
+        {int(row["step"]): float(row[name]) for row in metrics if row[name]} for name in ("loss", "val_loss")
+    )
+    record = RunRecord(folder / "datapoints")
+    return Run(folder, yaml.safe_load(settings.read_text()), metrics, losses, val_losses, record)
+
+
+def compare(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """A dictionary a run, the reference's first; raises BadInput before the first if some runs saw other rows."""
+    reference = runs[0]
+    steps = [common_steps(reference, run) for run in runs]
+    for run, compared in zip(runs, steps, strict=True):
+        line: dict[str, Any] = {"run": str(run.folder), "steps": max(run.losses), "changed": changed(reference, run)}
+        line |= {"loss": run.losses[max(run.losses)]}
+        line |= {"val_loss": run.val_losses[max(run.val_losses)] if run.val_losses else None}
+        if run is not reference:
+            line |= differences(reference, run, compared)
+        yield line | {"tokens_per_s": speed(run)}
+
+
+def common_steps(reference: Run, run: Run) -> list[int]:
+    """The steps that both logged, in order; raises BadInput if rows differ before the shorter run's end, or none is."""
+    found = difference(reference.record, run.record)
+    if found.this is not None and found.other is not None:
+        raise BadInput(
+            f"{run.folder} saw other rows than {reference.folder} from step {found.step} on: only losses on the same "
+            "rows can be compared (same data, --seed, --global_batch_size; scripts/datapoints.py diff tells more)"
+        )
+    steps = sorted(step for step in reference.losses.keys() & run.losses.keys() if step <= found.common_steps)
+    if not steps:
+        raise BadInput(f"{run.folder} and {reference.folder} logged no step in common (--log_interval_steps)")
+    return steps
+
+
+def changed(reference: Run, run: Run) -> dict[str, Any]:
+    """The settings in which a run differs from the reference."""
+    return {
+        name: value
+        for name, value in run.settings.items()
+        if name not in _PLACES and reference.settings.get(name) != value
+    }
+
+
+def differences(reference: Run, run: Run, steps: Sequence[int]) -> dict[str, Any]:
+    """Of the loss, run minus reference: the largest with its step, the mean size, and the mean, which keeps the sign.
+
+    A loss that is not a number counts as the largest. The validation loss is compared at the last step that both have.
+    """
+    by_step = {step: run.losses[step] - reference.losses[step] for step in steps}
+    at_step = max(steps, key=lambda step: abs(by_step[step]) if by_step[step] == by_step[step] else float("inf"))
+    line: dict[str, Any] = {
+        "compared_steps": len(steps), "largest_difference": by_step[at_step], "at_step": at_step,
+        "mean_difference": statistics.fmean(map(abs, by_step.values())), "bias": statistics.fmean(by_step.values()),
+    }  # fmt: skip
+    validated = run.val_losses.keys() & reference.val_losses.keys()
+    if validated:
+        step = max(validated)
+        line |= {"val_difference": run.val_losses[step] - reference.val_losses[step], "val_at_step": step}
+    return line
+
+
+def speed(run: Run) -> int:
+    """Tokens a second: the median over the second half of the lines, when everything is compiled."""
+    return round(statistics.median(float(row["tokens_per_s"]) for row in run.metrics[len(run.metrics) // 2 :]))
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Losses by step, and below them each run's difference from the reference."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    reference = runs[0]
+    for number, run in enumerate(runs):
+        color = f"C{number}"
+        above.plot(list(run.losses), list(run.losses.values()), label=run.folder.name, color=color, linewidth=1)
+        above.plot(list(run.val_losses), list(run.val_losses.values()), "o", color=color, markersize=4)
+        steps = common_steps(reference, run)
+        apart = [run.losses[step] - reference.losses[step] for step in steps]
+        below.plot(steps, apart, color=color, linewidth=1)
+    above.set(ylabel="loss, nats a target (dots: validation)")
+    below.set(xlabel="step", ylabel=f"loss minus that of {reference.folder.name}")
+    above.legend()
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise BadInput(f"--plot {path} cannot be written: {error.strerror}") from None

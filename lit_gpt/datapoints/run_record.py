@@ -1,0 +1,175 @@
+"""A run's datapoint log as a reader sees it: the steps that led to the present state, over all attempts.
+
+Invariants: the lineage is that of the newest attempt, back through the parents; steps that were trained and then lost
+with a crash are not part of it, but stay in the file. A line that a crash cut is skipped and counted.
+Costs: a step, or the step of a slot, is a binary search in the file (some 30 short reads); nothing is held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_gpt.cli import BadInput
+from lit_gpt.datapoints.log import RUN_FILE, STEPS_FILE, Attempt, lineage, read_attempts
+
+_TAIL_BYTES = 1 << 16
+"""Enough for the last step's line behind any deviations."""
+
+
+class StepRecord(NamedTuple):
+    """What one optimizer step saw."""
+
+    step: int
+    first_slot: int
+    rows: int
+    targets: int
+    digest: int
+    attempt: int
+
+
+class LeftOut(NamedTuple):
+    """Rows that no step trained on; `step` is the one after them."""
+
+    step: int
+    first_slot: int
+    rows: int
+
+
+class Segment(NamedTuple):
+    """The steps of one attempt that the lineage goes through: after < step, and step <= until where it is not None."""
+
+    attempt: Attempt
+    after: int
+    until: int | None
+    begin: int
+    end: int
+    """Byte range of the attempt's lines."""
+
+    def holds(self, step: int) -> bool:
+        return self.after < step and (self.until is None or step <= self.until)
+
+
+class RunRecord:
+    """The log of a run, open for reading, also while it trains."""
+
+    def __init__(self, folder: Path) -> None:
+        self.attempts = read_attempts(folder)
+        if not self.attempts:
+            raise BadInput(f"no datapoint log in {folder}: {RUN_FILE} is missing (is this a run's folder?)")
+        self.torn: set[int] = set()
+        """Where lines begin that a crash cut, as far as they were met."""
+        self._file = (folder / STEPS_FILE).open("rb")
+        self.lineage = self._trace(os.fstat(self._file.fileno()).st_size)
+
+    def _trace(self, size: int) -> list[Segment]:
+        ends = [attempt.begin_bytes for attempt in self.attempts[1:]] + [size]
+        segments: list[Segment] = []
+        until: int | None = None
+        for attempt in lineage(self.attempts):
+            after = attempt.parent.step if attempt.parent else 0
+            segments.insert(0, Segment(attempt, after, until, attempt.begin_bytes, ends[attempt.attempt]))
+            until = after if until is None else min(after, until)
+        return segments
+
+    def steps(self, first: int = 1) -> Iterator[StepRecord]:
+        """The steps of the lineage from `first` on, in order."""
+        for segment in self.lineage:
+            begin = self._search(segment, lambda record: record.step >= first)
+            for line in self._lines(begin, segment.end):
+                if "slot" in line and segment.holds(line["step"]):
+                    yield _record(line)
+
+    def deviations(self) -> list[dict[str, Any]]:
+        """Every deviation of the lineage, as it was written."""
+        lines = [(segment, line) for segment in self.lineage for line in self._lines(segment.begin, segment.end)]
+        return [line for segment, line in lines if "deviation" in line and segment.holds(line["step"])]
+
+    def left_out(self) -> list[LeftOut]:
+        """The rows that rollbacks left out, where the lineage passed over them."""
+        return [
+            LeftOut(line["step"], line["first_slot"], line["rows"])
+            for line in self.deviations()
+            if line["deviation"] == "left_out"
+        ]
+
+    def step(self, number: int) -> StepRecord | None:
+        """The record of step `number`; None where the lineage has none."""
+        found = next(self.steps(number), None)
+        return found if found and found.step == number else None
+
+    def step_of(self, slot: int) -> StepRecord | None:
+        """The step that trained on the row of `slot`; None where none did."""
+        for segment in self.lineage:
+            begin = self._search(segment, lambda record: record.first_slot + record.rows > slot)
+            line = next((line for line in self._lines(begin, segment.end) if "slot" in line), None)
+            if line and segment.holds(line["step"]) and line["slot"] <= slot:
+                return _record(line)
+        return None
+
+    def last(self) -> StepRecord | None:
+        """The newest step of the lineage; None where nothing was trained."""
+        for segment in reversed(self.lineage):
+            end = segment.end
+            if segment.until is not None:
+                end = self._search(segment, partial(_is_after, segment.until))
+            for begin in (max(segment.begin, end - _TAIL_BYTES), segment.begin):
+                lines = [line for line in self._lines(begin, end) if "slot" in line and segment.holds(line["step"])]
+                if lines:
+                    return _record(lines[-1])
+        return None
+
+    def consumed(self) -> int:
+        """The slot after the newest step: rows that led to the run's present state, and those left out on the way."""
+        newest = self.last()
+        return newest.first_slot + newest.rows if newest else 0
+
+    def _search(self, segment: Segment, reached: Callable[[StepRecord], bool]) -> int:
+        """The byte from which on the segment's next step has `reached` what is looked for (false, then true)."""
+        low, high = segment.begin, segment.end
+        while low < high:
+            middle = (low + high) // 2
+            line = next((line for line in self._lines(middle, segment.end) if "slot" in line), None)
+            if line is None or reached(_record(line)):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _lines(self, begin: int, end: int) -> Iterator[dict[str, Any]]:
+        """The lines that start in [begin, end) of the file."""
+        at = begin
+        if begin > 0:
+            self._file.seek(begin - 1)
+            at += len(self._file.readline()) - 1
+        while at < end:
+            self._file.seek(at)
+            raw = self._file.readline()
+            try:
+                yield json.loads(raw)
+            except json.JSONDecodeError:
+                self.torn.add(at)
+            at += len(raw)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _is_after(step: int, record: StepRecord) -> bool:
+    return record.step > step
+
+
+def _record(line: dict[str, Any]) -> StepRecord:
+    return StepRecord(
+        line["step"], line["slot"], line["rows"], line["targets"], int(line["digest"], 16), line["attempt"]
+    )

@@ -1,0 +1,124 @@
+"""What an exported folder scores: loss on a validation split, and tasks of lm-eval.
+
+The loss is that of training: our own model with the folder's weights, the same rows, documents that do not see each
+other, the same sum. So for weights in fp32 it is the run's own validation loss. Tasks run through transformers and
+lm-eval, as anybody would evaluate the published folder.
+Costs: the weights in memory, for the loss in fp32.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.cli import BadInput
+from lit_gpt.data.loader import Batch, PackedDataset
+from lit_gpt.data.token_store import TokenStore
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.export.hf_folder import HFWeights, read_json
+from lit_gpt.export.hf_weights import config_from_hf, to_lit
+from lit_gpt.model.gpt import GPT
+from lit_gpt.train.validation import Validation, validate
+
+
+class Score(NamedTuple):
+    """A task's metric."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+
+
+def folder_loss(
+    folder: Path,
+    store: TokenStore,
+    device: torch.device,
+    *,
+    micro_batch_size: int,
+    max_rows: int | None,
+    cross_document_attention: bool,
+) -> Validation:
+    """Loss of the folder's model on the first rows (all, or max_rows) of `store`."""
+    facts = read_json(folder / "config.json")
+    _require_vocabulary(Tokenizer.from_folder(folder), folder, store)
+    config = config_from_hf(facts, model_name=None, vocab_size=store.vocab_size)
+    weights = HFWeights(folder)
+    with torch.device("meta"):
+        model = GPT(config)
+    state = {
+        name: tensor.to(device, torch.float32)
+        for name, tensor in to_lit(config, weights.names, weights.read, facts["vocab_size"])
+    }
+    model.load_state_dict(state, assign=True)
+    model.eval()
+    # Without the rows that the folder left out and that reading it pads: no token stands behind them.
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight[: facts["vocab_size"]], requires_grad=False)
+
+    def loss(batch: Batch) -> Tensor:
+        tokens, targets, cu_seqlens = (x.to(device) for x in (batch.tokens, batch.targets, batch.cu_seqlens))
+        return model(tokens.long(), cu_seqlens, targets.long())
+
+    rows = PackedDataset(store, config.block_size, seed=0, cross_document_attention=cross_document_attention)
+    return validate(loss, rows, store, micro_batch_size=micro_batch_size, max_rows=max_rows, device=device)
+
+
+def _require_vocabulary(tokenizer: Tokenizer, folder: Path, store: TokenStore) -> None:
+    """The export writes the tokenizer's files anew, so their fingerprint says nothing here; size and EOS do."""
+    found, made_with = (tokenizer.vocab_size, tokenizer.eos_id), (store.vocab_size, store.eos_id)
+    if found != made_with:
+        raise BadInput(
+            f"{store.path} was made with another tokenizer than that of {folder}: "
+            f"a vocabulary of {made_with[0]} ids with EOS {made_with[1]}, not of {found[0]} with EOS {found[1]}"
+        )
+
+
+def task_scores(
+    folder: Path,
+    tasks: Sequence[str],
+    task_dir: Path | None,
+    device: torch.device,
+    *,
+    batch_size: int,
+    limit: int | None,
+) -> list[Score]:
+    """The scores of lm-eval's tasks, of those in `task_dir` too; in the type that the weights are stored in."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(task_dir), include_defaults=False) if task_dir else TaskManager()
+    if task_dir and not set(tasks) <= set(manager.all_tasks):  # lm-eval's own take it 20 s to look through
+        manager = TaskManager(include_path=str(task_dir))
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=5)
+            hint = f"near it: {', '.join(near)}" if near else "lm-eval ls tasks lists lm-eval's own"
+            where = f"no task of lm-eval{f' or of {task_dir}' if task_dir else ''}"
+            raise BadInput(f"--tasks {task}: {where} ({hint})")
+    model = HFLM(pretrained=str(folder), device=str(device), dtype="auto", batch_size=batch_size)
+    try:
+        results = simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
+        )
+    except OSError as error:  # the data set: not here and offline, or not on the Hub
+        raise BadInput(f"--tasks {' '.join(tasks)}: the data cannot be had: {str(error).splitlines()[0]}") from None
+    return [score for task, values in results["results"].items() for score in _scores(task, values)]
+
+
+def _scores(task: str, values: dict[str, Any]) -> list[Score]:
+    """lm-eval names a metric "acc,none" and its error "acc_stderr,none", the filter behind the comma."""
+    scores = []
+    for key, value in values.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, float | int):
+            continue
+        stderr = values.get(f"{metric}_stderr,{filtered}")
+        name = metric if filtered == "none" else key
+        scores.append(Score(task, name, float(value), float(stderr) if isinstance(stderr, float | int) else None))
+    return scores

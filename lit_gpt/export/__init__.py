@@ -1,0 +1,1 @@
+"""To Hugging Face, GGUF and the Hub, and back; nothing is published before its logits are proved."""

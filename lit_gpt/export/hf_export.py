@@ -1,0 +1,140 @@
+"""A checkpoint -> a Hugging Face folder, proved before it is published.
+
+In order: every file of the checkpoint against its hash; the tokenizer against the run's; the ids of transformers'
+tokenizer against ours; the weights streamed out and read back, bit for bit; the logits of transformers' model against
+ours, both in fp32 with the weights as stored; the model card. Only then does the folder get its name. No GPU; memory as
+parity.py says. transformers itself is handed in by the program, so that the library does not depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_gpt.checkpoint.checkpoint import Checkpoint, DamagedCheckpoint, model_tensors, verified
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.data.token_store import MANIFEST, ShardFile, TokenStore
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.export.hf_folder import HFWeights, publishing, require_hashes, write_json, write_weights
+from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
+from lit_gpt.export.hf_weights import SHAPE_FIELDS, hf_config, hf_generation_config, hf_shapes, to_hf
+from lit_gpt.export.model_card import Card, write_card
+from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Twin, compare, our_logits, their_logits
+
+log = logging.getLogger(__name__)
+
+
+class Form(NamedTuple):
+    """How the weights are stored."""
+
+    dtype: torch.dtype
+    cut_vocabulary: bool
+    """Leave out the rows of the embedding and of the head that no token has."""
+    max_shard_bytes: int
+
+    def vocabulary_rows(self, config: Config) -> int:
+        """Rows of the embedding and of the head."""
+        return config.vocab_size if self.cut_vocabulary else config.padded_vocab_size
+
+
+def export(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, destination: Path, form: Form, twin: Twin, license: str
+) -> Parity:
+    """Publish `destination`; BadInput, and nothing published, if a proof fails."""
+    config = checkpoint.config
+    rows = form.vocabulary_rows(config)
+    shapes = hf_shapes(config, rows)
+    sample, add_bos = _sample(checkpoint, tokenizer)
+
+    def rounded() -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.to(form.dtype)) for name, tensor in model_tensors(checkpoint))
+
+    with publishing(destination) as folder:
+        _write_facts(folder, config, tokenizer, form)
+        write_tokenizer(tokenizer, folder, block_size=config.block_size, add_bos=add_bos)
+        require_same_ids(tokenizer, twin.encoder(folder), (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=add_bos)
+        hashes = write_weights(folder, shapes, form.dtype, to_hf(config, rounded(), rows), form.max_shard_bytes)
+        require_hashes(folder, hashes)
+        theirs = their_logits(twin.model(folder), HFWeights(folder).read, sample)
+        parity = compare(our_logits(config, rounded(), sample), theirs)
+        write_card(folder, checkpoint, Card(license, str(form.dtype).removeprefix("torch."), parity))
+        return parity
+
+
+def config_facts(config: Config, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
+    """What config.json says of a model of `config`, exported in `form`."""
+    rows = form.vocabulary_rows(config)
+    return hf_config(config, dtype=form.dtype, vocabulary_rows=rows, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+
+def _write_facts(folder: Path, config: Config, tokenizer: Tokenizer, form: Form) -> None:
+    write_json(folder / "config.json", config_facts(config, tokenizer, form))
+    generation = hf_generation_config(
+        vocab_size=config.vocab_size,
+        vocabulary_rows=form.vocabulary_rows(config),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+    write_json(folder / "generation_config.json", generation)
+
+
+def _sample(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[Tensor, bool]:
+    """The beginning of the run's validation set, or of our own text where that is not here; whether it has BOS."""
+    config, folder = checkpoint.config, checkpoint.facts.get("val_data_dir")
+    tokens = min(SAMPLE_TOKENS, config.block_size)
+    if folder and (Path(folder) / MANIFEST).is_file():
+        store = TokenStore.open(folder)
+        if store.tokenizer_fingerprint == tokenizer.fingerprint:
+            log.info("comparing logits on the beginning of %s", folder)
+            shard = store.shards[0]
+            with ShardFile(store.path, shard, store) as file:
+                ids = file.read(0, min(tokens, shard.tokens))
+            return torch.from_numpy(ids.astype("int64")), bool(store.settings.get("add_bos", False))
+    log.info("comparing logits on a built-in German text: the run's validation set is not here")
+    return torch.tensor(tokenizer.encode(GERMAN_TEXT)[:tokens]), False
+
+
+def open_checkpoint(path: Path, model_name: str | None) -> Checkpoint:
+    """The checkpoint at `path`, every file hashed; with `model_name`, one of that registered shape."""
+    if not path.is_dir():
+        raise BadInput(f"--checkpoint {path}: no such checkpoint folder")
+    try:
+        checkpoint = verified(path)
+    except DamagedCheckpoint as error:
+        raise BadInput(f"--checkpoint {path}: {error}") from None
+    require_shape(checkpoint, model_name)
+    return checkpoint
+
+
+def require_shape(checkpoint: Checkpoint, model_name: str | None) -> None:
+    """BadInput unless the checkpoint has the shape of the registered model; None asks for none."""
+    if model_name is None:
+        return
+    entry, config = Config.from_name(model_name), checkpoint.config
+    for field in SHAPE_FIELDS:
+        if getattr(entry, field) != getattr(config, field):
+            raise BadInput(
+                f"{checkpoint.path} is a checkpoint of {config.name}, not of {model_name}: "
+                f"its {field} is {getattr(config, field)}, not {getattr(entry, field)}"
+            )
+
+
+def open_tokenizer(checkpoint: Checkpoint, path: Path | None) -> Tokenizer:
+    """The tokenizer in `path`, or the run's own; BadInput unless the run was trained with it."""
+    path = path or checkpoint.facts.get("tokenizer_path")
+    if path is None:
+        raise BadInput("the run knows of no tokenizer folder: name it with --tokenizer_path")
+    tokenizer = Tokenizer.from_folder(path)
+    if tokenizer.vocab_size != checkpoint.config.vocab_size:
+        raise BadInput(
+            f"vocabulary mismatch: {path} has {tokenizer.vocab_size} ids, the checkpoint {checkpoint.config.vocab_size}"
+        )
+    if tokenizer.fingerprint != checkpoint.facts.get("tokenizer_fingerprint", tokenizer.fingerprint):
+        raise BadInput(f"{path} is not the tokenizer of the run: its fingerprint differs from the checkpoint's")
+    return tokenizer

@@ -1,0 +1,71 @@
+"""A Hugging Face folder of a LLaMA -> a step-0 checkpoint to go on training from, proved before it is published.
+
+The weights are kept in fp32, which holds bf16 and fp16 exactly: exporting the checkpoint again gives the same bits. The
+logits of transformers' model and of ours are compared in fp32 on text in the folder's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_gpt.checkpoint.checkpoint import write_initial
+from lit_gpt.cli import BadInput
+from lit_gpt.data.tokenizer import FILES, Tokenizer
+from lit_gpt.export.hf_folder import HFWeights, read_json
+from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids
+from lit_gpt.export.hf_weights import config_from_hf, to_lit
+from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Twin, compare, our_logits, their_logits
+
+log = logging.getLogger(__name__)
+
+
+def import_folder(
+    folder: Path, destination: Path, twin: Twin, *, model_name: str | None, tokenizer_path: Path | None
+) -> Parity:
+    """Publish the checkpoint `destination`; BadInput, and nothing published, if the folder is not ours to train."""
+    if destination.exists():
+        raise BadInput(f"{destination} exists already: name another destination, or remove it first")
+    facts = read_json(folder / "config.json")
+    tokenizer, tokenizer_path = _tokenizer(folder, tokenizer_path)
+    config = config_from_hf(facts, model_name=model_name, vocab_size=tokenizer.vocab_size if tokenizer else None)
+    weights = HFWeights(folder)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        converted = to_lit(config, weights.names, weights.read, facts["vocab_size"])
+        return ((name, tensor.float()) for name, tensor in converted)
+
+    sample = _sample(tokenizer, config.vocab_size)[: config.block_size]
+    ours = our_logits(config, tensors(), sample)
+    parity = compare(ours, their_logits(twin.model(folder), weights.read, sample))
+    run: dict[str, Any] = {"step": 0, "slot": 0, "tokens": 0, "settings": {}, "imported_from": str(folder)}
+    if tokenizer:
+        run |= {"tokenizer_path": str(tokenizer_path), "tokenizer_fingerprint": tokenizer.fingerprint}
+    try:
+        write_initial(destination, config, tensors(), run)
+    except OSError as error:
+        raise BadInput(f"cannot write {destination}: {error.strerror}") from None
+    return parity
+
+
+def _tokenizer(folder: Path, path: Path | None) -> tuple[Tokenizer | None, Path | None]:
+    """The tokenizer to go on with and its folder: the one named, which must give the folder's ids, or the folder's."""
+    own = Tokenizer.from_folder(folder) if any((folder / name).is_file() for name in FILES[:2]) else None
+    if path is None:
+        return own, folder if own else None
+    named = Tokenizer.from_folder(path)
+    if own:
+        require_same_ids(named, own.encode, (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=False)
+    return named, path.absolute()
+
+
+def _sample(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:
+    if tokenizer:
+        return torch.tensor(tokenizer.encode(GERMAN_TEXT)[:SAMPLE_TOKENS])
+    log.warning("the folder has no tokenizer: comparing logits on random ids")
+    return torch.randint(vocab_size, (SAMPLE_TOKENS,), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,140 @@
+"""The README.md of an exported folder, written from what the run recorded; nothing in it is typed by hand.
+
+Every figure comes from the checkpoint's run.json, the run folder's metrics.csv, or the data set's manifest. What is not
+recorded, or not on this machine, is said to be unknown. Paths of the machine and the environment stay out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_gpt.checkpoint.checkpoint import Checkpoint
+from lit_gpt.cli import BadInput
+from lit_gpt.data.token_store import TokenStore
+from lit_gpt.datapoints.run_folder import read_metrics
+from lit_gpt.export.parity import Parity
+
+PICTURE = "loss.png"
+_PATH_ENDINGS = ("_dir", "_path", "resume")
+"""Settings that are places on a machine."""
+
+
+class Card(NamedTuple):
+    """What the card tells beside the checkpoint itself."""
+
+    license: str
+    """Identifier of Hugging Face's list, such as apache-2.0; "unknown" where the exporter named none."""
+    weights: str
+    """Type and size of the weights."""
+    parity: Parity
+
+
+def write_card(folder: Path, checkpoint: Checkpoint, card: Card) -> None:
+    """README.md, with loss.png where the run folder has metrics."""
+    metrics = read_metrics(checkpoint.path.parent / "metrics.csv", checkpoint.step)
+    if metrics:
+        _draw(metrics, folder / PICTURE)
+    (folder / "README.md").write_text("\n".join(_lines(checkpoint, card, metrics)) + "\n", encoding="utf-8")
+
+
+def tells_of(folder: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the folder's card was written for this checkpoint, and not for one of its name."""
+    card = folder / "README.md"
+    return card.is_file() and checkpoint.state_xxh3 in card.read_text(encoding="utf-8")
+
+
+def _lines(checkpoint: Checkpoint, card: Card, metrics: list[dict[str, str]]) -> Iterator[str]:
+    name = checkpoint.config.name
+    yield from ("---", "language: de", f"license: {card.license}", "library_name: transformers")
+    yield from ("pipeline_tag: text-generation", "tags:", "- llama", "- pretrained", "---", "")
+    yield from (f"# {name}, step {checkpoint.step:,}", "")
+    yield "A LLaMA pretrained from scratch. It continues text; it was not trained to chat or to follow instructions."
+    yield from ("", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "")
+    yield 'folder = "."  # or the name of the repository'
+    yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    yield 'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")'
+    yield 'ids = model.generate(**tokenizer("Am Morgen", return_tensors="pt"), max_new_tokens=40)'
+    yield from ("print(tokenizer.decode(ids[0]))", "```", "")
+    yield from _table("Model", _model(checkpoint, card))
+    yield from _table("Data", _data(checkpoint.facts))
+    yield from _table("Training", _training(checkpoint, metrics))
+    if metrics:
+        yield from (f"![loss over steps]({PICTURE})", "")
+    settings = checkpoint.facts.get("settings", {})
+    shown = {key: value for key, value in settings.items() if not key.endswith(_PATH_ENDINGS) and value is not None}
+    if shown:
+        yield from _table("Settings", ((f"`{key}`", f"`{value}`") for key, value in shown.items()))
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    yield from (f"## {title}", "", "| | |", "|---|---|")
+    yield from (f"| {key} | {value} |" for key, value in rows)
+    yield ""
+
+
+def _model(checkpoint: Checkpoint, card: Card) -> Iterator[tuple[str, str]]:
+    config = checkpoint.config
+    yield "parameters", f"{config.parameters:,}"
+    yield "blocks, heads, key-value heads", f"{config.n_layer}, {config.n_head}, {config.n_query_groups}"
+    yield "width, MLP width", f"{config.n_embd:,}, {config.intermediate_size:,}"
+    yield "context", f"{config.block_size:,} tokens"
+    yield "vocabulary", f"{config.vocab_size:,} ids, padded to {config.padded_vocab_size:,}"
+    yield "weights", card.weights
+    yield "proof", f"logits of transformers against those of the training code in fp32: {card.parity}"
+
+
+def _data(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "data set", ", ".join(f"`{name}`" for name in facts.get("dataset_id", [])) or "unknown"
+    yield "documents, tokens", _counts(facts)
+    if mark := facts.get("datapoint_log"):
+        log_of_run = f"attempt {mark['attempt']}, {mark['bytes']:,} bytes, xxh3 `{mark['xxh3']}`"
+        yield "record of what each step saw", f"`datapoints/` of the run folder: {log_of_run}"
+    yield "tokenizer", f"`{facts.get('tokenizer_fingerprint', 'unknown')}`"
+
+
+def _counts(facts: dict[str, Any]) -> str:
+    """From the manifests, if the very data sets of the run are on this machine."""
+    try:
+        stores = [TokenStore.open(folder) for folder in facts["train_data_dir"]]
+    except (BadInput, KeyError):
+        return "unknown: the data set was not at hand when this was written"
+    if [store.dataset_id for store in stores] != facts.get("dataset_id"):
+        return "unknown: the data set was changed since"
+    return f"{sum(store.documents for store in stores):,}, {sum(store.tokens for store in stores):,}"
+
+
+def _training(checkpoint: Checkpoint, metrics: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    facts, config = checkpoint.facts, checkpoint.config
+    tokens = facts.get("tokens", 0)
+    yield "steps", f"{checkpoint.step:,}"
+    yield "state of weights and optimizer", f"xxh3 `{checkpoint.state_xxh3}`"
+    yield "tokens trained", f"{tokens:,}"
+    flops = tokens * config.flops_per_token(with_embedding=False)
+    yield "computation", f"{flops:.2e} FLOP (6 N + 12 L d T a token, N without the embedding)"
+    for name, title in (("loss", "training loss"), ("val_loss", "validation loss"), ("val_bits_per_byte", "")):
+        if values := [row[name] for row in metrics if row.get(name)]:
+            yield title or "validation bits per byte", f"{float(values[-1]):.4f}"
+    environment = facts.get("environment", {})
+    yield "processes", str(facts.get("world_size", "unknown"))
+    yield "hardware", environment.get("hardware", "not recorded")
+    yield "energy", environment.get("energy", "not recorded")
+    yield "code", f"`{environment.get('git_commit', 'unknown')}`"
+    packages = environment.get("packages", {})
+    yield "packages", ", ".join(f"{name} {version}" for name, version in packages.items()) or "not recorded"
+
+
+def _draw(metrics: list[dict[str, str]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(int(row["step"]), float(row[name])) for row in metrics if row.get(name)]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

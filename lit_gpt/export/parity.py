@@ -1,0 +1,158 @@
+"""Proof that two models of the same weights compute the same: ours and transformers', logits in fp32 on real text.
+
+Each model is built without memory and runs once; the weights of a piece (the embedding, one block, the final norm, the
+head) are read when the pass reaches it and dropped when it has passed. So a model of any size needs the memory of its
+largest piece in fp32 (7B: 0.8 GB), and each side's own forward code is what is tested.
+Cost: one forward pass a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.model.gpt import GPT
+
+BOUND = 1e-5
+"""Largest difference of two logits, relative to the largest logit: some rounding errors of fp32, no more."""
+
+GERMAN_TEXT = (
+    "Im Morgengrauen zog die Schäferin mit ihren Lämmern über die Mainbrücke. Der Nebel lag noch über den Weinbergen, "
+    "und aus der Stadt hörte man nur die Glocken von drei Türmen. »Größere Herden«, sagte sie, »brauchen mehr Geduld, "
+    "nicht mehr Lärm.« Um 8:30 Uhr hatte sie bereits 12 Kilometer zurückgelegt; das Gras am Fluss war nass, die Tiere "
+    "fraßen ruhig, und niemand außer einem müden Bäckerlehrling blickte ihnen nach.\nAm Abend schrieb sie in ihr Heft: "
+    "Wer zählen kann, verliert kein Lamm. Wer zuhören kann, findet auch das, das sich im Schilf versteckt hat."
+)
+"""Written for this project: what is compared on where no validation set is at hand."""
+
+Fetch = Callable[[list[str]], dict[str, Tensor]]
+"""Weights by name, given when a piece of the model needs them; each name is asked for once, in the model's order."""
+
+
+SAMPLE_TOKENS = 256
+"""Length of what is compared on."""
+
+
+class Twin:
+    """What transformers, handed in as a module, makes of a folder; the library itself does not import it."""
+
+    def __init__(self, transformers: ModuleType) -> None:
+        self._transformers = transformers
+
+    def model(self, folder: Path) -> Any:
+        """Its model of the folder's config.json, without memory; attention as plain matrix products."""
+        config = self._transformers.AutoConfig.from_pretrained(folder)
+        config.use_cache = False
+        with torch.device("meta"):
+            model = self._transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # frequencies are no weights: they must be real
+        return model
+
+    def encoder(self, folder: Path) -> Callable[[str], Sequence[int]]:
+        """Its tokenizer, called as a user calls it."""
+        tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder)
+        return lambda text: tokenizer(text, verbose=False).input_ids  # quiet about texts beyond the context
+
+
+class Parity(NamedTuple):
+    """How far the logits of two models lie apart."""
+
+    difference: float
+    """Largest difference of two logits over the largest logit."""
+    largest_logit: float
+    tokens: int
+    """Positions compared."""
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.difference:.1e} of the largest logit, {self.largest_logit:.4g} "
+            f"(bound {BOUND:g}), {self.tokens} tokens"
+        )
+
+
+def our_logits(config: Config, tensors: Iterable[tuple[str, Tensor]], tokens: Tensor) -> Tensor:
+    """Our model's logits (T, V) in fp32 for tokens (T,), its weights streamed."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return logits(model, fetch_from(tensors), tokens)
+
+
+def their_logits(model: nn.Module, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
+    """The logits of transformers' `model`, whose weights `read` gives."""
+    return logits(model, lambda names: {name: read(name) for name in names}, tokens)
+
+
+def logits(model: nn.Module, fetch: Fetch, tokens: Tensor) -> Tensor:
+    """Logits (T, V) in fp32 of `model`, built on the meta device, for tokens (T,)."""
+    handles = []
+    for prefix, piece in pieces(model):
+        handles.append(piece.register_forward_pre_hook(_loader(prefix, fetch)))
+        handles.append(piece.register_forward_hook(_dropper))
+    model.eval()
+    try:
+        with torch.inference_mode():
+            output = model(tokens[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return getattr(output, "logits", output)[0]
+
+
+def pieces(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what is loaded together: each element of a module list, and each module outside of one that
+    holds weights itself."""
+    listed: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(listed) and listed:
+            continue
+        if isinstance(module, nn.ModuleList):
+            yield from ((f"{name}.{i}", element) for i, element in enumerate(module))
+            listed += (f"{name}.",)
+        elif next(module.parameters(recurse=False), None) is not None:
+            yield name, module
+
+
+def _loader(prefix: str, fetch: Fetch) -> Callable[[nn.Module, Any], None]:
+    def load(module: nn.Module, _inputs: Any) -> None:
+        names = list(module.state_dict())
+        found = fetch([f"{prefix}.{name}" for name in names])
+        values = {name: found[f"{prefix}.{name}"].float() for name in names}
+        module.load_state_dict(values, strict=True, assign=True)
+
+    return load
+
+
+def _dropper(module: nn.Module, _inputs: Any, _output: Any) -> None:
+    for parameter_holder in module.modules():
+        for name, parameter in parameter_holder.named_parameters(recurse=False):
+            setattr(parameter_holder, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def fetch_from(stream: Iterable[tuple[str, Tensor]]) -> Fetch:
+    """Fetch from a stream of (name, tensor) in about the model's order; what comes too early waits in memory."""
+    source, waiting = iter(stream), dict[str, Tensor]()
+
+    def fetch(names: list[str]) -> dict[str, Tensor]:
+        while not waiting.keys() >= set(names):
+            waiting.update([next(source)])
+        return {name: waiting.pop(name) for name in names}
+
+    return fetch
+
+
+def compare(ours: Tensor, theirs: Tensor) -> Parity:
+    """The distance of two (T, V) logits; BadInput above BOUND. A folder may lack the padding's logits: they are cut."""
+    vocabulary = min(ours.shape[1], theirs.shape[1])
+    largest = ours[:, :vocabulary].abs().max().item()
+    difference = (ours[:, :vocabulary] - theirs[:, :vocabulary]).abs().max().item() / largest
+    parity = Parity(difference, largest, len(ours))
+    if not difference <= BOUND:  # NaN, too
+        raise BadInput(f"the logits of both sides differ: {parity}; nothing was published")
+    return parity

@@ -1,0 +1,1 @@
+"""Writing: documents to a token store, in several processes, restartable."""

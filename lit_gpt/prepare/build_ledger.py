@@ -1,0 +1,96 @@
+"""The accounts of a store build: what became of every line of input, and how long the documents are.
+
+Invariant: lines in = documents + rejects, and each reject is in rejects.jsonl with its file, line, kind and a detail.
+Costs: the rejects are held in memory; a build that has too many stops first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_gpt.cli import BadInput
+from lit_gpt.data.token_store import publish
+from lit_gpt.prepare.token_runs import Columns, RunFacts, file_and_line
+
+REJECTS = "rejects.jsonl"
+
+
+class Reject(NamedTuple):
+    file: str
+    line: int
+    kind: str
+    detail: str
+
+
+class Ledger(NamedTuple):
+    lines: int
+    documents: int
+    rejects: list[Reject]
+    """In the order of the input."""
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        return dict(sorted(Counter(reject.kind for reject in self.rejects).items()))
+
+    def check(self, max_reject_fraction: float, listing: Path) -> None:
+        """Refuse an input of which too many lines are rejected."""
+        if len(self.rejects) <= max_reject_fraction * self.lines:
+            return
+        first = self.rejects[0]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        raise BadInput(
+            f"{len(self.rejects)} of {self.lines} lines rejected, more than --max_reject_fraction "
+            f"{max_reject_fraction}: {kinds}; the first in {first.file} line {first.line} "
+            f"({first.kind}: {first.detail}); all in {listing}"
+        )
+
+
+def make_ledger(runs: Iterable[RunFacts], duplicates: Columns, source_names: Sequence[str]) -> Ledger:
+    """The accounts of all runs; `duplicates` are (place, place of the first) of the documents left out for their id."""
+    lines = documents = 0
+    rejects: list[tuple[int, int, str, str]] = []
+    for facts in runs:
+        lines += facts.lines
+        documents += facts.documents
+        rejects += [(file, line, kind, detail) for file, line, kind, detail in facts.rejects]  # JSON made them lists
+    for where, first in duplicates.T.tolist():
+        file, line = file_and_line(first)
+        rejects.append((*file_and_line(where), "duplicate id", f"first in {source_names[file]} line {line}"))
+    documents -= duplicates.shape[1]
+    if lines != documents + len(rejects):
+        raise RuntimeError(f"{lines} lines are not {documents} documents and {len(rejects)} rejects")
+    listed = [Reject(source_names[file], line, kind, detail) for file, line, kind, detail in sorted(rejects)]
+    return Ledger(lines, documents, listed)
+
+
+def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
+    publish(path, (json.dumps(reject._asdict(), ensure_ascii=False).encode() + b"\n" for reject in rejects))
+
+
+def length_statistics(lengths: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Of the count of documents by length in tokens: mean, quantiles, and a histogram in powers of two."""
+    documents = int(lengths.sum())
+    ranks = np.cumsum(lengths)
+    quantiles = {
+        name: int(np.searchsorted(ranks, max(1, share * documents)))
+        for name, share in (("min", 0.0), ("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+    }
+    edges = [1 << power for power in range(len(lengths).bit_length() + 1)]
+    histogram = [
+        [low, high, int(lengths[low:high].sum())]
+        for low, high in itertools.pairwise(edges)
+        if high > quantiles["min"] and low <= quantiles["max"]
+    ]
+    return {
+        "mean": round(float(lengths @ np.arange(len(lengths))) / documents, 1),
+        **quantiles,
+        "histogram": histogram,
+    }

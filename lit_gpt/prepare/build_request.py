@@ -1,0 +1,126 @@
+"""What a store build is asked for, and whether a destination is free for it, holds it unfinished, or holds it done.
+
+Invariants: a request names everything that the bytes of the data set depend on, and nothing else; a destination is
+never written by two builds, nor by builds of different requests.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lit_gpt.cli import BadInput
+from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS, publish
+from lit_gpt.prepare.document_source import Fields, SourceFile
+
+BUILDER_VERSION = 1
+"""Counts up when the same request gives other bytes."""
+WORK = "build"
+"""Folder in the destination that holds all work in progress."""
+SUMMARY = "summary.json"
+DEFAULT_FIELDS = Fields()
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a user asks of prepare_data."""
+
+    source: tuple[str, ...]
+    """Files and folders of documents."""
+    tokenizer_path: str
+    """Tokenizer folder."""
+    destination_path: str
+    """Folder that gets train/, val/, rejects.jsonl and summary.json."""
+    val_fraction: float = 0.01
+    """Share of all different texts that goes to val/."""
+    workers: int = 1
+    """Processes, one core each."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens a shard holds at most (a longer document has a shard of its own)."""
+    keep_order: bool = False
+    """Keep the order of the input instead of shuffling by a hash of the id."""
+    max_reject_fraction: float = 0.001
+    """Share of lines that may be rejected before the build stops."""
+    fields: Fields = DEFAULT_FIELDS
+    """Where in a record its text and its id are."""
+    seed: int = 0
+    """Key of the hashes that shuffle and that choose validation data."""
+    add_bos: bool = False
+    """Begin each document with BOS; EOS ends it in any case."""
+    run_bytes: int = 128 << 20
+    """Bytes that a worker tokenises before it writes them down."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "shard_tokens", "run_bytes"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("val_fraction", "max_reject_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
+        if not 0 <= self.seed < 1 << 64:
+            raise BadInput(f"--seed {self.seed}: must be at least 0 and below 2^64")
+
+
+def make_request(settings: BuildSettings, sources: Sequence[SourceFile], fingerprint: str) -> dict[str, Any]:
+    """Everything that the bytes of the data set depend on, in JSON's types."""
+    return {
+        "builder": BUILDER_VERSION,
+        "tokenizer": fingerprint,
+        "text_field": settings.fields.text,
+        "id_field": settings.fields.id,
+        "seed": settings.seed,
+        "val_fraction": settings.val_fraction,
+        "shard_tokens": settings.shard_tokens,
+        "keep_order": settings.keep_order,
+        "add_bos": settings.add_bos,
+        "sources": [[source.name, source.bytes, source.mtime_ns] for source in sources],
+    }
+
+
+def find_finished(destination: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of the finished data set in `destination`, if that is the one asked for."""
+    if (destination / WORK).exists() or not (destination / "train" / MANIFEST).exists():
+        return None
+    summary = json.loads((destination / SUMMARY).read_bytes()) if (destination / SUMMARY).exists() else {}
+    _refuse_other(destination, "a finished data set", destination, summary.get("request", {}), request)
+    return summary
+
+
+def _refuse_other(destination: Path, what: str, leftover: Path, old: dict[str, Any], request: dict[str, Any]) -> None:
+    differing = [name for name in request if old.get(name) != request[name]]
+    if differing:
+        name = differing[0]
+        values = "" if name == "sources" else f" ({old.get(name)} there, {request[name]} asked for)"
+        raise BadInput(
+            f"{destination} holds {what} made with other {name}{values}: "
+            f"choose another --destination_path, or delete {leftover}"
+        )
+
+
+def claim(destination: Path, request: dict[str, Any]) -> IO[str]:
+    """Make or find the build folder of `request`; the returned open file keeps other builds out."""
+    folder = destination / WORK
+    try:
+        for name in ("runs", "pieces", "shards"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115 (held by the caller until the build ends)
+    except OSError as error:
+        raise BadInput(f"cannot write to --destination_path {destination}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another build is running in {destination}") from None
+    stored = folder / "request.json"
+    if stored.exists():
+        _refuse_other(destination, "an unfinished build", folder, json.loads(stored.read_bytes()), request)
+        log.info("going on with the unfinished build in %s", destination)
+    else:
+        publish(stored, [json.dumps(request).encode()])
+    return lock

@@ -1,0 +1,203 @@
+"""The two kinds of work that the processes of a store build do: tokenise pieces of input, write planned shards.
+
+Both are Workers of worker_pool.py and use one core each. Their costs are stated in store_builder.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from lit_gpt.cli import BadInput
+from lit_gpt.data.token_store import Shard, ShardWriter, Vocabulary, shard_name
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.prepare.document_source import Document, Fields, Piece, parse_piece
+from lit_gpt.prepare.token_runs import (
+    ID_BYTES,
+    KEY,
+    OFFSET,
+    PLACE,
+    TOKENS,
+    Choice,
+    Columns,
+    RunFacts,
+    ShardPlan,
+    TokenisedDocument,
+    file_and_line,
+    open_run,
+    place,
+    write_run,
+)
+
+
+class TokeniseSettings(NamedTuple):
+    runs: Path
+    tokenizer_path: str
+    fingerprint: str
+    source_names: Sequence[str]
+    fields: Fields
+    seed: int
+    keep_order: bool
+    add_bos: bool
+    run_bytes: int
+    attempt: int
+    """Times this build was started: keeps the names of runs apart."""
+
+
+class PieceReport(NamedTuple):
+    lines: int
+    tokens: int
+    rejects: int
+    source_bytes: int
+
+
+class TokeniseWork:
+    """Tokenises pieces and puts down a run whenever run_bytes have come together."""
+
+    def __init__(self, settings: TokeniseSettings) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core; the pool is the parallelism
+        self._settings = settings
+        self._tokenizer = Tokenizer.from_folder(settings.tokenizer_path)
+        if self._tokenizer.fingerprint != settings.fingerprint:
+            raise BadInput(f"tokenizer folder {settings.tokenizer_path} changed during the build")
+        self._dtype = vocabulary_of(self._tokenizer).dtype
+        self._runs_written = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._documents: list[TokenisedDocument] = []
+        self._bytes = 0
+        self._facts = RunFacts([], 0, 0, 0, 0, [])
+
+    def __call__(self, piece: Piece) -> PieceReport:
+        records = list(parse_piece(piece, self._settings.fields))
+        documents = [record for record in records if isinstance(record, Document)]
+        encoded = self._tokenizer.encode_batch([document.text for document in documents])
+        tokenised = [self._tokenised(piece.file, *pair) for pair in zip(documents, encoded, strict=True)]
+        rejects = [
+            (piece.file, record.line, record.kind, record.detail)
+            for record in records
+            if not isinstance(record, Document)
+        ]
+        tokens = sum(len(document.ids) for document in tokenised)
+        self._documents += tokenised
+        self._bytes += sum(document.ids.nbytes + len(document.id) for document in tokenised)
+        facts = self._facts
+        self._facts = RunFacts(
+            pieces=[*facts.pieces, (piece.file, piece.number)],
+            lines=facts.lines + len(records),
+            documents=facts.documents + len(documents),
+            tokens=facts.tokens + tokens,
+            source_bytes=facts.source_bytes + piece.source_bytes,
+            rejects=facts.rejects + rejects,
+        )
+        if self._bytes >= self._settings.run_bytes:
+            self._put_down()
+        return PieceReport(len(records), tokens, len(rejects), piece.source_bytes)
+
+    def _tokenised(self, file: int, document: Document, ids: list[int]) -> TokenisedDocument:
+        settings, tokenizer = self._settings, self._tokenizer
+        begin = [tokenizer.bos_id] if settings.add_bos else []
+        array = np.array([*begin, *ids, tokenizer.eos_id], self._dtype)
+        name = (document.id or f"{settings.source_names[file]}:{document.line}").encode()
+        id_hash = xxhash.xxh3_128_intdigest(name, seed=settings.seed)
+        where = place(file, document.line)
+        content = xxhash.xxh3_64_intdigest(document.text_bytes, seed=settings.seed)
+        key = where if settings.keep_order else id_hash >> 64
+        return TokenisedDocument(key, where, content, id_hash, name, array, len(document.text_bytes))
+
+    def _put_down(self) -> None:
+        name = f"{self._settings.attempt:04d}-{os.getpid()}-{self._runs_written:06d}"
+        write_run(self._settings.runs, name, self._documents, self._facts)
+        self._runs_written += 1
+        self._clear()
+
+    def finish(self) -> None:
+        if self._facts.pieces:
+            self._put_down()
+
+
+class ShardWork:
+    """Gathers the documents of a planned shard from all runs and writes it into its split's folder."""
+
+    def __init__(
+        self,
+        runs: Sequence[Path],
+        destination: Path,
+        vocabulary: Vocabulary,
+        source_names: Sequence[str],
+        choice: Choice,
+    ) -> None:
+        self._runs = [open_run(path) for path in runs]
+        self._destination = destination
+        self._vocabulary = vocabulary
+        self._source_names = source_names
+        self._choice = choice
+
+    def __call__(self, plan: ShardPlan) -> tuple[ShardPlan, Shard]:
+        records: list[bytes] = []
+        tables = []
+        for run in self._runs:
+            table = self._select(run.documents, plan)
+            records += read_records(run.data, table, self._vocabulary.dtype.itemsize)
+            tables.append(table)
+        table = np.concatenate(tables, axis=1)
+        writer = ShardWriter(self._destination / plan.split, shard_name(plan.number), self._vocabulary)
+        for column in np.lexsort((table[PLACE], table[KEY])).tolist():
+            record, id_bytes = records[column], int(table[ID_BYTES, column])
+            file, line = file_and_line(int(table[PLACE, column]))
+            ids = np.frombuffer(record, self._vocabulary.dtype, offset=id_bytes)
+            writer.add(ids, record[:id_bytes].decode(), self._source_names[file], line)
+        shard = writer.close()
+        if (shard.documents, shard.tokens) != (plan.documents, plan.tokens):
+            raise RuntimeError(f"shard {shard} is not as planned: {plan}")
+        return plan, shard
+
+    def _select(self, documents: Columns, plan: ShardPlan) -> Columns:
+        low = np.searchsorted(documents[KEY], np.uint64(plan.first[0]), side="left")
+        high = np.searchsorted(documents[KEY], np.uint64(plan.last[0]), side="right")
+        table = np.array(documents[:, low:high])
+        key, where = table[KEY], table[PLACE]
+        after_first = (key > np.uint64(plan.first[0])) | (where >= np.uint64(plan.first[1]))
+        before_last = (key < np.uint64(plan.last[0])) | (where <= np.uint64(plan.last[1]))
+        return table[:, self._choice.of(plan.split, table) & after_first & before_last]
+
+    def finish(self) -> None:
+        """Nothing is kept between shards."""
+
+
+def read_records(path: Path, table: Columns, token_bytes: int) -> Iterator[bytes]:
+    """Each column's record (id, then ids), neighbours on disk read at once."""
+    offsets = table[OFFSET].astype(np.int64)
+    sizes = (table[ID_BYTES] + table[TOKENS] * np.uint64(token_bytes)).astype(np.int64)
+    breaks = np.flatnonzero(offsets[1:] != offsets[:-1] + sizes[:-1]) + 1
+    with open(path, "rb", buffering=0) as file:
+        for group in np.split(np.arange(len(offsets)), breaks):
+            if not len(group):
+                continue
+            start = int(offsets[group[0]])
+            file.seek(start)
+            data = _read_exactly(file, int(sizes[group].sum()))
+            for column in group:
+                begin = int(offsets[column]) - start
+                yield data[begin : begin + int(sizes[column])]
+
+
+def _read_exactly(file: Any, count: int) -> bytes:
+    parts = []
+    while count:
+        part = file.read(count)
+        if not part:
+            raise RuntimeError(f"{file.name} is shorter than its index says")
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    return Vocabulary(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)

@@ -1,0 +1,131 @@
+"""A cloze task out of held-out text: which of four sentences goes on from here? Written as a task of lm-eval.
+
+The true choice is the document's own next sentence; the others are sentences of other documents, of about its length,
+so that neither length nor style decides. Nothing is downloaded, and equal text, seed and number give equal items.
+Chance is 25 %. Costs: the texts of at most `max_documents` documents in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from lit_gpt.cli import BadInput
+from lit_gpt.data.token_store import ShardFile, TokenStore, document_ends
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.prepare.document_source import Document, Fields, check_source, find_sources, parse_piece, read_pieces
+
+CHOICES = 4
+_CONTEXT_SENTENCES = 3
+_SENTENCE_CHARACTERS = range(30, 301)
+"""Shorter ones say too little, longer ones are often lists."""
+_DISTRACTORS_DRAWN = 12
+"""Of so many, those nearest in length are taken."""
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ»„\"])")
+
+
+class Item(NamedTuple):
+    """One question."""
+
+    context: str
+    choices: list[str]
+    answer: int
+    """Index of the true choice."""
+
+
+def texts_of_files(sources: Sequence[str], fields: Fields) -> Iterator[str]:
+    """The documents of files, as prepare_data.py reads them; rejected lines are left out."""
+    for number, source in enumerate(find_sources(sources)):
+        check_source(source, fields)
+        for piece in read_pieces(source, number, fields):
+            yield from (document.text for document in parse_piece(piece, fields) if isinstance(document, Document))
+
+
+def texts_of_store(store: TokenStore, tokenizer: Tokenizer) -> Iterator[str]:
+    """The documents of a split, decoded."""
+    if store.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise BadInput(f"{store.path} was made with another tokenizer than the one named")
+    control = {tokenizer.bos_id, tokenizer.eos_id}
+    for shard in store.shards:
+        ends = [0, *document_ends(store, shard).tolist()]
+        with ShardFile(store.path, shard, store) as file:
+            for start, end in itertools.pairwise(ends):
+                yield tokenizer.decode([id for id in file.read(start, end).tolist() if id not in control])
+
+
+def make_items(texts: Iterable[str], count: int, seed: int, *, max_documents: int) -> list[Item]:
+    """At most `count` items out of the first documents; BadInput where they do not give a single one."""
+    documents = [_sentences(text) for text in itertools.islice(texts, max_documents)]
+    places = [
+        (number, place)
+        for number, sentences in enumerate(documents)
+        for place in range(1, len(sentences))
+        if len(sentences[place]) in _SENTENCE_CHARACTERS
+    ]
+    if len({number for number, _ in places}) < CHOICES:
+        raise BadInput(
+            f"{len(documents)} documents, too little text for a cloze task: {CHOICES} or more must have two sentences, "
+            f"of {_SENTENCE_CHARACTERS[0]} to {_SENTENCE_CHARACTERS[-1]} characters"
+        )
+    choice = random.Random(seed)
+    items = []
+    for number, place in choice.sample(places, min(count, len(places))):
+        truth = documents[number][place]
+        others = _distractors(choice, documents, places, number, truth)
+        if len(others) < CHOICES - 1:
+            continue
+        answer = choice.randrange(CHOICES)
+        context = " ".join(documents[number][max(0, place - _CONTEXT_SENTENCES) : place])
+        items.append(Item(context, [*others[:answer], truth, *others[answer:]], answer))
+    if not items:
+        raise BadInput("the documents repeat each other's sentences: no cloze item can be made of them")
+    return items
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence for line in text.split("\n") for sentence in _SENTENCE_END.split(line.strip()) if sentence]
+
+
+def _distractors(
+    choice: random.Random,
+    documents: Sequence[Sequence[str]],
+    places: Sequence[tuple[int, int]],
+    number: int,
+    truth: str,
+) -> list[str]:
+    """Sentences that do not stand in document `number`, nearest to `truth` in length; in an order drawn by `choice`."""
+    drawn = choice.sample(places, min(_DISTRACTORS_DRAWN, len(places)))
+    own = set(documents[number])
+    found = dict.fromkeys(documents[other][place] for other, place in drawn if other != number)
+    near = sorted((text for text in found if text not in own), key=lambda text: abs(len(text) - len(truth)))
+    nearest = near[: CHOICES - 1]
+    choice.shuffle(nearest)
+    return nearest
+
+
+def write_task(folder: Path, name: str, items: Sequence[Item], source: str) -> None:
+    """name.yaml and name.jsonl in `folder`: a task for lm-eval's --include_path and for scripts/evaluate.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = (folder / f"{name}.jsonl").absolute()
+    data.write_text("".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": metrics,
+        "metadata": {"version": 1.0, "source": source},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The run: from settings to a trained checkpoint."""

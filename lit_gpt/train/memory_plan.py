@@ -1,0 +1,221 @@
+"""Device memory of a training step, by part, as a function of shape, settings and number of processes. No GPU needed.
+
+Counted is what PyTorch has allocated at the fullest of three moments, in a step after the first: at the end of the
+forward pass, when the backward pass enters the last block, and at the update. What a block keeps for its backward
+pass is what torch.compile's partitioner keeps of it (tests/train/test_memory_plan.py compares), a token and block:
+
+    inputs of the matrix products and norms: residual, norm, attention's output, projection, norm: 5 C; MLP: I
+    rotated queries and keys: C + G D;  output of the qkv product, of which the values are a view: C + 2 G D
+    gate and up: 2 I;  log-sum-exp of attention: H in fp32;  1 / RMS of both norms: 2 in fp32
+
+and, on one device with fp32 weights, each matrix once more in bf16. Quack and float8 make the MLP's inner product
+anew: I less. Of the norms' outputs float8 keeps nothing (rowwise), or them and attention's output in 8 bits
+(tensorwise). Of blocks that compute again (activation_checkpointing.py) `full` keeps C, `selective` the results of
+products and attention; what such a block makes anew counts once, in the backward pass. The loss (loss.py) holds logits
+of CHUNK_TOKENS tokens and their gradient, and the gradients of its input and weight until the backward pass.
+
+Over several processes (FSDP2): a rank holds its share of weights, gradients and optimizer; whole are the outer unit
+(embedding, head), the block in use, the one fetched ahead and the buffer it comes in, or every block where weights
+stay between forward and backward. Gradients that micro-batches accumulate are whole and fp32 on every rank.
+
+Not counted: CUDA's context and NCCL's buffers (1 to 2 GiB outside PyTorch), fragmentation (a few percent), and the
+masks of attention backends that need one (fp32).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lit_gpt.config import Config
+from lit_gpt.model.loss import CHUNK_TOKENS
+from lit_gpt.train.settings import Settings
+
+# Sizes: N tokens of a micro-batch, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width,
+# V padded vocabulary, L blocks.
+
+USABLE_SHARE = 0.95
+"""Of a GPU's memory; the rest is lost to fragmentation."""
+
+
+class Memory(NamedTuple):
+    """Bytes on one device at one moment of a step."""
+
+    moment: str
+    weights: int
+    """This rank's share, as the optimizer sees them."""
+    gradients: int
+    optimizer: int
+    compute_weights: int
+    """Weights beside the share: copies in the computation's type, and all-gathered units with their buffers."""
+    activations: int
+    loss: int
+    """Logits of one chunk and the gradients that the fused loss holds."""
+
+    @property
+    def total(self) -> int:
+        return sum(self[1:])
+
+
+class _Sizes(NamedTuple):
+    """What the moments are made of."""
+
+    tokens: int
+    element: int
+    """Bytes of a number in the computation."""
+    stored: int
+    """Bytes of a number in weights, gradients and moments."""
+    shards: int
+    alone: bool
+    accumulates: bool
+
+
+def step_memory(config: Config, settings: Settings, world_size: int, shards: int) -> tuple[Memory, Memory, Memory]:
+    """The three moments on one of world_size processes, `shards` of which share one copy of the weights."""
+    micro_batches = settings.global_batch_size // (settings.micro_batch_size * world_size)
+    sizes = _Sizes(
+        tokens=settings.micro_batch_size * config.block_size,
+        element=_element(settings),
+        stored=2 if settings.precision == "bf16-true" else 4,
+        shards=shards,
+        alone=world_size == 1,
+        accumulates=micro_batches > 1,
+    )
+    return (
+        _end_of_forward(config, settings, sizes),
+        _last_block_backward(config, settings, sizes),
+        _update(config, sizes),
+    )
+
+
+def peak_bytes(config: Config, settings: Settings, world_size: int, shards: int) -> int:
+    """Bytes at the fullest moment."""
+    return max(memory.total for memory in step_memory(config, settings, world_size, shards))
+
+
+def largest_gathered_unit(config: Config, settings: Settings) -> int:
+    """Bytes of the largest part that several processes hold whole in the computation's type: a block, or the rest."""
+    outer = config.parameters - config.n_layer * config.block_parameters
+    return max(outer, config.block_parameters) * _element(settings)
+
+
+def kept_bytes_per_token(config: Config, settings: Settings) -> int:
+    """What one block keeps of each token for its backward pass."""
+    if settings.activation_checkpointing == "full":
+        return config.n_embd * _element(settings)
+    width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
+    if settings.activation_checkpointing == "selective":
+        return (4 * width + 2 * keys + 2 * hidden) * _element(settings) + config.n_head * 4
+    return _all_bytes_per_token(config, settings)
+
+
+def _all_bytes_per_token(config: Config, settings: Settings) -> int:
+    """What a block's backward pass needs of each token."""
+    width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
+    numbers = 7 * width + 3 * keys + 3 * hidden
+    if _makes_inner_anew(settings):
+        numbers -= hidden
+    if settings.float8 == "rowwise":
+        numbers -= 2 * width
+    if settings.float8 == "tensorwise":
+        return (numbers - 2 * width) * _element(settings) + 3 * width + (config.n_head + 2) * 4
+    return numbers * _element(settings) + (config.n_head + 2) * 4
+
+
+def _makes_inner_anew(settings: Settings) -> bool:
+    """Whether the MLP's inner product is computed again beside its gradient, as by quack; --mlp auto counts as that."""
+    return settings.float8 != "none" or (settings.mlp != "torch" and settings.precision != "32-true")
+
+
+def _compiled(settings: Settings) -> bool:
+    return settings.compile is not False
+
+
+def _element(settings: Settings) -> int:
+    """Bytes of a number in the computation."""
+    return 4 if settings.precision == "32-true" else 2
+
+
+def _end_of_forward(config: Config, settings: Settings, sizes: _Sizes) -> Memory:
+    element, vocabulary = sizes.element, config.padded_vocab_size
+    head = vocabulary * config.n_embd
+    chunk = min(sizes.tokens, CHUNK_TOKENS) * vocabulary
+    # logits, their gradient, and from the second chunk on that of the last one; uncompiled, fp32 steps between them
+    last, between = (element if sizes.tokens > CHUNK_TOKENS else 0), (0 if _compiled(settings) else 17)
+    logits = chunk * (element + last + (between or element))
+    head_copy = element * head if sizes.alone and sizes.stored != element else 0
+    residual = element * sizes.tokens * config.n_embd
+    return _memory(
+        "forward",
+        config,
+        sizes,
+        gradients=_accumulated(config, sizes),
+        compute_weights=_weights_in_use(config, settings, sizes, in_backward=False) + head_copy,
+        activations=_kept(config, settings, sizes) + residual,  # the last norm's output
+        loss=logits + residual + 4 * head,  # gradients of input and weight
+    )
+
+
+def _last_block_backward(config: Config, settings: Settings, sizes: _Sizes) -> Memory:
+    """The loss's gradients are handed on; the block holds those of its MLP: residual, act, gate and up."""
+    element = sizes.element
+    working = (2 * config.n_embd + 3 * config.intermediate_size) * element * sizes.tokens
+    anew = (_all_bytes_per_token(config, settings) - kept_bytes_per_token(config, settings)) * sizes.tokens
+    head_gradient = config.padded_vocab_size * config.n_embd * (sizes.stored if sizes.alone else element)
+    block_gradients = config.block_parameters * (sizes.stored if sizes.alone else element + 4)  # reduced in fp32
+    return _memory(
+        "backward",
+        config,
+        sizes,
+        gradients=_accumulated(config, sizes) + head_gradient + block_gradients,
+        compute_weights=_weights_in_use(config, settings, sizes, in_backward=True),
+        activations=_kept(config, settings, sizes) + anew + working,
+        loss=0,
+    )
+
+
+def _update(config: Config, sizes: _Sizes) -> Memory:
+    """All gradients are there; over several processes the outer unit's reduction is under way."""
+    outer = config.parameters - config.n_layer * config.block_parameters
+    reduction = 0 if sizes.alone else outer * (2 * sizes.element + 4)  # weights, gradients, and these in fp32
+    return _memory(
+        "update",
+        config,
+        sizes,
+        gradients=sizes.stored * config.parameters // sizes.shards,
+        compute_weights=reduction,
+        activations=0,
+        loss=0,
+    )
+
+
+def _memory(
+    moment: str, config: Config, sizes: _Sizes, *, gradients: int, compute_weights: int, activations: int, loss: int
+) -> Memory:
+    share = sizes.stored * config.parameters // sizes.shards
+    return Memory(moment, share, gradients, 2 * share, compute_weights, activations, loss)
+
+
+def _accumulated(config: Config, sizes: _Sizes) -> int:
+    """Gradients of earlier micro-batches."""
+    if not sizes.accumulates:
+        return 0
+    return config.parameters * (sizes.stored if sizes.alone else 4)
+
+
+def _weights_in_use(config: Config, settings: Settings, sizes: _Sizes, *, in_backward: bool) -> int:
+    block, blocks = config.block_parameters * sizes.element, config.n_layer
+    if sizes.alone:
+        if sizes.stored == sizes.element or settings.float8 != "none":  # 8-bit casts are not kept
+            return 0
+        if settings.activation_checkpointing != "none":  # the casts are done anew
+            return block if in_backward else 0
+        return blocks * block
+    outer = (config.parameters - blocks * config.block_parameters) * sizes.element
+    whole_blocks = blocks if settings.keeps_weights_whole else min(2, blocks)
+    return outer + (whole_blocks + 1) * block  # one more: the buffer of the all-gather
+
+
+def _kept(config: Config, settings: Settings, sizes: _Sizes) -> int:
+    """What all blocks keep, the input of the last norm, and the rotary angles."""
+    outside = sizes.element * config.n_embd + 4 * config.head_size
+    return (config.n_layer * kept_bytes_per_token(config, settings) + outside) * sizes.tokens

@@ -1,0 +1,56 @@
+"""The optimizer's parts: parameter groups, the learning rate as a pure function of the step, and the gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lit_gpt.train.adamw import AdamW, RoundingAdamW
+from lit_gpt.train.settings import Settings
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Learning rate of update number `step`, counted from 0: linear warm-up, then the schedule that settings name."""
+    peak, last = settings.learning_rate, settings.max_steps - 1
+    if step < settings.warmup_steps:
+        return peak * (step + 1) / settings.warmup_steps
+    if settings.lr_schedule == "constant":
+        return peak
+    decay_from = (
+        settings.warmup_steps if settings.lr_schedule == "cosine" else settings.max_steps - settings.decay_steps
+    )
+    progress = min(max(step - decay_from, 0) / max(last - decay_from, 1), 1.0)
+    if settings.lr_schedule == "cosine":
+        return settings.min_lr + (peak - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return peak + (settings.min_lr - peak) * progress
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups for AdamW: matrices decay, vectors (the norms) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
+    """The run's optimizer; the training loop sets the learning rate each step."""
+    groups = parameter_groups(model, settings.weight_decay)
+    adam: dict[str, Any] = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
+    weight = next(model.parameters())
+    if weight.dtype != torch.bfloat16:
+        return AdamW(groups, **adam)
+    compiled = settings.compile if settings.compile is not None else weight.is_cuda
+    return RoundingAdamW(groups, compiled=compiled, **adam)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Global 2-norm of all gradients over all ranks, a scalar on the device; not finite if any gradient is not."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,144 @@
+"""What a run is made of, found and checked before any process starts, model is built or file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_gpt.checkpoint.checkpoint import Checkpoint
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from lit_gpt.data.loader import PackedDataset, check_batch_sizes
+from lit_gpt.data.row_reader import open_sources
+from lit_gpt.data.shard_cache import ShardCache
+from lit_gpt.data.token_store import TokenStore
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.datapoints import run_folder
+from lit_gpt.datapoints.log import FOLDER, DatapointLog, Mark
+from lit_gpt.launch.world import World, default_run_dir, find_world
+from lit_gpt.train.sampling import Prompts, open_prompts
+from lit_gpt.train.settings import Settings
+
+
+class Inputs(NamedTuple):
+    """What fits together: model, data, folder and processes."""
+
+    config: Config
+    train: tuple[TokenStore, ...]
+    weights: list[float] | None
+    """Of the training sources; None: each by its size."""
+    val: TokenStore | None
+    run_dir: Path
+    world: World
+    prompts: Prompts | None
+    """What the model continues at intervals, if asked for."""
+
+
+def open_inputs(settings: Settings) -> Inputs:
+    """Find and check all that a run needs; raises BadInput for whatever does not fit together.
+
+    The settings have passed Settings.check.
+    """
+    world = find_world(settings)
+    settings.shards(world.devices, world.size)  # refuses a group that does not divide the processes
+    check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world.size)
+    train, weights = open_sources(settings.train_sources)
+    config = settings.config.with_vocabulary(train[0].vocab_size)
+    val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
+    _require_one_tokenizer(settings, [*train, *([val] if val else [])])
+    prompts = open_prompts(settings, config.block_size, add_bos=bool(train[0].settings.get("add_bos", False)))
+    run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
+    run_folder.create(run_dir)
+    return Inputs(config, tuple(train), weights, val, run_dir, world, prompts)
+
+
+def run_facts(inputs: Inputs, settings: Settings) -> dict[str, Any]:
+    """What a checkpoint's run.json says of the run, beside how far it is; paths are absolute."""
+    tokenizer = settings.tokenizer_path
+    return {
+        "settings": asdict(settings),
+        "dataset_id": [store.dataset_id for store in inputs.train],
+        "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
+        "val_data_dir": str(inputs.val.path.resolve()) if inputs.val else None,
+        "tokenizer_path": str(Path(tokenizer).resolve()) if tokenizer else None,
+        "tokenizer_fingerprint": inputs.train[0].tokenizer_fingerprint,
+        "world_size": inputs.world.size,
+    }
+
+
+def open_datapoint_log(
+    inputs: Inputs,
+    settings: Settings,
+    dataset: PackedDataset,
+    start: Checkpoint | None,
+    left_out: Sequence[tuple[int, int]],
+) -> DatapointLog:
+    """The record of what each step sees, after `start`; refused if the data is not what the run began with."""
+    facts = {**dataset.reader.facts(), "global_batch_size": settings.global_batch_size}
+    facts["cross_document_attention"] = settings.cross_document_attention
+    details = {
+        "world_size": inputs.world.size,
+        "micro_batch_size": settings.micro_batch_size,
+        "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
+        "tokenizer_path": settings.tokenizer_path,
+        "left_out": left_out,
+        "resumed_from": str(start.path.resolve()) if start else None,
+    }
+    parent = start.facts.get("datapoint_log") if start else None  # an imported model has none
+    return DatapointLog.open(
+        inputs.run_dir / FOLDER,
+        facts,
+        parent=Mark(**parent) if parent else None,
+        details=details,
+        allow_changed_data=settings.allow_changed_data,
+    )
+
+
+def _require_one_tokenizer(settings: Settings, stores: list[TokenStore]) -> None:
+    first = stores[0]
+    for store in stores[1:]:
+        if store.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise BadInput(
+                f"{store.path} was made with another tokenizer than {first.path}: prepare both with the same"
+            )
+    if settings.tokenizer_path:
+        fingerprint = Tokenizer.from_folder(settings.tokenizer_path).fingerprint
+        if fingerprint != first.tokenizer_fingerprint:
+            raise BadInput(
+                f"--tokenizer_path {settings.tokenizer_path} (fingerprint {fingerprint}) is not the tokenizer that "
+                f"{first.path} was made with ({first.tokenizer_fingerprint})"
+            )
+
+
+def open_cache(settings: Settings) -> ShardCache | None:
+    """The node's shard cache, if the settings name one."""
+    return ShardCache(Path(settings.cache_dir), settings.cache_bytes) if settings.cache_dir else None
+
+
+def training_rows(inputs: Inputs, settings: Settings, cache: ShardCache | None) -> PackedDataset:
+    """The rows that the run trains on."""
+    return PackedDataset(
+        inputs.train,
+        inputs.config.block_size,
+        settings.seed,
+        weights=inputs.weights,
+        packing=settings.packing,
+        cross_document_attention=settings.cross_document_attention,
+        max_epochs=settings.max_epochs,
+        cache=cache,
+        index_dir=Path(settings.cache_dir) / "packing" if settings.cache_dir else None,
+    )
+
+
+def validation_rows(inputs: Inputs, settings: Settings) -> PackedDataset | None:
+    """The rows that the run validates on: always windows, so that every token counts once, whatever training packs."""
+    if inputs.val is None:
+        return None
+    return PackedDataset(
+        inputs.val,
+        inputs.config.block_size,
+        settings.seed,
+        cross_document_attention=settings.cross_document_attention,
+    )

@@ -1,0 +1,144 @@
+"""What a run will need, told before it starts: memory of a GPU, tokens, time and disk. Needs no GPU, no processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from lit_gpt.config import Config
+from lit_gpt.data.loader import check_batch_sizes
+from lit_gpt.data.row_reader import open_sources
+from lit_gpt.train.memory_plan import USABLE_SHARE, Memory, largest_gathered_unit, peak_bytes, step_memory
+from lit_gpt.train.settings import Settings
+
+GIB = 2**30
+
+
+class Plan(NamedTuple):
+    """The figures of a run; `lines` tells them."""
+
+    config: Config
+    settings: Settings
+    world_size: int
+    shards: int
+    """Processes that share one copy of the weights."""
+    memory: tuple[Memory, ...]
+    """Of one GPU: end of the forward pass, backward pass of the last block, update."""
+    largest_micro_batch: int | None
+    """Rows of the largest micro-batch that fits and shares the step's rows evenly; None if none fits."""
+    tokens_per_step: int
+    checkpoint_bytes: int
+    checkpoints: int
+    """Most that lie on disk at once: those that stay, and the one being written."""
+    data_tokens: int | None
+    """Of the training data, if the settings name any."""
+
+    @property
+    def tokens(self) -> int:
+        return self.settings.max_steps * self.tokens_per_step
+
+
+def plan(settings: Settings) -> Plan:
+    """The plan of a run with --devices x --num_nodes processes; raises BadInput for settings that cannot train."""
+    devices = settings.devices or 1
+    world_size = devices * settings.num_nodes
+    shards = settings.shards(devices, world_size)
+    check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world_size)
+    config, data_tokens = settings.config, None
+    if settings.train_sources:
+        stores, _ = open_sources(settings.train_sources)
+        config = config.with_vocabulary(stores[0].vocab_size)
+        data_tokens = sum(store.tokens for store in stores)
+    stored = 2 if settings.precision == "bf16-true" else 4
+    return Plan(
+        config=config,
+        settings=settings,
+        world_size=world_size,
+        shards=shards,
+        memory=step_memory(config, settings, world_size, shards),
+        largest_micro_batch=_largest_micro_batch(config, settings, world_size, shards),
+        tokens_per_step=settings.global_batch_size * config.block_size,
+        checkpoint_bytes=3 * stored * config.parameters,  # weights and AdamW's two moments
+        checkpoints=_checkpoints(settings),
+        data_tokens=data_tokens,
+    )
+
+
+def _largest_micro_batch(config: Config, settings: Settings, world_size: int, shards: int) -> int | None:
+    rows = settings.global_batch_size // world_size
+    usable = settings.plan_gpu_gib * GIB * USABLE_SHARE
+    for micro_batch_size in (size for size in range(rows, 0, -1) if rows % size == 0):
+        tried = replace(settings, micro_batch_size=micro_batch_size)
+        if peak_bytes(config, tried, world_size, shards) <= usable:
+            return micro_batch_size
+    return None
+
+
+def _checkpoints(settings: Settings) -> int:
+    written = -(-settings.max_steps // settings.save_interval_steps)
+    for_ever = 0
+    if settings.keep_every_steps:
+        for_ever = settings.max_steps // math.lcm(settings.save_interval_steps, settings.keep_every_steps)
+    return min(written, (settings.keep_last_checkpoints or written) + for_ever) + 1
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The plan as a person reads it."""
+    config, settings = plan.config, plan.settings
+    yield f"{config.name}: {config.parameters:,} parameters, {config.block_size} tokens a row"
+    yield (
+        f"{plan.world_size} processes ({settings.num_nodes} nodes x {settings.devices or 1}), "
+        f"{settings.sharding_strategy}: a copy of the weights on {plan.shards}, {settings.precision}, "
+        f"activation checkpointing {settings.activation_checkpointing}"
+    )
+    if settings.mlp == "auto" and settings.float8 == "none" and settings.precision != "32-true":
+        yield "the MLP as on a Hopper GPU with quack; for others plan with --mlp torch, which keeps more"
+    yield ""
+    yield from _memory_table(plan)
+    if settings.precision == "32-true":
+        scores = 4 * settings.micro_batch_size * config.n_layer * config.n_head * config.block_size**2
+        yield f"not counted, for want of a measurement: attention's scores in fp32, some {scores / GIB:.2f} GiB"
+    yield _fit(plan)
+    yield ""
+    yield f"{settings.max_steps:,} steps of {plan.tokens_per_step:,} tokens: {plan.tokens:,} tokens"
+    if plan.data_tokens is not None:
+        yield f"the training data has {plan.data_tokens:,} tokens: {plan.tokens / plan.data_tokens:.2f} epochs"
+    yield _time(plan)
+    yield (
+        f"a checkpoint is {plan.checkpoint_bytes / GIB:.2f} GiB; at most {plan.checkpoints} on disk: "
+        f"{plan.checkpoints * plan.checkpoint_bytes / GIB:.2f} GiB"
+    )
+
+
+def _memory_table(plan: Plan) -> Iterator[str]:
+    titles = [memory.moment for memory in plan.memory]
+    yield f"GiB of one GPU with {plan.settings.micro_batch_size} rows, at three moments of a step:"
+    yield "  " + " " * 16 + "".join(f"{title:>10}" for title in titles)
+    names = ("weights", "gradients", "optimizer", "weights in use", "activations", "logits and loss")
+    rows = list(zip(names, *(memory[1:] for memory in plan.memory), strict=True))
+    for name, *sizes in (*rows, ("total", *(memory.total for memory in plan.memory))):
+        yield f"  {name:16}" + "".join(f"{size / GIB:10.2f}" for size in sizes)
+    if plan.world_size > 1:
+        unit = largest_gathered_unit(plan.config, plan.settings)
+        yield f"weights in use hold the largest all-gathered unit: {unit / GIB:.2f} GiB"
+
+
+def _fit(plan: Plan) -> str:
+    gpu = f"{plan.settings.plan_gpu_gib:g} GiB (--plan_gpu_gib), of which {USABLE_SHARE:.0%} are counted on"
+    if plan.largest_micro_batch is None:
+        return (
+            f"no micro-batch fits {gpu}: shard over more GPUs (FULL_SHARD), or --activation_checkpointing full, or "
+            "--precision bf16-true"
+        )
+    return f"largest micro_batch_size that fits {gpu}: {plan.largest_micro_batch}"
+
+
+def _time(plan: Plan) -> str:
+    rate = plan.settings.plan_tokens_per_s
+    if rate is None:
+        return "time: name a GPU's rate by --plan_tokens_per_s (docs/benchmarks.md has measured ones)"
+    seconds = plan.tokens / (rate * plan.world_size)
+    gpu_hours = seconds * plan.world_size / 3600
+    return f"time at {rate:,.0f} tokens/s a GPU: {seconds / 86400:.2f} days, {gpu_hours:,.0f} GPU hours"

@@ -1,0 +1,79 @@
+"""A run's model on its processes: built from settings, and spread over several of them by FSDP2.
+
+One process: a plain module. Several: FSDP2 (`fully_shard`) inside Fabric's ModelParallelStrategy, each block its own
+unit, over a mesh that the sharding strategy names.
+"""
+
+from __future__ import annotations
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from lit_gpt.config import Config
+from lit_gpt.launch.world import World
+from lit_gpt.model.activation_checkpointing import checkpoint_activations
+from lit_gpt.model.attention import choose_backend
+from lit_gpt.model.float8 import use_float8
+from lit_gpt.model.fused_mlp import choose_mlp
+from lit_gpt.model.gpt import GPT, initialize
+from lit_gpt.train.settings import Settings
+
+
+def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module:
+    """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks."""
+    compute_dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
+    backend = choose_backend(settings.attention, fabric.device, compute_dtype)
+    mlp = "float8" if settings.float8 == "tensorwise" else "torch"
+    if settings.float8 == "none":
+        mlp = choose_mlp(settings.mlp, fabric.device, compute_dtype, (config.n_embd, config.intermediate_size))
+    with torch.device("meta"):
+        model = GPT(config, attention_backend=backend, mlp_backend=mlp, compute_dtype=compute_dtype)
+    if settings.precision == "bf16-true":
+        model = model.bfloat16()
+    # This order keeps parameter names: float8, checkpointing, compilation, then sharding.
+    if settings.float8 != "none":
+        use_float8(model.transformer.h, settings.float8, fabric.device)
+    for block in model.transformer.h:
+        checkpoint_activations(block, settings.activation_checkpointing)
+    if settings.compile if settings.compile is not None else fabric.device.type == "cuda":
+        model.compile_parts()
+    if fabric.world_size == 1:
+        model.to_empty(device=fabric.device)
+        initialize(model, settings.seed)
+    return fabric.setup_module(model)
+
+
+def shard(model: nn.Module, settings: Settings, world: World) -> nn.Module:
+    """Each block and the model as FSDP2 units on `world`'s mesh, with its initial weights on this rank's device."""
+    assert isinstance(model, GPT)
+    mesh = _mesh(settings, world)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if settings.precision == "32-true" else torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # rotary cos and sin stay in fp32
+    )
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, reshard_after_forward=not settings.keeps_weights_whole, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    model.to_empty(device=world.accelerator)  # the current device: Fabric has set it
+    initialize(model, settings.seed)
+    return model
+
+
+def _mesh(settings: Settings, world: World) -> DeviceMesh:
+    shards = settings.shards(world.devices, world.size)
+    if settings.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD"):
+        shape = (world.size // shards, shards)  # neighbouring ranks share a copy
+        return init_device_mesh(world.accelerator, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.accelerator, (shards,), mesh_dim_names=("shard",))
+
+
+def sync_gradients(module: nn.Module, last: bool) -> None:
+    """Reduce gradients over ranks in the coming backward pass only if it is the step's last."""
+    inner = getattr(module, "module", module)
+    if isinstance(inner, FSDPModule):
+        inner.set_requires_gradient_sync(last)
+        inner.set_is_last_backward(last)

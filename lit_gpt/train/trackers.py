@@ -1,0 +1,101 @@
+"""Where a run's numbers and samples go: metrics.csv and samples.jsonl; TensorBoard and Weights & Biases on request.
+
+One series over resumes: a resume at step s drops the lines after s, which the run is about to write again. Rank 0 only.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lit_gpt.train.sampling import Sample
+from lit_gpt.train.settings import Settings
+from lit_gpt.train.wandb_run import WandbRun
+
+COLUMNS = (
+    "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
+    "mfu", "mfu_palm", "memory_gib", "compiled_graphs", "skipped_steps", "val_loss", "val_perplexity",
+    "val_bits_per_byte",
+)  # fmt: skip
+"""step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: of the run;
+skipped_steps: steps of the run so far whose update was skipped."""
+
+
+class Trackers:
+    """The trackers of one run folder; `step` is the number of updates that are done."""
+
+    def __init__(self, run_dir: Path, resume_step: int, settings: Settings) -> None:
+        path = run_dir / "metrics.csv"
+        lines: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                lines = [row for row in csv.DictReader(file) if _is_whole(row)]
+        kept = [row for row in lines if int(row["step"]) <= resume_step]
+        temporary = path.with_suffix(".csv.new")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(temporary, path)
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._samples = run_dir / "samples.jsonl"
+        if self._samples.exists():
+            _keep_samples(self._samples, resume_step)
+        self._board = None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = None
+        if settings.wandb != "off":
+            self._wandb = WandbRun(
+                run_dir, settings.wandb, project=settings.wandb_project, name=settings.wandb_name,
+                config=asdict(settings), sent_step=max((int(row["step"]) for row in lines), default=0),
+                timeout_s=settings.wandb_timeout_s,
+            )  # fmt: skip
+
+    def log(self, values: Mapping[str, float | int | None]) -> None:
+        """One line; columns that are missing or None stay empty. Flushed at once: a killed run keeps its lines."""
+        present = {name: value for name, value in values.items() if value is not None}
+        self._writer.writerow(present)
+        self._file.flush()
+        if self._board is not None:
+            for name, value in present.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(values["step"] or 0))
+        if self._wandb is not None:
+            self._wandb.log(int(values["step"] or 0), present)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """A line a sample."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            texts = (f"**{sample.prompt}**{sample.text}" for sample in samples)
+            self._board.add_text("samples", "\n\n".join(texts), step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """False for a line that a kill cut short: DictReader fills what is missing with None."""
+    return row["val_bits_per_byte"] is not None and row["step"].isdigit()
+
+
+def _keep_samples(path: Path, resume_step: int) -> None:
+    """Drop the samples after `resume_step`, and a last line that a kill cut short."""
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    temporary = path.with_suffix(".jsonl.new")
+    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= resume_step), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,75 @@
+"""One optimizer update: forward, backward, clipping, AdamW. What the training loop and the step benchmark both run.
+
+Nothing here waits for the GPU: the loss, the gradient norm and the verdict on the update stay on their device until
+somebody logs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from lit_gpt.data.loader import Batch
+from lit_gpt.train.optimizer import AdamW, gradient_norm, learning_rate
+from lit_gpt.train.settings import Settings
+from lit_gpt.train.sharding import sync_gradients
+from lit_gpt.train.step_guard import StepGuard
+
+
+class Update(NamedTuple):
+    """What an update leaves to be logged."""
+
+    loss_sum: Tensor
+    """This rank's summed loss in nats, fp32 scalar on the device."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping, scalar on the device."""
+    learning_rate: float
+    verdict: Tensor
+    """step_guard.Verdict as a scalar on the device: whether the update was applied, and if not, why."""
+
+
+class TrainStep:
+    """Updates `model` through `optimizer` by `settings`; the same call on every rank."""
+
+    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: AdamW, settings: Settings) -> None:
+        self._fabric = fabric
+        self._model = model
+        self._optimizer = optimizer
+        self._settings = settings
+        self.guard = StepGuard(settings, fabric.device)
+
+    def update(self, step: int, batches: Sequence[Batch], targets: int) -> Update:
+        """Update number `step`, from 0, on this rank's micro-batches; `targets` are the valid ones of all ranks."""
+        lr = learning_rate(step, self._settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        # FSDP averages gradients over ranks; the loss is a sum over all of them.
+        scale = self._fabric.world_size / max(targets, 1)
+        loss_sum = torch.zeros((), device=self._fabric.device)
+        for batch in batches:
+            sync_gradients(self._model, last=batch is batches[-1])
+            loss_sum += self._backward(batch, scale)
+        grad_norm = gradient_norm(self._model.parameters())
+        verdict = self.guard.judge(grad_norm)
+        self._optimizer.step_clipped(grad_norm, self._settings.grad_clip, skip=(verdict != 0).float())
+        self._optimizer.zero_grad(set_to_none=True)
+        return Update(loss_sum, grad_norm, lr, verdict)
+
+    def _backward(self, batch: Batch, scale: float) -> Tensor:
+        """Gradients of one micro-batch, whose loss is returned. Its graph ends here, and with it what torch.compile
+        keeps on a node beyond the backward pass: of float8 the transposed inputs of three products a block."""
+        loss = self.loss(batch)
+        # 0 * loss is 0, or NaN where the loss is not finite: then every gradient is NaN, on every rank.
+        self._fabric.backward(loss * (scale + 0 * loss.detach()))
+        return loss.detach()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed loss of one micro-batch, in nats."""
+        tokens, targets, cu_seqlens = (
+            x.to(self._fabric.device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.cu_seqlens)
+        )
+        return self._model(tokens.long(), cu_seqlens, targets.long())

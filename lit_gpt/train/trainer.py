@@ -1,0 +1,320 @@
+"""The training loop: settings in, a trained checkpoint out.
+
+Order of a run: everything that can be refused is refused before any process starts (`open_inputs`); then processes,
+model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state of a run is its step and its slot
+(run_state.py); whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken
+one. A run that goes back after a spike (rollback.py) leaves the steps and begins them again, as if resumed.
+
+What a step agrees on over ranks travels in one small all-reduce of integers on the host, before the backward pass: the
+number of valid targets (the loss's divisor), the digest of the rows, whether a rank was asked to stop or sees the end
+of its job, and whether a save in the background broke. The GPU is waited for only when a line of metrics or a
+checkpoint is due.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lit_gpt.checkpoint.saver import CheckpointSaver
+from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
+from lit_gpt.data.loader import Step, StepLoader
+from lit_gpt.launch.signals import StopFlag
+from lit_gpt.launch.stop import Reason, StopRequest
+from lit_gpt.launch.watchdog import Limits, Watchdog
+from lit_gpt.launch.world import (
+    Fabric,
+    any_rank,
+    describe_rank,
+    launch,
+    on_rank_zero,
+    record_collectives,
+    starts_alone,
+)
+from lit_gpt.train.garbage import collected_by_hand
+from lit_gpt.train.optimizer import make_optimizer
+from lit_gpt.train.profiler import StepProfiler
+from lit_gpt.train.progress import Progress
+from lit_gpt.train.rollback import Rollback
+from lit_gpt.train.run_inputs import Inputs, open_cache, open_inputs, training_rows, validation_rows
+from lit_gpt.train.run_state import RunState
+from lit_gpt.train.sampling import sample
+from lit_gpt.train.settings import Settings
+from lit_gpt.train.sharding import build_model, shard
+from lit_gpt.train.speed_monitor import SpeedMonitor
+from lit_gpt.train.step_guard import SkippedStep
+from lit_gpt.train.train_step import TrainStep, Update
+from lit_gpt.train.validation import validate
+
+log = logging.getLogger(__name__)
+
+
+class Agreed(NamedTuple):
+    """What the ranks agreed on for one step."""
+
+    targets: int
+    """Valid targets of the step."""
+    digest: int
+    """Digest of the step's rows."""
+    stop: Reason | None
+    """Why some rank wants to stop after this step."""
+    save_broke: bool
+    """Some rank's save in the background failed."""
+
+
+def train(settings: Settings, stop_flag: StopFlag) -> int:
+    """Run to max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code."""
+    stop = StopRequest(stop_flag, time_limit_s=settings.time_limit_s, margin_s=settings.stop_margin_s)
+    inputs = open_inputs(settings)
+    if starts_alone(inputs.world) and stop.signal:
+        return stop.tell_early()
+    record_collectives(inputs.run_dir / "watchdog")
+    fabric = launch(settings, inputs.world, lambda model: shard(model, settings, inputs.world))
+    who, trainer = describe_rank(fabric.global_rank, fabric.device), None
+    try:
+        if any_rank(stop.signal is not None):
+            return stop.tell_early()
+        trainer = Trainer(settings, inputs, fabric, stop, who)
+        return trainer.run()
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001 - told here, as it needs the rank's name; nothing goes on after it
+        if trainer is not None:
+            trainer.watchdog.close()  # does not return where the failure follows from a stall that it is about to tell
+            trainer.close()
+        end_failed(f"{who} failed at step {trainer.state.step + 1 if trainer else 0}", error)
+    finally:
+        if trainer is not None:
+            trainer.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, settings: Settings, inputs: Inputs, fabric: Fabric, stop: StopRequest, who: str) -> None:
+        self.settings, self.inputs, self.fabric, self.stop = settings, inputs, fabric, stop
+        self.rank, self.device = fabric.global_rank, fabric.device
+        limits = Limits(settings.watchdog_factor, settings.watchdog_floor_s, settings.watchdog_long_s)
+        self.watchdog = Watchdog(inputs.run_dir / "watchdog", who, self.rank, inputs.world.size, limits)
+        torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
+        self.model = build_model(self.fabric, inputs.config, settings)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
+        self.cache = open_cache(settings)
+        self.dataset = training_rows(inputs, settings, self.cache)
+        self.validation = validation_rows(inputs, settings)
+        parts = self.model, self.optimizer, self.train_step.guard
+        self.state = RunState(settings, inputs, fabric, self.dataset, *parts)
+        self.state.start()
+        stop.note_save(self.state.load_s)  # stands for what a save takes until there was one
+        self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
+        self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
+        kind = settings.state_dict_type
+        self.saver = CheckpointSaver(
+            inputs.run_dir,
+            self.model,
+            self.optimizer,
+            full=kind == "full" or (kind == "auto" and inputs.world.size == 1),
+            overlap=settings.async_save if settings.async_save is not None else self.device.type == "cuda",
+            keep_last=settings.keep_last_checkpoints,
+            keep_every_steps=settings.keep_every_steps,
+        )
+
+    # The loop
+
+    def run(self) -> int:
+        """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
+        settings = self.settings
+        if self.state.step < settings.max_steps:
+            on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
+        if any_rank(self.stop.signal is not None):
+            return self.stop.tell_early()
+        log.info("training from step %d to %d in %s", self.state.step, settings.max_steps, self.inputs.run_dir)
+        self.saver.log_room()
+        with collected_by_hand(), Progress(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
+            while True:
+                with self._open_loader() as loader:
+                    stopped, rollback = self._take_steps(loader, progress)
+                if rollback is not None:
+                    self._roll_back(rollback)
+                if rollback is None or stopped:
+                    break
+        self.profiler.stop()
+        return self._finish(stopped)
+
+    def _open_loader(self) -> StepLoader:
+        return StepLoader(
+            self.dataset,
+            global_batch_size=self.settings.global_batch_size,
+            micro_batch_size=self.settings.micro_batch_size,
+            rank=self.rank,
+            world_size=self.inputs.world.size,
+            first_slot=self.state.slot,
+            left_out=self.state.rollbacks.left_out,
+            max_steps=max(self.settings.max_steps - self.state.step, 0),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _take_steps(self, loader: StepLoader, progress: Progress) -> tuple[Reason | None, Rollback | None]:
+        """To the loader's end, a stop, or a spike from which the run goes back; saved, except where it goes back."""
+        settings, state, guard = self.settings, self.state, self.train_step.guard
+        stopped, saved_at = None, state.step
+        last = state.step + loader.steps
+        for data in loader:
+            self.profiler.edge(state.step + 1)
+            agreed = self._agree(data)
+            if agreed.save_broke:
+                self.saver.wait()
+            update = self.train_step.update(state.step, data.batches, agreed.targets)
+            state.step_done(data, agreed.targets, agreed.digest)
+            guard.note(state.step, data.first_slot, data.rows, update.verdict, update.grad_norm)
+            self.monitor.count(agreed.targets, loader.take_wait_s())
+            stopped, ended = agreed.stop, agreed.stop is not None or state.step == last
+            evaluate = state.step % settings.eval_interval_steps == 0 or state.step == last
+            log_now = evaluate or ended or state.step % settings.log_interval_steps == 0
+            save_now = ended or state.step % settings.save_interval_steps == 0
+            if log_now or save_now:
+                gc.collect()
+                rollback = self._plan_rollback(guard.record(state.datapoints))
+                if rollback is not None:
+                    return stopped, rollback
+            if log_now:
+                progress.show(self._log(agreed.targets, update, evaluate=evaluate))
+            gave_up = self._gave_up is not None
+            if save_now or gave_up:
+                self._save(wait=ended or gave_up)
+                saved_at = state.step
+            self.watchdog.step_done(state.step)
+            progress.advance(state.step)
+            if settings.sample_interval_steps and state.step % settings.sample_interval_steps == 0 and not stopped:
+                self._sample()
+            if stopped or gave_up:
+                break
+        assert saved_at == state.step
+        return stopped, None
+
+    def _plan_rollback(self, skipped: list[SkippedStep]) -> Rollback | None:
+        """Whether to go back, and how far; the same on every rank, as the norms are."""
+        spikes = self.state.rollbacks.spikes(skipped)
+        if not spikes:
+            return None
+        self.watchdog.at("rollback")
+        self.saver.wait()
+        return self.state.plan_rollback(spikes)
+
+    def _roll_back(self, rollback: Rollback) -> None:
+        self.profiler.stop()
+        self.state.roll_back(rollback)
+        self.stop.note_save(self.state.load_s)  # the step that it interrupts is not a measure of steps
+        self.saver.failure = None  # of a save after the spike; the state is that of a checkpoint again
+        self.monitor.restart()
+
+    @property
+    def _gave_up(self) -> str | None:
+        """Why the run should not go on."""
+        if self.state.rollbacks.exhausted:
+            return f"a spike came after {len(self.state.rollbacks.left_out)} rollbacks (--max_rollbacks)"
+        if self.train_step.guard.gave_up:
+            return f"{self.settings.max_skipped_steps} updates in a row were skipped (--max_skipped_steps)"
+        return None
+
+    def _finish(self, stopped: Reason | None) -> int:
+        if self.saver.failure:
+            if self.rank == 0:
+                log.error("ended after step %d, without its last checkpoint: %s", self.state.step, self.saver.failure)
+            return EXIT_NOT_SAVED
+        if self._gave_up:
+            log.error("gave up after step %d, saved: %s", self.state.step, self._gave_up)
+            return EXIT_GAVE_UP
+        if stopped:
+            return self.stop.tell(stopped, self.state.step)
+        if self.state.step < self.settings.max_steps:
+            log.warning(
+                "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
+                self.state.step, self.settings.max_steps, self.settings.max_epochs,
+            )  # fmt: skip
+        log.info("finished at step %d: %d targets trained", self.state.step, self.state.tokens)
+        return 0
+
+    def _agree(self, data: Step) -> Agreed:
+        """One all-reduce of integers on the host; the digest travels as two halves, whose sums cannot overflow."""
+        low, high = data.digest & 0xFFFFFFFF, data.digest >> 32
+        stops = [self.stop.signal is not None, self.stop.out_of_time(self.saver.longest_s)]
+        numbers = torch.tensor([data.targets, low, high, *stops, self.saver.broken], dtype=torch.int64)
+        self.watchdog.at("agree")
+        if dist.is_initialized():
+            dist.all_reduce(numbers)
+        self.watchdog.at("update")
+        targets, low, high, signalled, out_of_time, broke = numbers.tolist()
+        stop: Reason | None = "signal" if signalled else "time" if out_of_time else None
+        return Agreed(targets, (low + (high << 32)) % 2**64, stop, broke > 0)
+
+    def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
+        """Read the step's numbers from the device (this waits for it), write them, and return them."""
+        self.watchdog.at("log")
+        if dist.is_initialized():
+            dist.all_reduce(update.loss_sum)
+        row: dict[str, Any] = {
+            "step": self.state.step,
+            "loss": update.loss_sum.item() / max(targets, 1),
+            "learning_rate": update.learning_rate,
+            "grad_norm": update.grad_norm.item(),
+            "targets": targets,
+            "epoch": (self.state.slot - 1) // self.dataset.rows_per_epoch,
+            "tokens": self.state.tokens,
+            "skipped_steps": self.train_step.guard.skipped,
+            **self.monitor.read()._asdict(),
+        }
+        if evaluate and self.validation is not None and self.inputs.val is not None:
+            self.watchdog.at("validate")
+            result = validate(
+                self.train_step.loss,
+                self.validation,
+                self.inputs.val,
+                micro_batch_size=self.settings.micro_batch_size,
+                max_rows=self.settings.eval_max_rows,
+                device=self.device,
+            )
+            row |= {f"val_{name}": value for name, value in result._asdict().items()}
+            self.monitor.restart()
+        if self.state.trackers is not None:
+            self.state.trackers.log(row)
+        return row
+
+    def _sample(self) -> None:
+        assert self.inputs.prompts is not None
+        self.watchdog.at("sample")
+        samples = sample(
+            lambda tokens, cu_seqlens, at: self.model(tokens, cu_seqlens, at=at),
+            self.inputs.prompts,
+            self.settings,
+            block_size=self.inputs.config.block_size,
+            vocab_size=self.inputs.config.vocab_size,
+            step=self.state.step,
+            device=self.device,
+        )
+        if self.state.trackers is not None:
+            self.state.trackers.log_samples(self.state.step, samples)
+        self.monitor.restart()
+
+    def _save(self, *, wait: bool) -> None:
+        self.watchdog.at("save")
+        began = time.monotonic()
+        self.saver.save(self.state.facts(), wait=wait)
+        self.stop.note_save(time.monotonic() - began)
+        self.monitor.restart()
+
+    def close(self) -> None:
+        self.watchdog.close()
+        self.saver.close()
+        if self.cache is not None:
+            log.info("shard cache: %s", self.cache.report())
+            self.cache.close()
+        self.state.close()

@@ -1,0 +1,55 @@
+"""Loss on the validation split: each row once over all ranks, by the loss that training uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_gpt.config import IGNORE_INDEX
+from lit_gpt.data.loader import Batch, PackedDataset, validation_batches
+from lit_gpt.data.token_store import TokenStore
+
+
+class Validation(NamedTuple):
+    """Loss on the validation split."""
+
+    loss: float
+    """Nats a target."""
+    perplexity: float
+    bits_per_byte: float
+    """Bits a UTF-8 byte of the split's text: comparable between tokenizers."""
+
+
+@torch.no_grad()
+def validate(
+    loss: Callable[[Batch], Tensor],
+    rows: PackedDataset,
+    store: TokenStore,
+    *,
+    micro_batch_size: int,
+    max_rows: int | None,
+    device: torch.device,
+) -> Validation:
+    """Average of `loss`, which sums over a batch's targets, over the first rows (all, or max_rows) of `store`.
+
+    Every rank calls it and gets the same numbers.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = validation_batches(
+        rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, max_rows=max_rows
+    )
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, targets
+    for batch in batches:
+        total[0] += loss(batch)
+        total[1] += int((batch.targets != IGNORE_INDEX).sum())
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    nats, targets = total.tolist()
+    average = nats / targets
+    bits_per_byte = average / math.log(2) * store.tokens / store.text_bytes
+    return Validation(average, math.exp(min(average, 700)), bits_per_byte)

@@ -1,0 +1,173 @@
+"""A model folder on disk: what safetensors reads of what we stream, whole publication or none, damage named."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lit_gpt.cli import BadInput
+from lit_gpt.export.hf_folder import HFWeights, plan_shards, publishing, require_hashes, write_weights
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "b": torch.randn(5, generator=torch.Generator().manual_seed(1)),
+    "c": torch.randn(4, 4, generator=torch.Generator().manual_seed(2)),
+}
+
+
+def write(
+    folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, limit: int = 10**9
+) -> dict:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return write_weights(folder, shapes, dtype, ((k, v.to(dtype)) for k, v in reversed(tensors.items())), limit)
+
+
+def test_shards_are_filled_in_order_and_hold_one_weight_at_least() -> None:
+    shapes = {"a": (10,), "b": (10,), "c": (100,), "d": (1,)}
+    assert plan_shards(shapes, 4, 80) == [["a", "b"], ["c"], ["d"]]
+    assert plan_shards(shapes, 2, 10**9) == [["a", "b", "c", "d"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_reads_what_was_streamed(tmp_path: Path, dtype: torch.dtype) -> None:
+    hashes = write(tmp_path, TENSORS, dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert torch.equal(loaded[name], tensor.to(dtype))
+    assert (tmp_path / "model.safetensors").stat().st_size % dtype.itemsize == 0
+    require_hashes(tmp_path, hashes)
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    hashes = write(tmp_path, TENSORS, limit=48)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": (6 + 5 + 16) * 4}
+    assert index["weight_map"] == {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00001-of-00002.safetensors",
+        "c": "model-00002-of-00002.safetensors",
+    }
+    weights = HFWeights(tmp_path)
+    assert weights.names == {"a", "b", "c"}
+    assert all(torch.equal(weights.read(name), tensor) for name, tensor in TENSORS.items())
+    require_hashes(tmp_path, hashes)
+
+
+def test_a_flipped_bit_on_disk_is_found_and_named(tmp_path: Path) -> None:
+    hashes = write(tmp_path, TENSORS)
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match="weight 'c' was not read"):
+        require_hashes(tmp_path, hashes)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (float("nan"), torch.float32, "weight 'b' holds NaN or infinity"),
+        (70_000.0, torch.float16, r"weight 'b' holds a value above 65,504.*bf16"),
+    ],
+)
+def test_a_weight_that_is_no_number_is_not_written(
+    tmp_path: Path, value: float, dtype: torch.dtype, message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        write(tmp_path, TENSORS | {"b": torch.tensor([1.0, value])}, dtype)
+
+
+def test_bin_files_are_read_and_a_pickle_is_not_run(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    assert torch.equal(HFWeights(tmp_path).read("c"), TENSORS["c"])
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(HFWeights(tmp_path).read("c"), TENSORS["c"])
+
+    class Malice:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"a": Malice()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"pytorch_model\.bin is damaged, or holds more than weights"):
+        HFWeights(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_absent_and_incomplete_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"holds no weights: looked for model\.safetensors"):
+        HFWeights(tmp_path)
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(BadInput, match=r"model\.safetensors is damaged"):
+        HFWeights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    index = {"weight_map": dict.fromkeys([*TENSORS, "d"], "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match="weight 'd' is in the index"):
+        HFWeights(tmp_path)
+    save_file({"a": torch.tensor([float("inf")])}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(BadInput, match="weight 'a' holds NaN or infinity"):
+        HFWeights(tmp_path).read("a")
+
+
+def test_publication_is_whole_or_leaves_nothing(tmp_path: Path) -> None:
+    destination = tmp_path / "new" / "parent" / "model"
+    with pytest.raises(ZeroDivisionError), publishing(destination) as folder:
+        (folder / "x").write_text(f"{1 / 0}")
+    assert list(tmp_path.iterdir()) == []
+    with publishing(destination) as folder:
+        (folder / "x").write_text("2")
+        assert not destination.exists()
+    assert (destination / "x").read_text() == "2"
+    assert [path.name for path in destination.parent.iterdir()] == ["model"]
+    with pytest.raises(BadInput, match="exists already"), publishing(destination):
+        pass
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    killed = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+from pathlib import Path
+from lit_gpt.export.hf_folder import publishing
+with publishing(Path({str(tmp_path / "model")!r})) as folder:
+    (folder / "old").write_text("1")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] == [".model.partial"]
+    with publishing(tmp_path / "model") as folder:
+        (folder / "new").write_text("2")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_writers_of_one_destination(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial").mkdir()
+    lock = os.open(tmp_path / ".model.partial", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(BadInput, match="being written by another process"), publishing(tmp_path / "model"):
+        pass
+    assert (tmp_path / ".model.partial").is_dir()
+    os.close(lock)
+
+
+def test_an_unwritable_destination_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(BadInput, match=r"cannot write .*file/model: Not a directory"),
+        publishing(tmp_path / "file/model"),
+    ):
+        pass

@@ -1,0 +1,79 @@
+"""The exported tokenizer through transformers' AutoTokenizer: the ids that training used, the published golden ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from lit_gpt.cli import BadInput
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
+
+
+@pytest.fixture
+def byte_level(tmp_path: Path) -> Path:
+    """A folder with a small byte-level tokenizer."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["Hallo Welt, hallo Wald"] * 9, trainer)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+def exported(source: Path, folder: Path, *, add_bos: bool = False) -> tuple[Tokenizer, AutoTokenizer]:
+    tokenizer = Tokenizer.from_folder(source)
+    folder.mkdir()
+    write_tokenizer(tokenizer, folder, block_size=2048, add_bos=add_bos)
+    return tokenizer, AutoTokenizer.from_pretrained(folder)
+
+
+def test_published_tokenizer_gives_the_golden_ids_through_transformers(shared: Path, tmp_path: Path) -> None:
+    ours, theirs = exported(shared / "tokenizer", tmp_path / "out")
+    cases = json.loads((shared / "tokenizer" / "golden_ids.json").read_text())["cases"]
+    assert len(cases) == 57
+    for case in cases:
+        assert theirs(case["text"]).input_ids == case["ids"]
+        assert theirs.decode(case["ids"]) == ours.decode(case["ids"])
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
+    assert (len(theirs), theirs.model_max_length) == (32_010, 2048)
+    require_same_ids(ours, lambda text: theirs(text).input_ids, TRICKY_TEXTS, add_bos=False)
+
+
+def test_bos_is_put_first_if_the_data_has_it(shared: Path, tmp_path: Path) -> None:
+    ours, theirs = exported(shared / "tokenizer", tmp_path / "out", add_bos=True)
+    assert theirs("Hallo Welt").input_ids == [1, 31942, 30808, 822]
+    require_same_ids(ours, lambda text: theirs(text).input_ids, TRICKY_TEXTS, add_bos=True)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_byte_level(byte_level: Path, tmp_path: Path, add_bos: bool) -> None:
+    ours, theirs = exported(byte_level, tmp_path / "out", add_bos=add_bos)
+    require_same_ids(ours, lambda text: theirs(text).input_ids, TRICKY_TEXTS, add_bos=add_bos)
+    for text in TRICKY_TEXTS:
+        assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    assert theirs("</s>").input_ids[-1] == ours.eos_id
+
+
+def test_other_ids_are_refused_with_both(byte_level: Path) -> None:
+    ours = Tokenizer.from_folder(byte_level)
+    with pytest.raises(BadInput, match=r"'Hallo' is \[7\] there"):
+        require_same_ids(ours, lambda _: [7], ["Hallo"], add_bos=False)
+
+
+def test_bos_that_the_tokenizer_lacks(byte_level: Path, tmp_path: Path) -> None:
+    (byte_level / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    with pytest.raises(BadInput, match="begins each document with a BOS"):
+        write_tokenizer(Tokenizer.from_folder(byte_level), tmp_path, block_size=9, add_bos=True)

@@ -1,0 +1,91 @@
+"""The demo's proofs can fail: each is shown a run that differs in the one thing that it is there to see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from lit_gpt.checkpoint.checkpoint import checkpoint_name, write_initial
+from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
+from scripts import demo
+
+LOSSES = [("1", "8.5", ""), ("2", "8.25", "8.125"), ("3", "8.0", "")]
+
+
+def write_metrics(run: Path, rows: list[tuple[str, str, str]], tail: str = "") -> Path:
+    run.mkdir(exist_ok=True)
+    lines = ["step,loss,val_loss", *(",".join(row) for row in rows)]
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n" + tail)
+    return run
+
+
+def test_metrics_leave_out_a_line_that_a_kill_cut(tmp_path: Path) -> None:
+    run = write_metrics(tmp_path / "run", LOSSES, tail="4,7.")
+    assert [row["step"] for row in demo.metrics(run)] == ["1", "2", "3"]
+    assert demo.last_step(run) == 3
+
+
+@pytest.mark.parametrize(
+    ("killed", "resumed", "holds"),
+    [
+        (LOSSES[:2], LOSSES, True),
+        ([LOSSES[0], ("2", "8.25", "8.125000001")], LOSSES, False),  # what was trained twice differs
+        (LOSSES[:2], [*LOSSES[:2], ("3", "8.000000001", "")], False),
+        (LOSSES[:2], LOSSES[:2], False),  # a step is missing
+        (LOSSES[:2], [*LOSSES, ("4", "7.5", "")], False),  # one too many
+    ],
+)
+def test_losses(tmp_path: Path, killed: list, resumed: list, holds: bool) -> None:
+    before = demo.metrics(write_metrics(tmp_path / "killed", killed))
+    run, other = write_metrics(tmp_path / "run", resumed), write_metrics(tmp_path / "other", LOSSES)
+    assert demo.same_losses(demo.Interruption(1, 2, before), run, other).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"), [({}, True), ({"digest": "00ff"}, False), ({"slot": 9}, False), ({"attempt": 1}, True)]
+)
+def test_rows(tmp_path: Path, change: dict, holds: bool) -> None:
+    line = {"step": 1, "slot": 0, "rows": 8, "targets": 7, "digest": "00fe", "attempt": 0}
+    for name, lines in (("run", [line, {**line, **change}]), ("other", [line])):
+        (tmp_path / name / "datapoints").mkdir(parents=True)
+        (tmp_path / name / "datapoints/steps.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert demo.same_rows(tmp_path / "run", tmp_path / "other").holds is holds
+
+
+@pytest.mark.parametrize(("value", "holds"), [(0.0, True), (-0.0, False)])
+def test_weights_are_compared_by_bits(tmp_path: Path, value: float, holds: bool) -> None:
+    for name, weight in (("run", 0.0), ("other", value)):
+        (tmp_path / name).mkdir()
+        tensors = [("lm_head.weight", torch.full((2,), weight))]
+        write_initial(tmp_path / name / checkpoint_name(3), Config.from_name("debug"), tensors, {"step": 3})
+    assert demo.same_weights(tmp_path / "run", tmp_path / "other").holds is holds
+
+
+def test_a_program_that_fails_ends_the_demo(tmp_path: Path) -> None:
+    shell = demo.Shell(tmp_path, Console(quiet=True))
+    assert shell.run("works", "python -c 'print(6 * 7)'") == "42"
+    with pytest.raises(SystemExit, match="fails ended with 3, which was not expected"):
+        shell.run("fails", "python -c 'raise SystemExit(3)'")
+
+
+def test_a_kill_is_a_kill(tmp_path: Path) -> None:
+    shell = demo.Shell(tmp_path, Console(quiet=True))
+    shell.run("sleeps", "sleep 60", kill_when=lambda: True)
+    with pytest.raises(SystemExit, match="ended with 0"):  # it finished before there was anything to kill
+        shell.run("ends", "true", kill_when=lambda: False)
+
+
+def test_a_foreign_folder_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match="was not made by the demo"):
+        demo.empty_folder(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    demo.empty_folder(tmp_path / "new")
+    (tmp_path / "new/old.txt").touch()
+    demo.empty_folder(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [demo.MARKER, "logs"]
