@@ -15,7 +15,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.model.fused_mlp import add_product, best_tiles, choose_mlp, fused_mlp
 from lit_gpt.model.gpt import GPT, initialize
-from tests import quack_stand_in
+from tests.support import quack_stand_in
 from tests.support.quack_stand_in import Quack
 
 CPU = torch.device("cpu")

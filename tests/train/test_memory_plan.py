@@ -26,7 +26,7 @@ from lit_gpt.model.gpt import Block, attention, rotary_angles
 from lit_gpt.train.memory_plan import kept_bytes_per_token, peak_bytes, step_memory
 from lit_gpt.train.run_plan import lines, plan
 from lit_gpt.train.settings import Settings
-from tests import quack_stand_in
+from tests.support import quack_stand_in
 from tests.support.training import command, environment
 
 DEBUG = Settings(model_name="debug", micro_batch_size=8, global_batch_size=8, mlp="torch")
