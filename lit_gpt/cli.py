@@ -7,12 +7,14 @@ Any other exception is a bug or a broken machine and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 EXIT_OK = 0
@@ -25,11 +27,41 @@ EXIT_NOT_SAVED = 74
 EXIT_REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: the work is saved, run me again."""
 
-Settings = TypeVar("Settings")
-
 
 class BadInput(ValueError):
     """A mistake of the user's, told in one line: what is wrong, where, and what would be right."""
+
+
+@dataclass(frozen=True)
+class SettingsSlice:
+    """Settings that one part of a program reads. A program's settings inherit from the slices that it needs.
+
+    A slice that refuses values overrides `check` and calls super().check() first, so that the sum checks each part.
+    """
+
+    def check(self) -> None:
+        """Refuse values out of their range, or that contradict each other; raises BadInput."""
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Refuse values below `least`; None, which stands for a default, passes."""
+        self._require(names, lambda value: value >= least, f"must be at least {least}")
+
+    def require_above(self, bound: float, *names: str) -> None:
+        """Refuse values that are not above `bound`; None passes."""
+        self._require(names, lambda value: value > bound, f"must be above {bound}")
+
+    def require_not_negative(self, *names: str) -> None:
+        """Refuse values below 0, and NaN."""
+        self._require(names, lambda value: value >= 0, "must not be negative")
+
+    def _require(self, names: Sequence[str], holds: Callable[[Any], bool], range_: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise BadInput(f"--{name} {value}: {range_}")
+
+
+Slice = TypeVar("Slice", bound=SettingsSlice)
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,20 +75,38 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the arguments)")
 
 
-def parse_settings(settings_type: type[Settings], argv: Sequence[str] | None, description: str | None) -> Settings:
-    """Settings from dataclass defaults < YAML files (`--config`) < command line; raises BadInput."""
+def parse_settings(settings_type: type[Slice], argv: Sequence[str] | None, description: str | None) -> Slice:
+    """Settings from dataclass defaults < YAML files (`--config`) < command line; raises BadInput.
+
+    The flags are flat; `--help` groups them by slice.
+    """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
-    parser.add_class_arguments(settings_type, as_group=False)
+    for part in _slices(settings_type):
+        parser.add_class_arguments(part, as_group=True)
     try:
         values = parser.parse_args(_spelled_out(sys.argv[1:] if argv is None else argv, settings_type)).as_dict()
     except (argparse.ArgumentError, TypeError, OSError) as error:
         raise BadInput(" ".join(str(error).split())) from None
     values.pop("config")
     return settings_type(**values)
+
+
+def _slices(settings_type: type[SettingsSlice]) -> list[type[SettingsSlice]]:
+    """The classes that hold a program's settings, each its own, in the order of its fields."""
+    parts = [part for part in reversed(settings_type.__mro__) if inspect.get_annotations(part)]
+    return [part for part in parts if issubclass(part, SettingsSlice)]
+
+
+def config_files(argv: Sequence[str] | None = None) -> list[Path]:
+    """The YAML files that the command line names, in order; the command line was parsed before."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", type=Path, default=[])
+    files: list[Path] = parser.parse_known_args(argv)[0].config
+    return files
 
 
 def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:

@@ -10,7 +10,7 @@ requeued; 74 ended, but the last checkpoint could not be saved; 3 the run gave u
 updates in a row were skipped; 2 bad input, told in one line; anything else is a failure with its traceback.
 """
 
-from lit_gpt.cli import parse_settings, run_program
+from lit_gpt.cli import config_files, parse_settings, run_program
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.train.settings import Settings
 
@@ -24,9 +24,11 @@ def main() -> int:
 
         print("\n".join(lines(plan(settings))))
         return 0
+    from lit_gpt.datapoints.run_folder import read_resolved
     from lit_gpt.train.trainer import train  # imports torch, for which --help and a mistyped setting need not wait
 
-    return train(settings, stop_flag)
+    repeated = [found for file in config_files() if (found := read_resolved(file.parent)) is not None]
+    return train(settings, stop_flag, repeated[-1] if repeated else None)
 
 
 if __name__ == "__main__":

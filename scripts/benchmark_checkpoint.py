@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 
 from lit_gpt.cli import Parser, run_program
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import StepSettings
 
 
 def main() -> None:
@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--work_dir", type=Path, help="where to save (default: the system's temporary folder)")
     arguments = parser.parse_args()
-    settings = Settings(
+    settings = StepSettings(
         model_name=arguments.model_name, block_size=arguments.block_size, precision=arguments.precision,
         global_batch_size=arguments.rows, micro_batch_size=arguments.rows, accelerator=arguments.accelerator,
-        devices=1, train_data_dir="(random tokens)",
+        devices=1,
     )  # fmt: skip
     settings.check()
     from lit_gpt.bench.bench_checkpoint import measure  # brings torch

@@ -21,7 +21,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from lit_gpt.cli import BadInput, Parser, run_program
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import StepSettings
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "gpu" / "gpu_step.py"
 
@@ -51,13 +51,12 @@ def main() -> None:
     for name, least in (("steps", 1), ("warmup", 1)):
         if getattr(arguments, name) < least:
             raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least {least}")
-    settings = Settings(
+    settings = StepSettings(
         model_name=arguments.size, global_batch_size=arguments.rows, micro_batch_size=micro_batch,
         precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,
         mlp=arguments.mlp, deterministic=arguments.deterministic,
         activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=1,
         compile=None if arguments.compile is None else arguments.compile == "true",
-        train_data_dir="(random tokens)",
     )  # fmt: skip
     settings.check()
     from lit_gpt.bench.bench_step import measure  # brings torch

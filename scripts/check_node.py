@@ -40,10 +40,10 @@ def main() -> int:
 
     from lit_gpt.datapoints import run_folder
     from lit_gpt.launch.node_check import Measured, judge, measure
+    from lit_gpt.launch.settings import LaunchSettings
     from lit_gpt.launch.world import describe_rank, find_world, launch
-    from lit_gpt.train.settings import Settings
 
-    settings = Settings(accelerator=arguments.accelerator, devices=arguments.devices)
+    settings = LaunchSettings(accelerator=arguments.accelerator, devices=arguments.devices)
     world = find_world(settings)
     run_folder.create(arguments.run_dir)
     fabric = launch(settings, world)

@@ -21,7 +21,7 @@ import torch
 from lit_gpt.bench.bench_step import Bench
 from lit_gpt.checkpoint.checkpoint import checkpoint_name, load, verified
 from lit_gpt.checkpoint.saver import CheckpointSaver
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import StepSettings
 
 _SAMPLE_S = 0.005
 _KIND = {False: "sharded", True: "full"}
@@ -30,7 +30,7 @@ STEPS_BEFORE = 5
 """Steps whose median is the undisturbed step's time, after those that compile and allocate."""
 
 
-def measure(settings: Settings, *, work_dir: Path | None) -> Iterator[dict[str, Any]]:
+def measure(settings: StepSettings, *, work_dir: Path | None) -> Iterator[dict[str, Any]]:
     """A line for the step; for each kind of checkpoint, saved beside training and loaded; then both saved in place."""
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ from lit_gpt.config import IGNORE_INDEX, Config
 from lit_gpt.data.loader import Batch, boundary_entries
 from lit_gpt.launch.world import find_world, launch
 from lit_gpt.train.optimizer import make_optimizer
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.resolve import resolve_step
+from lit_gpt.train.settings import StepSettings
 from lit_gpt.train.sharding import build_model, shard
 from lit_gpt.train.speed_monitor import peak_flops
 from lit_gpt.train.train_step import TrainStep
@@ -51,15 +52,14 @@ _KERNELS = {
 class Bench:
     """A model of `settings` on one device, and batches for it."""
 
-    def __init__(self, settings: Settings, *, distinct_steps: int = 4) -> None:
-        self.settings = settings
+    def __init__(self, settings: StepSettings, *, distinct_steps: int = 4) -> None:
         self.config: Config = settings.config
         world = find_world(settings)
         self.fabric = launch(settings, world, lambda model: shard(model, settings, world))
         self.device = self.fabric.device
+        self.settings = settings = resolve_step(settings, self.config, world, self.device)
         self.model = build_model(self.fabric, self.config, settings)
-        self.backend, self.mlp = str(self.model.attention_backend), str(self.model.mlp_backend)
-        self.optimizer = make_optimizer(self.model, settings)
+        self.optimizer = make_optimizer(self.model, settings, compiled=bool(settings.compile))
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
         generator = np.random.default_rng(settings.seed)
         micro_batches = settings.global_batch_size // settings.micro_batch_size
@@ -109,10 +109,11 @@ def packed_documents(rows: int, length: int, generator: np.random.Generator) -> 
     return cu_seqlens, ends
 
 
-def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> Iterator[dict[str, Any]]:
+def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool) -> Iterator[dict[str, Any]]:
     """The step's speed, and with `breakdown` where its time goes; one dictionary a line of output."""
     started = time.perf_counter()
     bench = Bench(settings)
+    settings = bench.settings
     loss = 0.0
     for index in range(warmup):
         loss_sum, targets = bench.step()
@@ -128,8 +129,9 @@ def measure(settings: Settings, *, steps: int, warmup: int, breakdown: bool) -> 
     rate = tokens / median
     line: dict[str, Any] = {
         "what": "step", "size": settings.model_name, "precision": settings.precision, "float8": settings.float8,
-        "attention": bench.backend, "mlp": bench.mlp, "checkpointing": settings.activation_checkpointing,
-        "deterministic": settings.deterministic, "compile": settings.compile is not False,
+        "attention": settings.attention, "mlp": bench.model.mlp_backend,
+        "checkpointing": settings.activation_checkpointing,
+        "deterministic": settings.deterministic, "compile": settings.compile,
         "rows": settings.global_batch_size, "micro_batch": settings.micro_batch_size,
         "value": round(rate), "unit": "tokens/s",
         "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),

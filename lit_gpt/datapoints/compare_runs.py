@@ -15,7 +15,7 @@ import yaml
 
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.query import difference
-from lit_gpt.datapoints.run_folder import read_metrics
+from lit_gpt.datapoints.run_folder import read_metrics, read_resolved
 from lit_gpt.datapoints.run_record import RunRecord
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -28,6 +28,7 @@ class Run(NamedTuple):
 
     folder: Path
     settings: dict[str, Any]
+    """As asked for, and where the run says so, as `auto` and None were resolved."""
     metrics: list[dict[str, str]]
     losses: dict[int, float]
     """Nats a target by step, for each logged step."""
@@ -47,7 +48,8 @@ def open_run(folder: Path) -> Run:
         {int(row["step"]): float(row[name]) for row in metrics if row[name]} for name in ("loss", "val_loss")
     )
     record = RunRecord(folder / "datapoints")
-    return Run(folder, yaml.safe_load(settings.read_text()), metrics, losses, val_losses, record)
+    resolved = {name: value for name, value in (read_resolved(folder) or {}).items() if name != "packages"}
+    return Run(folder, {**yaml.safe_load(settings.read_text()), **resolved}, metrics, losses, val_losses, record)
 
 
 def compare(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The run folder: where it is, whether it can be written, and the files that say what the run was.
 
-settings.yaml holds the resolved settings and nothing else: `--config settings.yaml` repeats the run. environment.json
-says with which code and packages. Neither reads the environment's variables, where secrets live.
+settings.yaml holds the settings as they were asked for and nothing else: `--config settings.yaml` repeats the run.
+resolved.json says what `auto` and None stood for there, environment.json with which code and packages. None reads the
+environment's variables, where secrets live.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 import yaml
 
 from lit_gpt.cli import BadInput
-from lit_gpt.train.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ PACKAGES = (
     "quack-kernels",
     "torchao",
 )
+RESOLVED = "resolved.json"
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -52,11 +53,12 @@ def create(path: Path) -> None:
         ) from None
 
 
-def write_settings(path: Path, settings: Settings) -> None:
-    """settings.yaml and environment.json; `resume` is left out: it says how a start began, not what the run is."""
-    values = asdict(settings)
-    del values["resume"]
-    (path / "settings.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+def write_settings(path: Path, settings: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+    """settings.yaml, resolved.json and environment.json; `resume` is left out: it says how a start began, not what
+    the run is."""
+    asked = {name: value for name, value in settings.items() if name != "resume"}
+    (path / "settings.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+    (path / RESOLVED).write_text(json.dumps(resolved, indent=1))
     (path / "environment.json").write_text(json.dumps(environment(), indent=1))
 
 
@@ -100,8 +102,14 @@ def _git_commit() -> str | None:
         return None
 
 
-def log_changes(saved: dict[str, Any], settings: Settings) -> None:
+def read_resolved(folder: Path) -> dict[str, Any] | None:
+    """What a run's settings stood for; None where the folder is not that of a run that wrote it."""
+    path = folder / RESOLVED
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def log_changes(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Name each setting that differs from those that a checkpoint was saved with."""
-    for name, value in asdict(settings).items():
+    for name, value in settings.items():
         if name != "resume" and name in saved and saved[name] != value:
             log.warning("--%s was %r when the checkpoint was saved, and is %r now", name, saved[name], value)

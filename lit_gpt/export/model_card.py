@@ -63,6 +63,8 @@ def _lines(checkpoint: Checkpoint, card: Card, metrics: list[dict[str, str]]) ->
     if metrics:
         yield from (f"![loss over steps]({PICTURE})", "")
     settings = checkpoint.facts.get("settings", {})
+    resolved = checkpoint.facts.get("resolved", {})
+    settings = {name: resolved.get(name, value) for name, value in settings.items()}
     shown = {key: value for key, value in settings.items() if not key.endswith(_PATH_ENDINGS) and value is not None}
     if shown:
         yield from _table("Settings", ((f"`{key}`", f"`{value}`") for key, value in shown.items()))

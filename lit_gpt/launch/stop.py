@@ -13,6 +13,7 @@ from typing import Literal
 
 from lit_gpt.cli import BadInput
 from lit_gpt.launch.job import exit_code_after_stop, seconds_left
+from lit_gpt.launch.settings import StopSettings
 from lit_gpt.launch.signals import StopFlag
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,11 @@ Reason = Literal["signal", "time"]
 class StopRequest:
     """One rank's view; the ranks agree on it once a step."""
 
-    def __init__(self, flag: StopFlag, *, time_limit_s: float | None, margin_s: float) -> None:
+    def __init__(self, flag: StopFlag, settings: StopSettings) -> None:
         self._flag = flag
-        self._margin_s = margin_s
-        ends = [] if time_limit_s is None else [flag.began + time_limit_s]
+        self._margin_s = settings.stop_margin_s
+        limit_s = settings.time_limit_s
+        ends = [] if limit_s is None else [flag.began + limit_s]
         left_s = seconds_left()
         if left_s is not None:
             ends.append(time.monotonic() + left_s)

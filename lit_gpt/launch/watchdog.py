@@ -1,10 +1,10 @@
 """A run that hangs ends with the stacks of all ranks and the name of the rank at fault, not at the job's time limit.
 
-Each rank has a thread that looks at the training loop every few seconds. A step that takes `factor` times the usual
-(and more than `floor_s`) is a stall: one rank waits for ever, and so do the others, in a collective. Each rank then
-writes its Python stacks to <run folder>/watchdog, and all end. Heartbeat files there tell which rank is at fault: a
-stopped or dead rank, or one whose thread cannot run, no longer writes its own, and a late one has not come to the
-collective.
+Each rank has a thread that looks at the training loop every few seconds. A step that takes watchdog_factor times the
+usual, and more than watchdog_floor_s, is a stall: one rank waits for ever, and so do the others, in a collective. Each
+rank then writes its Python stacks to <run folder>/watchdog, and all end. Heartbeat files there tell which rank is at
+fault: a stopped or dead rank, or one whose thread cannot run, no longer writes its own, and a late one has not come to
+the collective.
 
 Costs: the loop sets an attribute at each place, and reads no clock; the thread writes a line of 200 bytes a poll.
 Files' ages are compared by the file system's clock, so nodes need not agree on the time. A job that Slurm suspends and
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from lit_gpt.cli import EXIT_FAILURE
 from lit_gpt.launch.job import ask_for_requeue, exit_code_after_stall
+from lit_gpt.launch.settings import WatchdogSettings
 from lit_gpt.launch.world import dump_collectives
 
 log = logging.getLogger(__name__)
@@ -36,22 +37,16 @@ WAITING_PLACE = "agree"
 MAX_POLL_S = 15.0
 
 
-class Limits(NamedTuple):
-    """When a step counts as a stall; the settings of the same names."""
+def poll_s(settings: WatchdogSettings) -> float:
+    """Seconds between two looks of a rank's thread."""
+    return min(MAX_POLL_S, settings.watchdog_floor_s / 20)
 
-    factor: float
-    floor_s: float
-    long_s: float
 
-    @property
-    def poll_s(self) -> float:
-        return min(MAX_POLL_S, self.floor_s / 20)
-
-    def of(self, place: str, steps_done: int, usual_s: float) -> float:
-        """Seconds that a step which is at `place` may take."""
-        if place in LONG_PLACES or steps_done < 2:
-            return max(self.long_s, self.floor_s)
-        return max(self.floor_s, self.factor * usual_s)
+def limit_s(settings: WatchdogSettings, place: str, steps_done: int, usual_s: float) -> float:
+    """Seconds that a step which is at `place` may take."""
+    if place in LONG_PLACES or steps_done < 2:
+        return max(settings.watchdog_long_s, settings.watchdog_floor_s)
+    return max(settings.watchdog_floor_s, settings.watchdog_factor * usual_s)
 
 
 class Heartbeat(NamedTuple):
@@ -67,14 +62,15 @@ class Heartbeat(NamedTuple):
 class Watchdog:
     """Watches this process until `close`; `at` and `step_done` are called by the training loop."""
 
-    def __init__(self, folder: Path, who: str, rank: int, world_size: int, limits: Limits) -> None:
+    def __init__(self, folder: Path, who: str, rank: int, world_size: int, settings: WatchdogSettings) -> None:
         """`who` names the rank for people."""
         self._folder, self._who, self._rank, self._world_size = folder, who, rank, world_size
-        self._limits = limits
+        self._settings = settings
+        self._poll_s = poll_s(settings)
         self._place, self._steps_done, self._step = "set-up", 0, 0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        if limits.factor > 0:
+        if settings.watchdog_factor > 0:
             folder.mkdir(exist_ok=True)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -95,13 +91,13 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        poll_s, recent = self._limits.poll_s, deque[float](maxlen=64)
+        recent = deque[float](maxlen=64)
         since = looked = time.monotonic()
         seen, can_write = 0, True
-        while not self._closed.wait(poll_s):
+        while not self._closed.wait(self._poll_s):
             now = time.monotonic()
-            stopped_s = now - looked - poll_s
-            if stopped_s > self._limits.floor_s / 2:
+            stopped_s = now - looked - self._poll_s
+            if stopped_s > self._settings.watchdog_floor_s / 2:
                 since += stopped_s
             looked = now
             steps = self._steps_done
@@ -110,9 +106,9 @@ class Watchdog:
                 since, seen = now, steps
             can_write = self._beat(warn=can_write)
             usual_s = statistics.median(recent) if recent else 0.0
-            limit_s = self._limits.of(self._place, steps, usual_s)
-            if now - since > limit_s and steps == self._steps_done:
-                self._stalled(now - since, limit_s, usual_s)
+            allowed_s = limit_s(self._settings, self._place, steps, usual_s)
+            if now - since > allowed_s and steps == self._steps_done:
+                self._stalled(now - since, allowed_s, usual_s)
 
     def _beat(self, *, warn: bool) -> bool:
         """Write this rank's heartbeat; False where the run folder does not take it, which must not end a run."""
@@ -125,11 +121,11 @@ class Watchdog:
             return False
         return True
 
-    def _stalled(self, seconds: float, limit_s: float, usual_s: float) -> None:
+    def _stalled(self, seconds: float, allowed_s: float, usual_s: float) -> None:
         stacks = self._folder / f"stacks-rank-{self._rank:05d}.txt"
         log.error(
             "watchdog: %s has been in step %d for %.0f s, at %r (limit %.0f s, usual %.2f s): stacks in %s",
-            self._who, self._step + 1, seconds, self._place, limit_s, usual_s, stacks,
+            self._who, self._step + 1, seconds, self._place, allowed_s, usual_s, stacks,
         )  # fmt: skip
         code = EXIT_FAILURE
         try:
@@ -141,7 +137,7 @@ class Watchdog:
             if self._is_worth_a_requeue():
                 code = exit_code_after_stall()
                 ask_for_requeue()
-            time.sleep(3 * self._limits.poll_s)  # peers, whose threads look a little later, write theirs
+            time.sleep(3 * self._poll_s)  # peers, whose threads look a little later, write theirs
             self._blame()
         except OSError as error:
             faulthandler.dump_traceback(all_threads=True)
@@ -164,10 +160,10 @@ class Watchdog:
     def _blame(self) -> None:
         """The last line: told by the first rank that still speaks, after the others have ended."""
         beats = read_heartbeats(self._folder, self._world_size, self._rank)
-        silent_after_s = max(8 * self._limits.poll_s, self._limits.floor_s / 2)
+        silent_after_s = max(8 * self._poll_s, self._settings.watchdog_floor_s / 2)
         speakers = [beat.rank for beat in beats if beat.silent_s <= silent_after_s]
         if self._rank == min([*speakers, self._rank]):
-            time.sleep(min(1.0, self._limits.poll_s))
+            time.sleep(min(1.0, self._poll_s))
             log.error("watchdog: %s", verdict(beats, silent_after_s))
 
 

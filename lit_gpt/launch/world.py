@@ -32,7 +32,7 @@ from torch._inductor import config as inductor_config
 
 from lit_gpt.cli import EXIT_BAD_INPUT, BadInput
 from lit_gpt.launch.job import host
-from lit_gpt.train.settings import Settings
+from lit_gpt.launch.settings import LaunchSettings
 
 Result = TypeVar("Result")
 
@@ -85,7 +85,7 @@ def on_rank_zero(fabric: Fabric, call: Callable[[], Result], *, share: bool = Fa
     return fabric.broadcast(result) if share else result
 
 
-def find_world(settings: Settings) -> World:
+def find_world(settings: LaunchSettings) -> World:
     """The launcher's world, checked against the settings; raises BadInput if they differ or the device is missing."""
     accelerator = settings.accelerator
     if accelerator == "auto":
@@ -106,7 +106,7 @@ def find_world(settings: Settings) -> World:
     return World(accelerator, nodes, devices, environment)
 
 
-def _launcher(settings: Settings) -> tuple[ClusterEnvironment, int, int | None]:
+def _launcher(settings: LaunchSettings) -> tuple[ClusterEnvironment, int, int | None]:
     """(environment, nodes, processes a node or None where we start them ourselves)."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
@@ -144,7 +144,9 @@ def starts_alone(world: World) -> bool:
     return world.size == 1 or not world.environment.creates_processes_externally
 
 
-def launch(settings: Settings, world: World, shard: Callable[[nn.Module], nn.Module] = lambda model: model) -> Fabric:
+def launch(
+    settings: LaunchSettings, world: World, shard: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Fabric:
     """A launched Fabric: from here on this code runs in world.size processes.
 
     shard: spreads a model over the processes; Fabric.setup_module calls it where there are several.

@@ -74,10 +74,8 @@ def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"it was not measured on compute capability {major}.{minor}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in 16 bits, this run in {dtype}"
-    if any(width % MULTIPLE for width in widths):
-        return f"the widths {widths} are no multiples of {MULTIPLE}"
+    if reason := why_not_shape(dtype, widths):
+        return reason
     try:
         importlib.import_module(PACKAGE)
         version = importlib.metadata.version("quack-kernels")
@@ -85,6 +83,15 @@ def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
         return f"{PACKAGE} does not import ({error}). Install it: pip install quack-kernels=={VERSION}.*"
     if not version.startswith(f"{VERSION}."):
         return f"quack-kernels {version} is installed, whose interface was not tried; {VERSION} was"
+    return None
+
+
+def why_not_shape(dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+    """Why quack cannot compute in this type at these widths, in words for a user; None if it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bits, this run in {dtype}"
+    if any(width % MULTIPLE for width in widths):
+        return f"the widths {widths} are no multiples of {MULTIPLE}"
     return None
 
 

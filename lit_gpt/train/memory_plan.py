@@ -1,5 +1,7 @@
 """Device memory of a training step, by part, as a function of shape, settings and number of processes. No GPU needed.
 
+The settings are resolved (resolve.py): for a device, or as on a Hopper GPU with every package.
+
 Counted is what PyTorch has allocated at the fullest of three moments, in a step after the first: at the end of the
 forward pass, when the backward pass enters the last block, and at the update. What a block keeps for its backward
 pass is what torch.compile's partitioner keeps of it (tests/train/test_memory_plan.py compares), a token and block:
@@ -28,7 +30,8 @@ from typing import NamedTuple
 
 from lit_gpt.config import Config
 from lit_gpt.model.loss import CHUNK_TOKENS
-from lit_gpt.train.settings import Settings
+from lit_gpt.model.settings import ModelSettings
+from lit_gpt.train.settings import StepSettings
 
 # Sizes: N tokens of a micro-batch, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width,
 # V padded vocabulary, L blocks.
@@ -69,7 +72,7 @@ class _Sizes(NamedTuple):
     accumulates: bool
 
 
-def step_memory(config: Config, settings: Settings, world_size: int, shards: int) -> tuple[Memory, Memory, Memory]:
+def step_memory(config: Config, settings: StepSettings, world_size: int, shards: int) -> tuple[Memory, Memory, Memory]:
     """The three moments on one of world_size processes, `shards` of which share one copy of the weights."""
     micro_batches = settings.global_batch_size // (settings.micro_batch_size * world_size)
     sizes = _Sizes(
@@ -87,18 +90,18 @@ def step_memory(config: Config, settings: Settings, world_size: int, shards: int
     )
 
 
-def peak_bytes(config: Config, settings: Settings, world_size: int, shards: int) -> int:
+def peak_bytes(config: Config, settings: StepSettings, world_size: int, shards: int) -> int:
     """Bytes at the fullest moment."""
     return max(memory.total for memory in step_memory(config, settings, world_size, shards))
 
 
-def largest_gathered_unit(config: Config, settings: Settings) -> int:
+def largest_gathered_unit(config: Config, settings: ModelSettings) -> int:
     """Bytes of the largest part that several processes hold whole in the computation's type: a block, or the rest."""
     outer = config.parameters - config.n_layer * config.block_parameters
     return max(outer, config.block_parameters) * _element(settings)
 
 
-def kept_bytes_per_token(config: Config, settings: Settings) -> int:
+def kept_bytes_per_token(config: Config, settings: ModelSettings) -> int:
     """What one block keeps of each token for its backward pass."""
     if settings.activation_checkpointing == "full":
         return config.n_embd * _element(settings)
@@ -108,7 +111,7 @@ def kept_bytes_per_token(config: Config, settings: Settings) -> int:
     return _all_bytes_per_token(config, settings)
 
 
-def _all_bytes_per_token(config: Config, settings: Settings) -> int:
+def _all_bytes_per_token(config: Config, settings: ModelSettings) -> int:
     """What a block's backward pass needs of each token."""
     width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
     numbers = 7 * width + 3 * keys + 3 * hidden
@@ -121,26 +124,22 @@ def _all_bytes_per_token(config: Config, settings: Settings) -> int:
     return numbers * _element(settings) + (config.n_head + 2) * 4
 
 
-def _makes_inner_anew(settings: Settings) -> bool:
-    """Whether the MLP's inner product is computed again beside its gradient, as by quack; --mlp auto counts as that."""
-    return settings.float8 != "none" or (settings.mlp != "torch" and settings.precision != "32-true")
+def _makes_inner_anew(settings: ModelSettings) -> bool:
+    """Whether the MLP's inner product is computed again beside its gradient."""
+    return settings.float8 != "none" or settings.mlp == "quack"
 
 
-def _compiled(settings: Settings) -> bool:
-    return settings.compile is not False
-
-
-def _element(settings: Settings) -> int:
+def _element(settings: ModelSettings) -> int:
     """Bytes of a number in the computation."""
     return 4 if settings.precision == "32-true" else 2
 
 
-def _end_of_forward(config: Config, settings: Settings, sizes: _Sizes) -> Memory:
+def _end_of_forward(config: Config, settings: StepSettings, sizes: _Sizes) -> Memory:
     element, vocabulary = sizes.element, config.padded_vocab_size
     head = vocabulary * config.n_embd
     chunk = min(sizes.tokens, CHUNK_TOKENS) * vocabulary
     # logits, their gradient, and from the second chunk on that of the last one; uncompiled, fp32 steps between them
-    last, between = (element if sizes.tokens > CHUNK_TOKENS else 0), (0 if _compiled(settings) else 17)
+    last, between = (element if sizes.tokens > CHUNK_TOKENS else 0), (0 if settings.compile else 17)
     logits = chunk * (element + last + (between or element))
     head_copy = element * head if sizes.alone and sizes.stored != element else 0
     residual = element * sizes.tokens * config.n_embd
@@ -155,7 +154,7 @@ def _end_of_forward(config: Config, settings: Settings, sizes: _Sizes) -> Memory
     )
 
 
-def _last_block_backward(config: Config, settings: Settings, sizes: _Sizes) -> Memory:
+def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) -> Memory:
     """The loss's gradients are handed on; the block holds those of its MLP: residual, act, gate and up."""
     element = sizes.element
     working = (2 * config.n_embd + 3 * config.intermediate_size) * element * sizes.tokens
@@ -202,7 +201,7 @@ def _accumulated(config: Config, sizes: _Sizes) -> int:
     return config.parameters * (sizes.stored if sizes.alone else 4)
 
 
-def _weights_in_use(config: Config, settings: Settings, sizes: _Sizes, *, in_backward: bool) -> int:
+def _weights_in_use(config: Config, settings: StepSettings, sizes: _Sizes, *, in_backward: bool) -> int:
     block, blocks = config.block_parameters * sizes.element, config.n_layer
     if sizes.alone:
         if sizes.stored == sizes.element or settings.float8 != "none":  # 8-bit casts are not kept
@@ -215,7 +214,7 @@ def _weights_in_use(config: Config, settings: Settings, sizes: _Sizes, *, in_bac
     return outer + (whole_blocks + 1) * block  # one more: the buffer of the all-gather
 
 
-def _kept(config: Config, settings: Settings, sizes: _Sizes) -> int:
+def _kept(config: Config, settings: ModelSettings, sizes: _Sizes) -> int:
     """What all blocks keep, the input of the last norm, and the rotary angles."""
     outside = sizes.element * config.n_embd + 4 * config.head_size
     return (config.n_layer * kept_bytes_per_token(config, settings) + outside) * sizes.tokens

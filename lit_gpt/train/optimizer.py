@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_gpt.train.adamw import AdamW, RoundingAdamW
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import OptimizerSettings
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, settings: OptimizerSettings) -> float:
     """Learning rate of update number `step`, counted from 0: linear warm-up, then the schedule that settings name."""
     peak, last = settings.learning_rate, settings.max_steps - 1
     if step < settings.warmup_steps:
@@ -38,14 +38,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
-    """The run's optimizer; the training loop sets the learning rate each step."""
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, compiled: bool) -> AdamW:
+    """The run's optimizer; the training loop sets the learning rate each step.
+
+    compiled: its kernels by torch.compile, where they are our own (weights of bf16).
+    """
     groups = parameter_groups(model, settings.weight_decay)
     adam: dict[str, Any] = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
-    weight = next(model.parameters())
-    if weight.dtype != torch.bfloat16:
+    if next(model.parameters()).dtype != torch.bfloat16:
         return AdamW(groups, **adam)
-    compiled = settings.compile if settings.compile is not None else weight.is_cuda
     return RoundingAdamW(groups, compiled=compiled, **adam)
 
 

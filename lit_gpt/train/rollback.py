@@ -21,7 +21,7 @@ from typing import NamedTuple
 from lit_gpt.checkpoint.checkpoint import Checkpoint
 from lit_gpt.checkpoint.history import whole_newest_first
 from lit_gpt.datapoints.log import FOLDER, read_attempts
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import SpikeSettings
 from lit_gpt.train.step_guard import SkippedStep, Verdict
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Rollback(NamedTuple):
 class Rollbacks:
     """Those of one run, earlier parts included, and the policy for the next."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: SpikeSettings) -> None:
         self.left_out: list[tuple[int, int]] = []
         """(first slot, slot after the last) of each rollback, by slot."""
         self.exhausted = False

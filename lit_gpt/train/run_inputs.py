@@ -12,6 +12,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.loader import PackedDataset, check_batch_sizes
 from lit_gpt.data.row_reader import open_sources
+from lit_gpt.data.settings import DataSettings
 from lit_gpt.data.shard_cache import ShardCache
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
@@ -48,17 +49,23 @@ def open_inputs(settings: Settings) -> Inputs:
     config = settings.config.with_vocabulary(train[0].vocab_size)
     val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
     _require_one_tokenizer(settings, [*train, *([val] if val else [])])
-    prompts = open_prompts(settings, config.block_size, add_bos=bool(train[0].settings.get("add_bos", False)))
+    prompts = open_prompts(
+        settings, settings.tokenizer_path, config.block_size, add_bos=bool(train[0].settings.get("add_bos", False))
+    )
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
     run_folder.create(run_dir)
     return Inputs(config, tuple(train), weights, val, run_dir, world, prompts)
 
 
-def run_facts(inputs: Inputs, settings: Settings) -> dict[str, Any]:
-    """What a checkpoint's run.json says of the run, beside how far it is; paths are absolute."""
+def run_facts(inputs: Inputs, settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's run.json says of the run, beside how far it is; paths are absolute.
+
+    settings: as asked for; resolved: what resolve.resolved_facts says of them.
+    """
     tokenizer = settings.tokenizer_path
     return {
         "settings": asdict(settings),
+        "resolved": resolved,
         "dataset_id": [store.dataset_id for store in inputs.train],
         "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
         "val_data_dir": str(inputs.val.path.resolve()) if inputs.val else None,
@@ -96,7 +103,7 @@ def open_datapoint_log(
     )
 
 
-def _require_one_tokenizer(settings: Settings, stores: list[TokenStore]) -> None:
+def _require_one_tokenizer(settings: DataSettings, stores: list[TokenStore]) -> None:
     first = stores[0]
     for store in stores[1:]:
         if store.tokenizer_fingerprint != first.tokenizer_fingerprint:
@@ -112,12 +119,12 @@ def _require_one_tokenizer(settings: Settings, stores: list[TokenStore]) -> None
             )
 
 
-def open_cache(settings: Settings) -> ShardCache | None:
+def open_cache(settings: DataSettings) -> ShardCache | None:
     """The node's shard cache, if the settings name one."""
     return ShardCache(Path(settings.cache_dir), settings.cache_bytes) if settings.cache_dir else None
 
 
-def training_rows(inputs: Inputs, settings: Settings, cache: ShardCache | None) -> PackedDataset:
+def training_rows(inputs: Inputs, settings: DataSettings, cache: ShardCache | None) -> PackedDataset:
     """The rows that the run trains on."""
     return PackedDataset(
         inputs.train,
@@ -132,7 +139,7 @@ def training_rows(inputs: Inputs, settings: Settings, cache: ShardCache | None) 
     )
 
 
-def validation_rows(inputs: Inputs, settings: Settings) -> PackedDataset | None:
+def validation_rows(inputs: Inputs, settings: DataSettings) -> PackedDataset | None:
     """The rows that the run validates on: always windows, so that every token counts once, whatever training packs."""
     if inputs.val is None:
         return None

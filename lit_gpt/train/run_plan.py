@@ -11,6 +11,7 @@ from lit_gpt.config import Config
 from lit_gpt.data.loader import check_batch_sizes
 from lit_gpt.data.row_reader import open_sources
 from lit_gpt.train.memory_plan import USABLE_SHARE, Memory, largest_gathered_unit, peak_bytes, step_memory
+from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.settings import Settings
 
 GIB = 2**30
@@ -21,6 +22,7 @@ class Plan(NamedTuple):
 
     config: Config
     settings: Settings
+    """Resolved, as on a Hopper GPU that has every package."""
     world_size: int
     shards: int
     """Processes that share one copy of the weights."""
@@ -42,6 +44,7 @@ class Plan(NamedTuple):
 
 def plan(settings: Settings) -> Plan:
     """The plan of a run with --devices x --num_nodes processes; raises BadInput for settings that cannot train."""
+    settings = resolve_for_plan(settings)
     devices = settings.devices or 1
     world_size = devices * settings.num_nodes
     shards = settings.shards(devices, world_size)
@@ -93,7 +96,7 @@ def lines(plan: Plan) -> Iterator[str]:
         f"{settings.sharding_strategy}: a copy of the weights on {plan.shards}, {settings.precision}, "
         f"activation checkpointing {settings.activation_checkpointing}"
     )
-    if settings.mlp == "auto" and settings.float8 == "none" and settings.precision != "32-true":
+    if settings.mlp == "quack":
         yield "the MLP as on a Hopper GPU with quack; for others plan with --mlp torch, which keeps more"
     yield ""
     yield from _memory_table(plan)

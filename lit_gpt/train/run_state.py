@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lit_gpt.data.loader import PackedDataset, Step
 from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.log import DatapointLog
 from lit_gpt.launch.world import Fabric, on_rank_zero
+from lit_gpt.train.resolve import log_differences
 from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_ranges
 from lit_gpt.train.run_inputs import Inputs, open_datapoint_log, run_facts
 from lit_gpt.train.settings import Settings
@@ -35,7 +37,9 @@ class RunState:
 
     def __init__(
         self,
-        settings: Settings,
+        asked: Settings,
+        resolved: dict[str, Any],
+        repeated: dict[str, Any] | None,
         inputs: Inputs,
         fabric: Fabric,
         dataset: PackedDataset,
@@ -43,13 +47,16 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         guard: StepGuard,
     ) -> None:
+        """asked: the settings before `auto` and None were resolved; resolved: what became of these (resolve.py);
+        repeated: the same of the run whose settings.yaml this one repeats, if it is a repeat."""
         self.step = self.slot = self.tokens = 0
-        self.rollbacks = Rollbacks(settings)
+        self.rollbacks = Rollbacks(asked)
         self.load_s = 0.0
         """Seconds that loading the last checkpoint took."""
         self.trackers: Trackers | None = None
         self.datapoints: DatapointLog | None = None
-        self._settings, self._inputs, self._fabric, self._dataset = settings, inputs, fabric, dataset
+        self._settings, self._resolved, self._repeated = asked, resolved, repeated
+        self._inputs, self._fabric, self._dataset = inputs, fabric, dataset
         self._model, self._optimizer, self._guard = model, optimizer, guard
 
     def start(self) -> None:
@@ -84,7 +91,10 @@ class RunState:
             if "step_guard" in start.facts:  # an imported model has none
                 self._guard.load(start.facts["step_guard"])
             log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
-            run_folder.log_changes(start.facts["settings"], settings)
+            run_folder.log_changes(start.facts["settings"], asdict(settings))
+        before = start.facts.get("resolved") if start is not None else self._repeated
+        if before is not None:
+            log_differences(before, self._resolved)
         self.datapoints = on_rank_zero(
             self._fabric,
             lambda: open_datapoint_log(self._inputs, settings, self._dataset, start, self.rollbacks.left_out),
@@ -93,8 +103,9 @@ class RunState:
 
     def _open_run_folder(self) -> Trackers:
         history.tell_left_behind(self._inputs.run_dir)
-        run_folder.write_settings(self._inputs.run_dir, self._settings)
-        return Trackers(self._inputs.run_dir, self.step, self._settings)
+        settings = asdict(self._settings)
+        run_folder.write_settings(self._inputs.run_dir, settings, self._resolved)
+        return Trackers(self._inputs.run_dir, self.step, self._settings, settings)
 
     def step_done(self, data: Step, targets: int, digest: int) -> None:
         """One more update, on `targets` of all ranks; it is written down, with the rows left out before it."""
@@ -120,7 +131,7 @@ class RunState:
             "tokens": self.tokens,
             "step_guard": self._guard.state(),
             "left_out": self.rollbacks.left_out,
-            **run_facts(self._inputs, self._settings),
+            **run_facts(self._inputs, self._settings, self._resolved),
             "datapoint_log": mark._asdict() if mark else None,
             "environment": {**run_folder.environment(), "hardware": f"{self._inputs.world.size} x {name}"},
         }

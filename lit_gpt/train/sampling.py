@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_gpt.cli import BadInput
 from lit_gpt.data.loader import full_rows
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import SamplingSettings
 
 # Shapes: B rows of a micro-batch, T block_size, V vocabulary.
 
@@ -44,13 +44,15 @@ class Sample(NamedTuple):
     """The model ended the document by itself."""
 
 
-def open_prompts(settings: Settings, block_size: int, *, add_bos: bool) -> Prompts | None:
+def open_prompts(
+    settings: SamplingSettings, tokenizer_path: str | None, block_size: int, *, add_bos: bool
+) -> Prompts | None:
     """The settings' prompts, encoded; None where nothing is to be sampled, BadInput where a prompt does not fit."""
     if settings.sample_interval_steps == 0:
         return None
-    if settings.tokenizer_path is None:
+    if tokenizer_path is None:
         raise BadInput("--sample_interval_steps needs --tokenizer_path: prompts are text")
-    tokenizer = Tokenizer.from_folder(settings.tokenizer_path)
+    tokenizer = Tokenizer.from_folder(tokenizer_path)
     bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
     ids = [bos + tokenizer.encode(text) for text in settings.sample_prompts]
     for text, prompt in zip(settings.sample_prompts, ids, strict=True):
@@ -68,10 +70,12 @@ def open_prompts(settings: Settings, block_size: int, *, add_bos: bool) -> Promp
 def sample(
     next_logits: Callable[[Tensor, Tensor, Tensor], Tensor],
     prompts: Prompts,
-    settings: Settings,
+    settings: SamplingSettings,
     *,
+    rows: int,
     block_size: int,
     vocab_size: int,
+    seed: int,
     step: int,
     device: torch.device,
 ) -> list[Sample]:
@@ -79,8 +83,7 @@ def sample(
 
     next_logits(tokens (B, T), cu_seqlens, at (B,)) gives the logits (B, V) behind the positions `at`.
     """
-    generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-    rows = settings.micro_batch_size
+    generator = torch.Generator().manual_seed((seed << 32) + step)
     cu_seqlens = full_rows(rows, block_size).to(device)
     samples: list[Sample] = []
     for start in range(0, len(prompts.ids), rows):

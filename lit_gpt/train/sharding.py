@@ -15,22 +15,26 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from lit_gpt.config import Config
 from lit_gpt.launch.world import World
 from lit_gpt.model.activation_checkpointing import checkpoint_activations
-from lit_gpt.model.attention import choose_backend
 from lit_gpt.model.float8 import use_float8
-from lit_gpt.model.fused_mlp import choose_mlp
 from lit_gpt.model.gpt import GPT, initialize
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.resolve import compute_dtype
+from lit_gpt.train.settings import ShardingSettings, StepSettings
 
 
-def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module:
-    """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks."""
-    compute_dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
-    backend = choose_backend(settings.attention, fabric.device, compute_dtype)
-    mlp = "float8" if settings.float8 == "tensorwise" else "torch"
-    if settings.float8 == "none":
-        mlp = choose_mlp(settings.mlp, fabric.device, compute_dtype, (config.n_embd, config.intermediate_size))
+def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Module:
+    """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks.
+
+    The settings are resolved (resolve.py).
+    """
+    assert "auto" not in (settings.attention, settings.mlp)
+    assert settings.compile is not None
     with torch.device("meta"):
-        model = GPT(config, attention_backend=backend, mlp_backend=mlp, compute_dtype=compute_dtype)
+        model = GPT(
+            config,
+            attention_backend=settings.attention,
+            mlp_backend="float8" if settings.float8 == "tensorwise" else settings.mlp,
+            compute_dtype=compute_dtype(settings),
+        )
     if settings.precision == "bf16-true":
         model = model.bfloat16()
     # This order keeps parameter names: float8, checkpointing, compilation, then sharding.
@@ -38,7 +42,7 @@ def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module
         use_float8(model.transformer.h, settings.float8, fabric.device)
     for block in model.transformer.h:
         checkpoint_activations(block, settings.activation_checkpointing)
-    if settings.compile if settings.compile is not None else fabric.device.type == "cuda":
+    if settings.compile:
         model.compile_parts()
     if fabric.world_size == 1:
         model.to_empty(device=fabric.device)
@@ -46,7 +50,7 @@ def build_model(fabric: Fabric, config: Config, settings: Settings) -> nn.Module
     return fabric.setup_module(model)
 
 
-def shard(model: nn.Module, settings: Settings, world: World) -> nn.Module:
+def shard(model: nn.Module, settings: StepSettings, world: World) -> nn.Module:
     """Each block and the model as FSDP2 units on `world`'s mesh, with its initial weights on this rank's device."""
     assert isinstance(model, GPT)
     mesh = _mesh(settings, world)
@@ -63,7 +67,7 @@ def shard(model: nn.Module, settings: Settings, world: World) -> nn.Module:
     return model
 
 
-def _mesh(settings: Settings, world: World) -> DeviceMesh:
+def _mesh(settings: ShardingSettings, world: World) -> DeviceMesh:
     shards = settings.shards(world.devices, world.size)
     if settings.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD"):
         shape = (world.size // shards, shards)  # neighbouring ranks share a copy

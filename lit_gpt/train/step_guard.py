@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.datapoints.log import DatapointLog
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import SpikeSettings
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class _Noted(NamedTuple):
 class StepGuard:
     """Judges updates one after another; every rank has one, and all judge the same."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: SpikeSettings, device: torch.device) -> None:
         self.skipped = 0
         """Steps of the run whose update did not happen, as of the last reading."""
         self.gave_up = False

@@ -9,11 +9,11 @@ import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lit_gpt.train.sampling import Sample
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import TrackerSettings
 from lit_gpt.train.wandb_run import WandbRun
 
 COLUMNS = (
@@ -28,7 +28,10 @@ skipped_steps: steps of the run so far whose update was skipped."""
 class Trackers:
     """The trackers of one run folder; `step` is the number of updates that are done."""
 
-    def __init__(self, run_dir: Path, resume_step: int, settings: Settings) -> None:
+    def __init__(
+        self, run_dir: Path, resume_step: int, settings: TrackerSettings, run_settings: Mapping[str, Any]
+    ) -> None:
+        """run_settings: all of the run's, for Weights & Biases."""
         path = run_dir / "metrics.csv"
         lines: list[dict[str, str]] = []
         if path.exists():
@@ -55,7 +58,7 @@ class Trackers:
         if settings.wandb != "off":
             self._wandb = WandbRun(
                 run_dir, settings.wandb, project=settings.wandb_project, name=settings.wandb_name,
-                config=asdict(settings), sent_step=max((int(row["step"]) for row in lines), default=0),
+                config=run_settings, sent_step=max((int(row["step"]) for row in lines), default=0),
                 timeout_s=settings.wandb_timeout_s,
             )  # fmt: skip
 

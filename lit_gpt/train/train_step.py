@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_gpt.data.loader import Batch
 from lit_gpt.train.optimizer import AdamW, gradient_norm, learning_rate
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import StepSettings
 from lit_gpt.train.sharding import sync_gradients
 from lit_gpt.train.step_guard import StepGuard
 
@@ -35,7 +35,7 @@ class Update(NamedTuple):
 class TrainStep:
     """Updates `model` through `optimizer` by `settings`; the same call on every rank."""
 
-    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: AdamW, settings: Settings) -> None:
+    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: AdamW, settings: StepSettings) -> None:
         self._fabric = fabric
         self._model = model
         self._optimizer = optimizer

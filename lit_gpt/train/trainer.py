@@ -14,6 +14,7 @@ checkpoint is due.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import time
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
 from lit_gpt.data.loader import Step, StepLoader
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import Reason, StopRequest
-from lit_gpt.launch.watchdog import Limits, Watchdog
+from lit_gpt.launch.watchdog import Watchdog
 from lit_gpt.launch.world import (
     Fabric,
     any_rank,
@@ -40,6 +41,7 @@ from lit_gpt.train.garbage import collected_by_hand
 from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.progress import Progress
+from lit_gpt.train.resolve import resolve, resolved_facts
 from lit_gpt.train.rollback import Rollback
 from lit_gpt.train.run_inputs import Inputs, open_cache, open_inputs, training_rows, validation_rows
 from lit_gpt.train.run_state import RunState
@@ -67,9 +69,12 @@ class Agreed(NamedTuple):
     """Some rank's save in the background failed."""
 
 
-def train(settings: Settings, stop_flag: StopFlag) -> int:
-    """Run to max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code."""
-    stop = StopRequest(stop_flag, time_limit_s=settings.time_limit_s, margin_s=settings.stop_margin_s)
+def train(settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | None = None) -> int:
+    """Run to max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code.
+
+    repeated: what the settings stood for in the run that this one repeats (run_folder.read_resolved).
+    """
+    stop = StopRequest(stop_flag, settings)
     inputs = open_inputs(settings)
     if starts_alone(inputs.world) and stop.signal:
         return stop.tell_early()
@@ -79,7 +84,7 @@ def train(settings: Settings, stop_flag: StopFlag) -> int:
     try:
         if any_rank(stop.signal is not None):
             return stop.tell_early()
-        trainer = Trainer(settings, inputs, fabric, stop, who)
+        trainer = Trainer(settings, repeated, inputs, fabric, stop, who)
         return trainer.run()
     except BadInput:
         raise
@@ -98,31 +103,40 @@ def train(settings: Settings, stop_flag: StopFlag) -> int:
 class Trainer:
     """One rank of a run."""
 
-    def __init__(self, settings: Settings, inputs: Inputs, fabric: Fabric, stop: StopRequest, who: str) -> None:
-        self.settings, self.inputs, self.fabric, self.stop = settings, inputs, fabric, stop
+    def __init__(
+        self,
+        asked: Settings,
+        repeated: dict[str, Any] | None,
+        inputs: Inputs,
+        fabric: Fabric,
+        stop: StopRequest,
+        who: str,
+    ) -> None:
+        self.inputs, self.fabric, self.stop = inputs, fabric, stop
         self.rank, self.device = fabric.global_rank, fabric.device
-        limits = Limits(settings.watchdog_factor, settings.watchdog_floor_s, settings.watchdog_long_s)
-        self.watchdog = Watchdog(inputs.run_dir / "watchdog", who, self.rank, inputs.world.size, limits)
+        self.watchdog = Watchdog(inputs.run_dir / "watchdog", who, self.rank, inputs.world.size, asked)
+        self.settings = settings = resolve(asked, inputs.config, inputs.world, self.device)
+        resolved = resolved_facts(settings)
+        log.info("resolved: %s", json.dumps(resolved))
         torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
         self.model = build_model(self.fabric, inputs.config, settings)
-        self.optimizer = make_optimizer(self.model, settings)
+        self.optimizer = make_optimizer(self.model, settings, compiled=bool(settings.compile))
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
         self.cache = open_cache(settings)
         self.dataset = training_rows(inputs, settings, self.cache)
         self.validation = validation_rows(inputs, settings)
         parts = self.model, self.optimizer, self.train_step.guard
-        self.state = RunState(settings, inputs, fabric, self.dataset, *parts)
+        self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts)
         self.state.start()
         stop.note_save(self.state.load_s)  # stands for what a save takes until there was one
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
-        kind = settings.state_dict_type
         self.saver = CheckpointSaver(
             inputs.run_dir,
             self.model,
             self.optimizer,
-            full=kind == "full" or (kind == "auto" and inputs.world.size == 1),
-            overlap=settings.async_save if settings.async_save is not None else self.device.type == "cuda",
+            full=settings.state_dict_type == "full",
+            overlap=bool(settings.async_save),
             keep_last=settings.keep_last_checkpoints,
             keep_every_steps=settings.keep_every_steps,
         )
@@ -295,8 +309,10 @@ class Trainer:
             lambda tokens, cu_seqlens, at: self.model(tokens, cu_seqlens, at=at),
             self.inputs.prompts,
             self.settings,
+            rows=self.settings.micro_batch_size,
             block_size=self.inputs.config.block_size,
             vocab_size=self.inputs.config.vocab_size,
+            seed=self.settings.seed,
             step=self.state.step,
             device=self.device,
         )

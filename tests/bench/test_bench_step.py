@@ -17,7 +17,7 @@ import torch
 from lit_gpt.bench.bench_step import Bench, packed_documents
 from lit_gpt.cli import BadInput
 from lit_gpt.data.loader import Batch
-from lit_gpt.train.settings import Settings, step_range
+from lit_gpt.train.settings import StepSettings, step_range
 from lit_gpt.train.train_step import TrainStep
 from tests.support.training import environment, train
 
@@ -102,9 +102,9 @@ def test_documents_end_at_rows_and_have_the_lengths_of_german_web_text() -> None
 
 
 def test_steps_that_update_nothing_are_no_measurement() -> None:
-    settings = Settings(
+    settings = StepSettings(
         model_name="debug", global_batch_size=2, micro_batch_size=2, accelerator="cpu", precision="32-true",
-        devices=1, train_data_dir="(random tokens)",
+        devices=1,
     )  # fmt: skip
     bench = Bench(settings, distinct_steps=1)
     bench.step()
@@ -132,9 +132,8 @@ class Marked(torch.autograd.Function):
 
 
 def test_the_graph_of_a_micro_batch_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(
+    settings = StepSettings(
         model_name="debug", global_batch_size=3, micro_batch_size=1, precision="32-true", accelerator="cpu", devices=1,
-        train_data_dir="(random tokens)",
     )  # fmt: skip
     bench = Bench(settings, distinct_steps=1)
     plain, marks = TrainStep.loss, list[weakref.ref[Mark]]()

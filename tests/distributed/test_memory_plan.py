@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from lit_gpt.train.memory_plan import step_memory
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.resolve import resolve_for_plan
+from lit_gpt.train.settings import StepSettings
 from tests.support.training import ROOT, environment
 
 pytestmark = pytest.mark.distributed
@@ -35,11 +36,11 @@ SMALL = dict(model_name="debug", block_size=64, devices=2, accelerator="cpu", tr
 def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
     values = SMALL | changed
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "fsdp_memory.py"), json.dumps(values)],
+        [sys.executable, str(ROOT / "tests" / "support" / "fsdp_memory.py"), json.dumps(values)],
         env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    settings = Settings(**values)
+    settings = resolve_for_plan(StepSettings(**values))
     forward, _, update = step_memory(settings.config, settings, 2, settings.shards(2, 2))
     block = settings.config.block_parameters * (4 if settings.precision == "32-true" else 2)
     on_a_gpu = (1 if settings.keeps_weights_whole else 2) * block  # the buffer; and the block fetched ahead

@@ -11,7 +11,7 @@ import torch
 
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from lit_gpt.datapoints.run_record import RunRecord
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import ShardingSettings
 from tests.support.training import command, environment, full_state, metrics, seen_rows, train
 from tests.train.test_step_guard import FAULTY
 
@@ -75,7 +75,7 @@ def test_hybrid_groups_inside_a_node(store: Path, alone: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("group", "mesh"), [(1, (4, 1)), (2, (2, 2)), (4, (1, 4)), (None, (1, 4))])
 def test_mesh_of_hybrid_groups(group: int | None, mesh: tuple[int, int]) -> None:
-    settings = Settings(sharding_strategy="HYBRID_SHARD", shard_group_size=group)
+    settings = ShardingSettings(sharding_strategy="HYBRID_SHARD", shard_group_size=group)
     shards = settings.shards(devices=4, world_size=4)
     assert (4 // shards, shards) == mesh
     assert settings.shards(devices=4, world_size=8) == (group or 4)

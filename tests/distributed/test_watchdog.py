@@ -13,7 +13,8 @@ from typing import IO
 
 import pytest
 
-from lit_gpt.launch.watchdog import Heartbeat, Limits, verdict
+from lit_gpt.launch.settings import WatchdogSettings
+from lit_gpt.launch.watchdog import Heartbeat, limit_s, poll_s, verdict
 from tests.support.training import SECRETS, assert_no_secret, command, environment, metrics
 
 pytestmark = pytest.mark.distributed
@@ -87,10 +88,11 @@ def test_a_second_stall_from_the_same_checkpoint_is_not_requeued(tmp_path: Path)
     code = """
 import os, sys, time
 from pathlib import Path
-from lit_gpt.launch.watchdog import Limits, Watchdog
+from lit_gpt.launch.settings import WatchdogSettings
+from lit_gpt.launch.watchdog import Watchdog
 
 def stall(started_from):
-    limits = Limits(factor=3, floor_s=1.0, long_s=50)
+    limits = WatchdogSettings(watchdog_factor=3, watchdog_floor_s=1.0, watchdog_long_s=50)
     watchdog = Watchdog(Path(sys.argv[1]), "rank 0 on here", 0, 1, limits)
     for step in range(3):
         time.sleep(0.1)
@@ -109,12 +111,12 @@ for started_from in (10, 10, 20):
 
 
 def test_limits() -> None:
-    limits = Limits(factor=10, floor_s=300, long_s=1800)
-    assert limits.poll_s == 15
-    assert limits.of("update", steps_done=100, usual_s=2.0) == 300
-    assert limits.of("update", steps_done=100, usual_s=60.0) == 600
-    assert limits.of("update", steps_done=1, usual_s=60.0) == 1800
-    assert limits.of("save", steps_done=100, usual_s=2.0) == 1800
+    settings = WatchdogSettings(watchdog_factor=10, watchdog_floor_s=300, watchdog_long_s=1800)
+    assert poll_s(settings) == 15
+    assert limit_s(settings, "update", steps_done=100, usual_s=2.0) == 300
+    assert limit_s(settings, "update", steps_done=100, usual_s=60.0) == 600
+    assert limit_s(settings, "update", steps_done=1, usual_s=60.0) == 1800
+    assert limit_s(settings, "save", steps_done=100, usual_s=2.0) == 1800
 
 
 def test_verdict() -> None:

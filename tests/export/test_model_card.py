@@ -16,7 +16,7 @@ from lit_gpt.data.token_store import TokenStore, write_store
 from lit_gpt.datapoints.run_folder import read_metrics
 from lit_gpt.export.model_card import Card, tells_of, write_card
 from lit_gpt.export.parity import Parity
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import Settings, TrackerSettings
 from lit_gpt.train.trackers import Trackers
 
 CARD = Card("apache-2.0", "bfloat16", Parity(3e-7, 12.5, 256))
@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     )  # fmt: skip
     run = tmp_path / "run"
     run.mkdir()
-    trackers = Trackers(run, 0, Settings(tensorboard=False))
+    trackers = Trackers(run, 0, TrackerSettings(tensorboard=False), {})
     for step, loss in ((10, 5.0), (20, 4.0), (30, 3.0)):
         trackers.log({"step": step, "loss": loss, "val_loss": loss + 0.5, "val_bits_per_byte": loss / 4})
     trackers.close()

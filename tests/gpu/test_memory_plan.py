@@ -20,7 +20,8 @@ import torch
 
 from lit_gpt.data.token_store import write_store
 from lit_gpt.train.memory_plan import peak_bytes
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.resolve import resolve_for_plan
+from lit_gpt.train.settings import StepSettings
 from tests.support.training import EOS, command, documents, environment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -102,6 +103,6 @@ def found(rows_of_2048: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 )
 def test_within_ten_percent(found: list[Future[float]], number: int) -> None:
     run = settings_of(CASES[number])
-    settings = replace(Settings(), **run)
+    settings = resolve_for_plan(replace(StepSettings(), **run))
     planned = peak_bytes(settings.config, settings, 1, 1) / 2**30
     assert planned == pytest.approx(found[number].result(), rel=0.10)

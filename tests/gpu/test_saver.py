@@ -13,7 +13,7 @@ from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.config import Config
 from lit_gpt.model.gpt import GPT, initialize
 from lit_gpt.train.optimizer import make_optimizer
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import OptimizerSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_three_saves_beside_updates(tmp_path: Path, full: bool) -> None:
     model = GPT(Config.from_name("debug")).cuda()
     initialize(model, seed=1)
-    optimizer = make_optimizer(model, Settings(model_name="debug"))
+    optimizer = make_optimizer(model, OptimizerSettings(), compiled=True)
     saver = CheckpointSaver(tmp_path, model, optimizer, full=full, overlap=True, keep_last=0)
     tokens = torch.randint(0, 4096, (2, 256), device="cuda")
     wanted = []
@@ -48,7 +48,7 @@ def test_writing_does_not_wait_for_the_training_stream(tmp_path: Path, full: boo
     model = GPT(Config.from_name("debug")).cuda()
     initialize(model, seed=1)
     saver = CheckpointSaver(
-        tmp_path, model, make_optimizer(model, Settings(model_name="debug")), full=full, overlap=True, keep_last=0
+        tmp_path, model, make_optimizer(model, OptimizerSettings(), compiled=True), full=full, overlap=True, keep_last=0
     )
     saver.save({"step": 1, "settings": {}})
     saver.wait()  # the first allocates

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_gpt.train.optimizer import gradient_norm, make_optimizer
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import StepSettings
 from lit_gpt.train.step_guard import StepGuard, Verdict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,9 +25,9 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_skip_and_clip_without_waiting(dtype: torch.dtype) -> None:
     """Norms 2, 2, NaN, 200, 2 of 4 elements: the third and fourth are skipped; moments saw gradients of norm 1."""
-    settings = Settings(learning_rate=0.1, spike_policy="skip", spike_window_steps=2, compile=False)
+    settings = StepSettings(learning_rate=0.1, spike_policy="skip", spike_window_steps=2, compile=False)
     model = torch.nn.ParameterList([torch.ones(2, 2, device="cuda", dtype=dtype)])
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, settings, compiled=False)
     guard = StepGuard(settings, torch.device("cuda"))
     (weight,) = model
     weight.grad = torch.ones_like(weight)

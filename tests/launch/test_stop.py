@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt.launch.settings import StopSettings
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
 from tests.support.training import ROOT, command, environment, metrics, train
@@ -124,7 +125,7 @@ def test_time_that_a_save_and_a_step_need(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("time.monotonic", lambda: now)
     flag = object.__new__(StopFlag)  # without its thread and the block on this process's signals
     flag.received, flag.began = None, 0.0
-    stop = StopRequest(flag, time_limit_s=100, margin_s=20)
+    stop = StopRequest(flag, StopSettings(time_limit_s=100, stop_margin_s=20))
     assert not stop.out_of_time(0.0)
     now = 30.0  # the first step compiles
     assert not stop.out_of_time(0.0)

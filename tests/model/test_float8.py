@@ -16,7 +16,7 @@ from lit_gpt.config import Config
 from lit_gpt.model.float8 import Float8Linear, float8_mlp, use_float8
 from lit_gpt.model.float8_triton import E4M3, E5M2, absolute_max, float8_cast
 from lit_gpt.model.gpt import GPT, Linear, initialize
-from lit_gpt.train.settings import Settings
+from lit_gpt.model.settings import ModelSettings
 
 CPU = torch.device("cpu")
 
@@ -138,9 +138,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         BadInput, match=r"--float8 rowwise with --precision 32-true. Valid with it: bf16-mixed, bf16-true"
     ):
-        Settings(train_data_dir="x", float8="rowwise", precision="32-true").check()
+        ModelSettings(float8="rowwise", precision="32-true").check()
     with pytest.raises(BadInput, match=r"--float8 tensorwise with --mlp quack, .* Valid with it: auto, torch"):
-        Settings(train_data_dir="x", float8="tensorwise", mlp="quack").check()
+        ModelSettings(float8="tensorwise", mlp="quack").check()
 
     def missing(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")

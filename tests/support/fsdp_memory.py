@@ -1,7 +1,7 @@
 """What FSDP2 holds on each rank in a step of the training program, in bytes, and how often it reduces gradients over
 ranks: one JSON list over the ranks.
 
-python tests/support/fsdp_memory.py '{"devices": 2, "sharding_strategy": "FULL_SHARD", ...}'    (values of Settings)
+python tests/support/fsdp_memory.py '{"devices": 2, "sharding_strategy": "FULL_SHARD", ...}'    (values of StepSettings)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from lit_gpt.bench.bench_step import Bench  # noqa: E402
-from lit_gpt.train.settings import Settings  # noqa: E402
+from lit_gpt.train.settings import StepSettings  # noqa: E402
 
 
 def size(tensors: Iterable[Tensor | None]) -> int:
@@ -38,7 +38,7 @@ def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
 
 
 def main() -> None:
-    settings = Settings(**json.loads(sys.argv[1]))
+    settings = StepSettings(**json.loads(sys.argv[1]))
     bench = Bench(settings)
     model, optimizer = bench.model, bench.optimizer
     found: dict[str, int] = {"whole": 0, "accumulated": 0, "reductions": 0}

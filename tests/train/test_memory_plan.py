@@ -20,16 +20,18 @@ from torch._inductor.decomposition import select_decomp_table
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.model import attention
 from lit_gpt.model.activation_checkpointing import checkpoint_activations
 from lit_gpt.model.float8 import use_float8
-from lit_gpt.model.gpt import Block, attention, rotary_angles
+from lit_gpt.model.gpt import Block, rotary_angles
 from lit_gpt.train.memory_plan import kept_bytes_per_token, peak_bytes, step_memory
+from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.run_plan import lines, plan
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import Settings, StepSettings
 from tests.support import quack_stand_in
 from tests.support.training import command, environment
 
-DEBUG = Settings(model_name="debug", micro_batch_size=8, global_batch_size=8, mlp="torch")
+DEBUG = StepSettings(model_name="debug", micro_batch_size=8, global_batch_size=8, mlp="torch", compile=True)
 MEASURED = [  # GiB on one H100, torch 2.11, fa4, compiled (docs/benchmarks.md)
     (58.8, dict(model_name="LLaMmlein_1B", micro_batch_size=16, mlp="torch")),
     (51.88, dict(model_name="LLaMmlein_1B", micro_batch_size=16)),
@@ -101,7 +103,7 @@ def test_four_gpus_by_hand() -> None:
 
 @pytest.mark.parametrize(("gib", "run"), MEASURED, ids=[f"{gib}" for gib, _ in MEASURED])
 def test_measured_on_an_h100(gib: float, run: dict[str, Any]) -> None:
-    settings = Settings(**{"global_batch_size": run["micro_batch_size"]} | run)
+    settings = resolve_for_plan(StepSettings(**{"global_batch_size": run["micro_batch_size"]} | run))
     assert peak_bytes(settings.config, settings, 1, 1) / 2**30 == pytest.approx(gib, rel=0.05)
 
 
@@ -172,7 +174,7 @@ def kept_by_the_compiler(config: Config, rows: int, *, checkpointing: str, mlp: 
 def test_what_a_compiled_block_keeps(mlp: Any, checkpointing: Any) -> None:
     """Equal on torch 2.13; releases differ a little in what they compute again. Float8's products on a CPU are others
     than a GPU's, whose memory tests/gpu/test_memory_plan.py compares."""
-    settings = replace(DEBUG, activation_checkpointing=checkpointing, mlp="auto" if mlp == "float8" else mlp)
+    settings = replace(DEBUG, activation_checkpointing=checkpointing, mlp="quack" if mlp == "float8" else mlp)
     wanted = kept_bytes_per_token(settings.config, settings) * 3 * settings.config.block_size
     kept = kept_by_the_compiler(settings.config, 3, checkpointing=checkpointing, mlp=mlp)
     assert kept == pytest.approx(wanted, rel=0.03)
@@ -208,7 +210,7 @@ def test_the_largest_micro_batch() -> None:
     planned = plan(settings)
     assert planned.largest_micro_batch == 24
     for rows, fits in ((24, True), (32, False)):
-        tried = replace(settings, micro_batch_size=rows)
+        tried = replace(planned.settings, micro_batch_size=rows)
         assert (peak_bytes(settings.config, tried, 1, 1) <= 0.95 * 78.5 * 2**30) == fits
     assert plan(replace(settings, plan_gpu_gib=1.0)).largest_micro_batch is None
     with pytest.raises(BadInput, match="global_batch_size=96 rows is no multiple of 5"):

@@ -8,10 +8,10 @@ import torch
 from lit_gpt.config import Config
 from lit_gpt.model.gpt import GPT, initialize
 from lit_gpt.train.optimizer import gradient_norm, learning_rate, make_optimizer, parameter_groups
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import OptimizerSettings
 
-COSINE = Settings(learning_rate=1.0, min_lr=0.1, warmup_steps=4, max_steps=13)
-WSD = Settings(learning_rate=1.0, min_lr=0.2, warmup_steps=2, max_steps=10, lr_schedule="wsd", decay_steps=5)
+COSINE = OptimizerSettings(learning_rate=1.0, min_lr=0.1, warmup_steps=4, max_steps=13)
+WSD = OptimizerSettings(learning_rate=1.0, min_lr=0.2, warmup_steps=2, max_steps=10, lr_schedule="wsd", decay_steps=5)
 
 
 def test_cosine_with_warm_up() -> None:
@@ -30,12 +30,12 @@ def test_warm_up_stable_decay() -> None:
 
 
 def test_constant() -> None:
-    settings = Settings(learning_rate=0.5, min_lr=0.1, warmup_steps=1, max_steps=5, lr_schedule="constant")
+    settings = OptimizerSettings(learning_rate=0.5, min_lr=0.1, warmup_steps=1, max_steps=5, lr_schedule="constant")
     assert [learning_rate(step, settings) for step in range(5)] == [0.5] * 5
 
 
 def test_published_recipe() -> None:
-    settings = Settings()
+    settings = OptimizerSettings()
     assert learning_rate(0, settings) == pytest.approx(2.5e-4 / 2000)
     assert learning_rate(1999, settings) == 2.5e-4
     assert learning_rate(1_430_511, settings) == pytest.approx(4e-6)
@@ -56,7 +56,7 @@ def test_adamw_first_step_by_hand() -> None:
     model = GPT(Config.from_name("debug", n_layer=1))
     initialize(model, seed=1)
     before = model.lm_head.weight.detach().clone()
-    optimizer = make_optimizer(model, Settings(learning_rate=0.01, weight_decay=0.1))
+    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=0.01, weight_decay=0.1), compiled=False)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -68,7 +68,7 @@ def test_adamw_first_step_by_hand() -> None:
 def test_clipping(max_norm: float, factor: float, dtype: torch.dtype) -> None:
     """Gradients (3, 0) and (4): norm 5. The first moment after a step is 1 - beta1 = 0.1 of what AdamW took."""
     model = torch.nn.ParameterList([torch.zeros(n, dtype=dtype) for n in (2, 1, 1)])
-    optimizer = make_optimizer(model, Settings())
+    optimizer = make_optimizer(model, OptimizerSettings(), compiled=False)
     one, two, _ = model
     one.grad, two.grad = torch.tensor([3.0, 0.0], dtype=dtype), torch.tensor([4.0], dtype=dtype)
     norm = gradient_norm(model)
@@ -83,7 +83,7 @@ def test_clipping(max_norm: float, factor: float, dtype: torch.dtype) -> None:
 def test_a_skipped_update_changes_nothing(poison: float, dtype: torch.dtype) -> None:
     """Not the weights, not the moments, not their count, although the gradients are poisoned."""
     model = torch.nn.ParameterList([torch.ones(2, dtype=dtype), torch.ones(3, 2, dtype=dtype)])
-    optimizer = make_optimizer(model, Settings(learning_rate=0.1))
+    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=0.1), compiled=False)
     states = []
     for gradient, skip in ((1.0, 0.0), (poison, 1.0)):
         for p in model:

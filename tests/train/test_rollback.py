@@ -23,7 +23,7 @@ from lit_gpt.datapoints.log import Attempt, Mark, is_in_lineage
 from lit_gpt.datapoints.query import Replay
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.train.rollback import Rollbacks
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import SpikeSettings
 from lit_gpt.train.step_guard import SkippedStep, Verdict
 from tests.support.training import ROOT, command, environment, full_state, metrics, train
 from tests.train.test_step_guard import FAULTY, faulty
@@ -159,7 +159,7 @@ def test_which_rows_go() -> None:
     def skipped(step: int, reason: Verdict) -> SkippedStep:
         return SkippedStep(step, 8 * (step - 1), 8, reason, 1.0)
 
-    rollbacks = Rollbacks(Settings(spike_policy="rollback", rollback_steps=3, max_rollbacks=2))
+    rollbacks = Rollbacks(SpikeSettings(spike_policy="rollback", rollback_steps=3, max_rollbacks=2))
     found = rollbacks.spikes([skipped(19, Verdict.NOT_FINITE), skipped(20, Verdict.SPIKE), skipped(22, Verdict.SPIKE)])
     assert [entry.step for entry in found] == [20, 22]
     for slot, begin in ((80, 136), (144, 144)):  # 8 * (20 - 3) = 136

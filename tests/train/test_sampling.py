@@ -14,7 +14,7 @@ from lit_gpt.config import Config
 from lit_gpt.data.loader import full_rows
 from lit_gpt.model.gpt import GPT, initialize
 from lit_gpt.train.sampling import Sample, open_prompts
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import SamplingSettings, TrackerSettings
 from lit_gpt.train.trackers import Trackers
 from scripts import convert_lit_checkpoint
 from tests.support.training import full_state, metrics, train
@@ -111,7 +111,7 @@ def test_logits_of_one_position_are_those_of_the_whole() -> None:
 
 
 def test_the_models_own_end_is_kept(tmp_path: Path) -> None:
-    trackers = Trackers(tmp_path, 0, Settings(tensorboard=False))
+    trackers = Trackers(tmp_path, 0, TrackerSettings(tensorboard=False), {})
     trackers.log_samples(3, [Sample("a", "ä\nb", 2, True)])
     trackers.close()
     assert samples(tmp_path) == [{"step": 3, "prompt": "a", "text": "ä\nb", "tokens": 2, "ended": True}]
@@ -127,8 +127,10 @@ def test_the_models_own_end_is_kept(tmp_path: Path) -> None:
 )
 def test_prompts_that_do_not_fit(german_run: Path, settings: dict[str, Any], message: str) -> None:
     asked = dict(sample_interval_steps=1, sample_prompts=["Der Hund"], tokenizer_path=german_run.parent / "tokenizer")
+    asked |= settings
+    tokenizer_path = asked.pop("tokenizer_path")
     with pytest.raises(BadInput, match=message):
-        open_prompts(Settings(**(asked | settings)), 256, add_bos=False)
+        open_prompts(SamplingSettings(**asked), tokenizer_path, 256, add_bos=False)
 
 
 def test_refused_before_the_run_folder_is_made(german_run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_gpt.datapoints.run_record import RunRecord
-from lit_gpt.train.settings import Settings
+from lit_gpt.train.settings import SpikeSettings
 from lit_gpt.train.step_guard import StepGuard, Verdict
 from tests.support.training import command, environment, full_state, metrics, seen_rows, train
 
@@ -41,13 +41,13 @@ def skipped(run: Path) -> list[tuple[int, str, int, int]]:
 
 
 def test_not_finite() -> None:
-    guard = StepGuard(Settings(), torch.device("cpu"))
+    guard = StepGuard(SpikeSettings(), torch.device("cpu"))
     assert judged(guard, [1.0, NAN, INF, 1e30]) == [0, Verdict.NOT_FINITE, Verdict.NOT_FINITE, 0]
 
 
 def test_spikes() -> None:
     """Window 4, factor 10. The lower median is finite once two norms are there; what was skipped does not enter."""
-    guard = StepGuard(Settings(spike_policy="skip", spike_window_steps=4), torch.device("cpu"))
+    guard = StepGuard(SpikeSettings(spike_policy="skip", spike_window_steps=4), torch.device("cpu"))
     assert judged(guard, [1.0, 100.0]) == [0, 0]  # nothing is usual yet: medians inf, inf
     assert judged(guard, [1001.0, 999.0]) == [Verdict.SPIKE, 0]  # of (1, 100): the median of (inf, inf, 1, 100) is 100
     assert judged(guard, [2.0, NAN]) == [0, Verdict.NOT_FINITE]  # (1, 100, 999, 2): median 2
@@ -55,7 +55,7 @@ def test_spikes() -> None:
 
 
 def test_state_survives_json() -> None:
-    settings = Settings(spike_policy="skip", spike_window_steps=4)
+    settings = SpikeSettings(spike_policy="skip", spike_window_steps=4)
     guard, resumed = (StepGuard(settings, torch.device("cpu")) for _ in range(2))
     judged(guard, [0.1, 0.2, 0.3])
     resumed.load(json.loads(json.dumps(guard.state())))
@@ -63,7 +63,7 @@ def test_state_survives_json() -> None:
 
 
 def test_gives_up_after_so_many_in_a_row() -> None:
-    guard = StepGuard(Settings(max_skipped_steps=2), torch.device("cpu"))
+    guard = StepGuard(SpikeSettings(max_skipped_steps=2), torch.device("cpu"))
     for step, norm in enumerate([NAN, 1.0, NAN, NAN, 1.0], 1):
         value = torch.tensor(norm)
         guard.note(step, 8 * step, 8, guard.judge(value), value)

@@ -60,14 +60,27 @@ def test_it_learns(unbroken: Path) -> None:
 
 
 def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
-    """The settings file alone repeats the run."""
+    """The settings file alone repeats the run, and says where `auto` and None stand for something else by now."""
     settings = yaml.safe_load((unbroken / "settings.yaml").read_text())
     assert settings["model_name"] == "debug"
     assert "resume" not in settings
     assert json.loads((unbroken / "environment.json").read_text())["packages"]["lightning"] == "2.6.6"
-    again = [*command(store, tmp_path)[:2], "--config", str(unbroken / "settings.yaml"), "--out_dir", str(tmp_path)]
-    subprocess.run(again, env=environment(), check=True, capture_output=True)
-    assert_equal_runs(tmp_path, unbroken)
+    assert settings["attention"] == "auto"
+    resolved = json.loads((unbroken / "resolved.json").read_text())
+    assert (resolved["attention"], resolved["compile"], resolved["state_dict_type"]) == ("torch", False, "full")
+    checkpoint = json.loads((unbroken / "iter-00000012-ckpt.pth" / "run.json").read_text())
+    assert checkpoint["resolved"] == resolved
+    elsewhere, again = tmp_path / "elsewhere", tmp_path / "again"
+    elsewhere.mkdir()
+    (elsewhere / "settings.yaml").write_text((unbroken / "settings.yaml").read_text())
+    (elsewhere / "resolved.json").write_text(json.dumps({**resolved, "attention": "fa4"}))
+    repeat = [*command(store, again)[:2], "--config", str(elsewhere / "settings.yaml"), "--out_dir", str(again)]
+    done = subprocess.run(repeat, env=environment(), check=True, capture_output=True, text=True)
+    assert_equal_runs(again, unbroken)
+    told = [line for line in done.stderr.splitlines() if "in the run that this one repeats" in line]
+    assert [line.split(" WARNING ")[1] for line in told] == [
+        "attention: torch here, fa4 in the run that this one repeats or resumes"
+    ]
 
 
 @pytest.mark.parametrize("after_step", [2, 5, 9])
