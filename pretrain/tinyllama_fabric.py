@@ -10,6 +10,11 @@ requeued; 74 ended, but the last checkpoint could not be saved; 3 the run gave u
 updates in a row were skipped; 2 bad input, told in one line; anything else is a failure with its traceback.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
+
 from lit_gpt.cli import config_files, parse_settings, run_program
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.train.settings import Settings

@@ -11,6 +11,10 @@ On a CPU it takes the debug shape, unless --size says otherwise.
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.config import Config

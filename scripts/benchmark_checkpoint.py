@@ -16,7 +16,10 @@ as there.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import Parser, run_program
 from lit_gpt.train.settings import StepSettings

@@ -20,6 +20,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
+
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.train.settings import StepSettings
 

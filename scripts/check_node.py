@@ -9,7 +9,10 @@ checked is told, and is not a reason for 1.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, BadInput, Parser, run_program
 

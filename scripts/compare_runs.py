@@ -10,8 +10,11 @@ whose datapoint logs name other rows are refused with exit code 2.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.datapoints.compare_runs import PICTURES, compare, draw, open_run

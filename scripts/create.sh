@@ -120,5 +120,4 @@ elif [[ -x $root/.venv/bin/python ]]; then
 else
     launcher=(python3)
 fi
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "${launcher[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "${flags[@]}"

@@ -29,6 +29,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
+
 from lit_gpt.cli import BadInput, Parser, run_program
 
 ROOT = Path(__file__).resolve().parents[1]

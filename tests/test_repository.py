@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+
+import lit_gpt
+from tests.test_layering import SOURCES, imports
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "pretrain/configs").glob("*.yaml"))
@@ -36,6 +38,10 @@ def commands() -> list[list[str]]:
             lines = block.replace("\\\n", " ").splitlines()
             found += [words for line in lines if (words := shlex.split(line, comments=True))]
     return found
+
+
+def read_yaml(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
 def program_in(command: list[str]) -> str | None:
@@ -69,7 +75,6 @@ def test_make_targets_in_the_documents_exist() -> None:
 def test_flags_in_the_documents_exist(program: str) -> None:
     helped = subprocess.run(
         [sys.executable, ROOT / program, "--help"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
@@ -89,19 +94,16 @@ def test_requirements_give_the_reason_in_the_readme() -> None:
 
 
 def test_imports_are_declared() -> None:
-    """Every third-party package that the product imports is in requirements.txt, in an extra, or an optional kernel."""
-    declared = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "setup.py")).lower()
-    optional_kernels = {"flash_attn", "flash_attn_interface", "xformers"}
-    optional_kernels |= {"liger_kernel", "cut_cross_entropy", "litgpt"}  # compared with
-    optional_kernels |= {"triton"}  # a part of torch on GPUs
-    own = {"lit_gpt"}
-    for path in [*ROOT.glob("lit_gpt/**/*.py"), *ROOT.glob("pretrain/*.py"), *ROOT.glob("scripts/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in {name.split(".")[0] for name in names} - own - optional_kernels - sys.stdlib_module_names:
-                package = {"yaml": "pyyaml", "lm_eval": "lm-eval"}.get(name, name)
-                assert re.search(rf"^\W*{package}\b", declared, re.MULTILINE), f"{path.name} imports {name}"
+    """A third-party package that the product imports is in requirements.txt, in an extra, or apart, with the reason."""
+    declared = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "setup.py"))
+    declared = declared.lower().replace("_", "-")
+    apart = {"flash_attn", "flash_attn_interface", "quack", "xformers", "triton"}  # kernels; triton comes with torch
+    apart |= {"litgpt"}  # scripts/benchmark_litgpt.py says how
+    for source in SOURCES:
+        roots = {name.split(".")[0] for name in imports((ROOT / source).read_text(encoding="utf-8"))}
+        for name in roots - {"lit_gpt"} - apart - sys.stdlib_module_names:
+            package = {"yaml": "pyyaml"}.get(name, name.replace("_", "-"))
+            assert re.search(rf"^\W*{package}\b", declared, re.MULTILINE), f"{source} imports {name}"
 
 
 def test_no_path_of_one_machine_and_no_secret() -> None:
@@ -113,7 +115,39 @@ def test_no_path_of_one_machine_and_no_secret() -> None:
         assert not secret.search(text), f"{path.name} holds what looks like a key"
 
 
-def test_continuous_integration_runs_what_contributors_run() -> None:
+def test_every_way_to_check_runs_what_contributors_run() -> None:
+    """.ci/run is the Makefile's targets, the hosted workflow is .ci/run, a commit is `make check`: nothing else."""
     script = ROOT / ".ci/run"
-    assert re.findall(r"^make (\w+)$", script.read_text(encoding="utf-8"), re.MULTILINE) == ["check", "test", "demo"]
+    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert lines == [
+        "set -euo pipefail",
+        'cd "$(dirname "$0")/.."',
+        "make check",
+        "make test",
+        "make demo",
+    ]
     assert script.stat().st_mode & 0o111, ".ci/run is not executable"
+
+    (job,) = read_yaml(".github/workflows/ci.yml")["jobs"].values()
+    checkout, python, run = job["steps"]
+    assert checkout.keys() == {"uses"}
+    assert checkout["uses"].startswith("actions/checkout@")
+    assert python["uses"].startswith("actions/setup-python@")
+    assert python["with"] == {"python-version": "${{ matrix.python }}"}
+    assert run == {"run": ".ci/run"}
+    promised = re.search(r'python_requires=">=3\.(\d+),<3\.(\d+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert promised
+    assert job["strategy"]["matrix"]["python"] == [f"3.{promised[1]}", f"3.{int(promised[2]) - 1}"]
+
+    ((hook,),) = (repository["hooks"] for repository in read_yaml(".pre-commit-config.yaml")["repos"])
+    assert hook["entry"] == "make check"
+    assert (hook["language"], hook["pass_filenames"], hook["always_run"]) == ("system", False, True)
+
+
+def test_the_citation_names_this_version_and_the_paper() -> None:
+    citation = read_yaml("CITATION.cff")
+    assert citation["version"] == lit_gpt.__version__
+    assert f'license="{citation["license"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Pfister", "Wunderle", "Hotho"]
+    assert "10.48550/arXiv.2411.11171" in [identifier["value"] for identifier in paper["identifiers"]]

@@ -137,7 +137,6 @@ source "$cluster_env"
 # Two jobs on one node must not meet on a port.
 export MASTER_PORT="${MASTER_PORT:-$((FIRST_PORT + ${SLURM_JOB_ID:-0} % PORTS))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # this checkout's lit_gpt, not the one in the image
 export PYTHONUNBUFFERED=1
 
 build_command
