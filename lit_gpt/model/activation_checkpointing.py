@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _KEPT = (
-    "mm", "addmm", "bmm", "fused_mlp", "add_product", "_scaled_mm", "absolute_max", "gated_absolute_max",
+    "mm", "addmm", "bmm", "fused_mlp", "add_product", "_scaled_mm", "float8_amax", "gated_amax",
     "varlen_attention", "_varlen_attn", "_scaled_dot_product",
 )  # fmt: skip
 """How the names of operators begin, without namespace, whose results `selective` keeps."""

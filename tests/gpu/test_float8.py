@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.model.float8 import Float8Linear, float8_mlp
-from lit_gpt.model.float8_triton import (
+from lit_gpt.model.float8_casts import (
     E4M3,
     E5M2,
-    absolute_max,
+    float8_amax,
     float8_cast,
-    gated_absolute_max,
+    gated_amax,
     gated_backward_cast,
     gated_cast,
 )  # fmt: skip
@@ -45,10 +45,10 @@ def same(got: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
 def test_cast(shape: tuple[int, int], dtype: torch.dtype, source: torch.dtype) -> None:
     x = random(*shape, seed=1, dtype=source)
-    largest = absolute_max(x.cuda())
-    assert largest.item() == absolute_max(x).item()
+    amax = float8_amax(x.cuda())
+    assert amax.item() == float8_amax(x).item()
     for layout in ("rows", "columns", "both"):
-        got, wanted = float8_cast(x.cuda(), largest, dtype, layout), float8_cast(x, largest.cpu(), dtype, layout)
+        got, wanted = float8_cast(x.cuda(), amax, dtype, layout), float8_cast(x, amax.cpu(), dtype, layout)
         for ours, theirs in zip(got[:2], wanted[:2], strict=True):
             same(ours, theirs)
         assert got[2].item() == pytest.approx(wanted[2].item(), rel=1e-6)
@@ -58,15 +58,15 @@ def test_cast(shape: tuple[int, int], dtype: torch.dtype, source: torch.dtype) -
 def test_gated(shape: tuple[int, int]) -> None:
     rows, width = shape
     gate_up, d_inner = random(rows, 2 * width, seed=1), random(rows, width, seed=2)
-    largest, largest_d = gated_absolute_max(gate_up, None), gated_absolute_max(gate_up, d_inner)
+    amax, amax_d = gated_amax(gate_up, None), gated_amax(gate_up, d_inner)
     on_gpu = gate_up.cuda(), d_inner.cuda()
-    assert gated_absolute_max(on_gpu[0], None).item() == pytest.approx(largest.item(), rel=1e-5)
-    assert gated_absolute_max(*on_gpu).item() == pytest.approx(largest_d.item(), rel=1e-5)
-    got, wanted = gated_cast(on_gpu[0], largest.cuda()), gated_cast(gate_up, largest)
+    assert gated_amax(on_gpu[0], None).item() == pytest.approx(amax.item(), rel=1e-5)
+    assert gated_amax(*on_gpu).item() == pytest.approx(amax_d.item(), rel=1e-5)
+    got, wanted = gated_cast(on_gpu[0], amax.cuda()), gated_cast(gate_up, amax)
     same(got[0], wanted[0])
     assert got[1].item() == pytest.approx(wanted[1].item(), rel=1e-6)
-    results = gated_backward_cast(*on_gpu, largest_d.cuda(), largest.cuda())
-    for ours, theirs in zip(results, gated_backward_cast(gate_up, d_inner, largest_d, largest), strict=True):
+    results = gated_backward_cast(*on_gpu, amax_d.cuda(), amax.cuda())
+    for ours, theirs in zip(results, gated_backward_cast(gate_up, d_inner, amax_d, amax), strict=True):
         if ours.dim():
             same(ours, theirs)
         else:
@@ -78,14 +78,12 @@ def test_what_is_not_finite_stays_visible(bad: float) -> None:
     x = random(64, 64, seed=1).cuda()
     x[3, 5] = bad
     for dtype in (E4M3, E5M2):
-        straight, turned, _ = float8_cast(x, absolute_max(x), dtype, "both")
+        straight, transposed, _ = float8_cast(x, float8_amax(x), dtype, "both")
         assert straight.float()[3, 5].isnan()
-        assert turned.float()[5, 3].isnan()
+        assert transposed.float()[5, 3].isnan()
     gate_up, d_inner = random(64, 64, seed=1).cuda(), random(64, 32, seed=2).cuda()
     d_inner[3, 5] = bad
-    d_gate_up, *_ = gated_backward_cast(
-        gate_up, d_inner, gated_absolute_max(gate_up, d_inner), gated_absolute_max(gate_up, None)
-    )
+    d_gate_up, *_ = gated_backward_cast(gate_up, d_inner, gated_amax(gate_up, d_inner), gated_amax(gate_up, None))
     assert d_gate_up.float()[3, 5].isnan()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.model.float8 import Float8Linear, float8_mlp, use_float8
-from lit_gpt.model.float8_triton import E4M3, E5M2, absolute_max, float8_cast
+from lit_gpt.model.float8_casts import E4M3, E5M2, float8_amax, float8_cast
 from lit_gpt.model.gpt import GPT, Linear, initialize
 from lit_gpt.model.settings import ModelSettings
 
@@ -110,16 +110,17 @@ def test_the_mlp_agrees_with_fp32_as_well_as_torchaos_does(torchao_linear: Any) 
 def test_cast(dtype: torch.dtype) -> None:
     """The largest number becomes the type's largest; zeros stay zeros; NaN and infinity stay visible."""
     x = random(3, 5, seed=1)
-    straight, turned, unscale = float8_cast(x, absolute_max(x), dtype, "both")
-    assert torch.equal(straight.float().T, turned.float())
+    straight, transposed, inverse_scale = float8_cast(x, float8_amax(x), dtype, "both")
+    assert torch.equal(straight.float().T, transposed.float())
     assert straight.float().abs().max() == torch.finfo(dtype).max
-    assert ((straight.float() * unscale - x.float()).abs() <= x.float().abs() * 2 ** -(4 if dtype == E4M3 else 3)).all()
-    zeros, _, _ = float8_cast(torch.zeros(2, 2), absolute_max(torch.zeros(2, 2)), dtype, "rows")
+    half_ulp = x.float().abs() * 2 ** -(4 if dtype == E4M3 else 3)
+    assert ((straight.float() * inverse_scale - x.float()).abs() <= half_ulp).all()
+    zeros, _, _ = float8_cast(torch.zeros(2, 2), float8_amax(torch.zeros(2, 2)), dtype, "rows")
     assert torch.equal(zeros.float(), torch.zeros(2, 2))
     for bad in (float("nan"), float("inf")):
         spoiled = x.clone()
         spoiled[1, 2] = bad
-        straight, _, _ = float8_cast(spoiled, absolute_max(spoiled), dtype, "rows")
+        straight, _, _ = float8_cast(spoiled, float8_amax(spoiled), dtype, "rows")
         assert straight[1, 2].isnan()
 
 
