@@ -139,17 +139,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=segments.mask, enable_gqa=grouped).transpose(1, 2)
     shape = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
-    cu, longest = segments.cu_seqlens, segments.max_seqlen
+    cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
     if backend in ("fa3", "fa4"):
-        out, _ = torch.ops.llammlein.varlen_attention(q, k, v, cu, longest, backend)
+        out, _ = torch.ops.llammlein.varlen_attention(q, k, v, cu_seqlens, max_seqlen, backend)
     elif backend == "fa2":
         out = _package("fa2").flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, causal=True, deterministic=torch.are_deterministic_algorithms_enabled()
-        )
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            causal=True, deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
     elif backend == "xformers":
         out = _xformers(q, k, v, segments.mask)
     else:
-        out = _torch_varlen(q, k, v, cu, longest)
+        out = _torch_varlen(q, k, v, cu_seqlens, max_seqlen)
     return out.view(shape)
 
 
@@ -157,7 +158,7 @@ def _package(backend: str) -> ModuleType:
     return importlib.import_module(PACKAGES[backend][0])
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.10 says causal by is_causal and takes grouped heads unasked; 2.11 and newer by window_size and enable_gqa.
@@ -165,7 +166,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: 
     causal: dict[str, Any] = {"is_causal": True} if "is_causal" in accepted else {"window_size": (-1, 0)}
     if "enable_gqa" in accepted:
         causal["enable_gqa"] = q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
     assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
     return out
 
@@ -179,25 +180,25 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
 
 @torch.library.custom_op("llammlein::varlen_attention", mutates_args=())
 def _varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend: str
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Output (B * T, H, D) and log-sum-exp (H, B * T) fp32 of causal attention inside each segment."""
     module = _package(backend)
     if backend == "fa3":
         out, lse, *_ = module._flash_attn_forward(
-            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
             softmax_scale=q.shape[-1] ** -0.5, causal=True,
         )  # fmt: skip
     else:
         out, lse, *_ = module.interface._flash_attn_fwd(
-            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
             causal=True, return_lse=True,
         )  # fmt: skip
     return out, lse
 
 
 @_varlen_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend: str) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         q.shape[1], q.shape[0], dtype=torch.float32
     )
@@ -212,7 +213,7 @@ def _varlen_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    longest: int,
+    max_seqlen: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = _package(backend)
@@ -220,41 +221,30 @@ def _varlen_attention_backward(
     deterministic = torch.are_deterministic_algorithms_enabled()
     if backend == "fa3":
         module._flash_attn_backward(
-            d_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, None, None, longest, longest, dq, dk, dv,
+            d_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen, dq, dk, dv,
             q.shape[-1] ** -0.5, True, deterministic=deterministic,
         )  # fmt: skip
     else:
         module.interface._flash_attn_bwd(
             q, k, v, out, d_out, lse, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=longest, max_seqlen_k=longest, dq=dq, dk=dk, dv=dv, deterministic=deterministic,
+            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, dq=dq, dk=dk, dv=dv, deterministic=deterministic,
         )  # fmt: skip
     return dq, dk, dv
 
 
 @_varlen_attention_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.longest, ctx.backend = inputs
+    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor, d_lse: None) -> tuple[Tensor | None, ...]:
-    grads = _varlen_attention_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.backend)
+    grads = _varlen_attention_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.max_seqlen, ctx.backend)
     return (*grads, None, None, None)
 
 
