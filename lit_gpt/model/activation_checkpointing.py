@@ -1,11 +1,11 @@
-"""Activation checkpointing: what a block keeps for its backward pass, and what it computes again.
+"""Activation checkpointing: what a block keeps for its backward pass, and what it recomputes.
 
-    none       torch.compile decides: every product of matrices and what is cheap to keep
-    selective  products of matrices and attention are kept; norms, rotations, SwiGLU and casts are computed again, which
-               costs a read and a write of what they make; about two thirds is kept (memory_plan.py counts)
-    full       only the block's input is kept; the forward pass runs twice, a third more arithmetic
+    none       torch.compile decides: it keeps the output of every GEMM and what is cheap to keep
+    selective  keeps the outputs of GEMMs and of attention; recomputes norms, rotary positions, SwiGLU and casts, which
+               costs a read and a write of each result. About two thirds stays (memory_plan.py counts)
+    full       keeps the block's input only; the forward pass runs twice, a third more arithmetic
 
-In place on `block.forward`, unlike PyTorch's wrapper, which would rename the weights.
+Replaces `block.forward` in place: PyTorch's wrapper module would rename the weights.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _KEPT = (
-    "mm", "addmm", "bmm", "fused_mlp", "add_product", "_scaled_mm", "float8_amax", "gated_amax",
+    "mm", "addmm", "bmm", "fused_mlp", "add_matmul", "_scaled_mm", "float8_amax", "gated_amax",
     "varlen_attention", "_varlen_attn", "_scaled_dot_product",
 )  # fmt: skip
-"""How the names of operators begin, without namespace, whose results `selective` keeps."""
+"""`selective` keeps the results of operators whose names, without the namespace, begin so."""
 
 
 def checkpoint_activations(block: nn.Module, kind: str) -> None:
-    """Make `block` recompute by `kind`; before it is compiled, and before it is sharded."""
+    """Make `block` recompute as `kind` says. Call it before the block is compiled and before it is sharded."""
     if kind != "none":
         block.forward = _recomputed(block.forward, _KEPT if kind == "selective" else ())
 
 
 def _recomputed(forward: Callable[..., Tensor], kept: tuple[str, ...]) -> Callable[..., Tensor]:
-    # A function of this module, since torch.compile leaves out whatever is entered through PyTorch's own `checkpoint`.
-    # A policy also where nothing is kept: without one, torch.compile of torch 2.11 keeps what autograd.Functions save.
+    # A function of this module: torch.compile skips frames that are entered through PyTorch's own `checkpoint`.
+    # A policy even where it keeps nothing: without one, torch.compile of torch 2.11 keeps what autograd.Functions save.
     contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
 
     def run(*inputs: Any) -> Tensor:

@@ -1,12 +1,11 @@
-"""Products of matrices with what follows them in a block: SwiGLU (arXiv:2002.05202), its gradient, the residual's sum.
+"""GEMMs with an epilogue: SwiGLU (arXiv:2002.05202), its gradient, the addition of the residual.
 
-Computed layer by layer, the tensors between products and sums cross the GPU's memory several times: of the MLP
-down(silu(gate) * up), with gate and up halves of one weight, 2 I and I numbers a token and their gradients. Two
-backends:
+Layer by layer, the tensors between GEMMs cross the GPU's memory several times: in the MLP down(silu(gate) * up), whose
+gate and up are halves of one weight, these are 2 I and I numbers a token, and their gradients. Two backends:
 
-    quack   all that is computed inside the products, while their results are in registers. Needs quack-kernels,
-            which flash-attn-4 brings, a Hopper GPU, and computation in 16 bits
-    torch   layer by layer; torch.compile fuses what stands between the products. Runs everywhere
+    quack   computes them in the GEMMs' epilogues, while the results are in registers. Needs quack-kernels, which
+            flash-attn-4 brings, a Hopper GPU, and computation in 16 bits
+    torch   layer by layer; torch.compile fuses what stands between the GEMMs. Runs everywhere
 
 The only importer of quack.
 """
@@ -31,15 +30,15 @@ log = logging.getLogger(__name__)
 BACKENDS = ("quack", "torch")
 PACKAGE = "quack.gemm_interface"
 VERSION = "0.6"
-"""Of quack-kernels; its interface changes between minor versions."""
+"""The minor version of quack-kernels: the next one may have another interface."""
 MULTIPLE = 16
 """Widths that quack's kernels read must be multiples of this."""
 DYNAMIC = {"tuned": False, "dynamic_scheduler": True}
-"""Kernels as given, not searched for; a processor that is done takes the next tile. Measured: docs/benchmarks.md."""
+"""Default tiles, no autotuning; an SM that is done takes the next tile. Measured: docs/benchmarks.md."""
 
 
 class Tiles(NamedTuple):
-    """What one processor computes of a product's result at a time: tile_m x tile_n, in clusters that share operands."""
+    """The part of a GEMM's result that an SM computes at a time, tile_m x tile_n; a cluster of SMs shares operands."""
 
     tile_m: int
     tile_n: int
@@ -49,11 +48,11 @@ class Tiles(NamedTuple):
 
 
 SMALL = Tiles(128, 128, True, 1, 2)
-"""For SwiGLU's gradient: the fastest for what this product reads and writes beside its sums."""
+"""For the GEMM with SwiGLU's gradient as its epilogue: the fastest of those measured."""
 GRADIENT_TILES = (Tiles(128, 192, True, 2, 1), Tiles(256, 176, False, 1, 2))
-"""For the gradient of a weight, which has so few tiles that the last wave of them decides."""
+"""For the gradient of a weight. It has few tiles, so its time depends on how many SMs idle in the last wave."""
 WORTHWHILE = 0.9
-"""Share of the processors' time in use, below which cuBLAS, which also splits the sum, computes such a gradient."""
+"""cuBLAS, which can split the sum (split-K), computes a weight's gradient if our tiles keep SMs busy less than this."""
 
 
 def choose_mlp(requested: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
@@ -98,16 +97,16 @@ def why_not_shape(dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
 def fused_mlp(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """residual + down(silu(gate) * up) of x (N, C): (N, C).
 
-    residual (N, C); gate_up (2 I, C) with the gate's rows before up's, and down (C, I), of any type: they are cast to
-    x's, and their gradients come in their own. Kept for the backward pass are x and the output of the first product;
-    SwiGLU's result is made again beside its gradient.
+    residual (N, C); gate_up (2 I, C), the gate's rows before up's; down (C, I). Both weights are cast to x's type, and
+    their gradients have their own type. The backward pass keeps x and the output of the first GEMM; it recomputes
+    SwiGLU's result together with its gradient.
     """
     return _FusedMLP.apply(x, residual, gate_up, down)
 
 
-def add_product(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def add_matmul(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """residual + x @ weight.T of x (N, K), residual (N, C) and weight (C, K), cast to x's type: (N, C)."""
-    return _AddProduct.apply(residual, x, weight)
+    return _AddMatmul.apply(residual, x, weight)
 
 
 class _FusedMLP(torch.autograd.Function):
@@ -126,24 +125,24 @@ class _FusedMLP(torch.autograd.Function):
         return d_x, d_out, d_gate_up, d_down
 
 
-class _AddProduct(torch.autograd.Function):
+class _AddMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight_dtype = weight.dtype
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
-        return torch.ops.llammlein.add_product(residual, x, weight)
+        return torch.ops.llammlein.add_matmul(residual, x, weight)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d_out = d_out.contiguous()
-        d_x, d_weight = torch.ops.llammlein.add_product_backward(d_out, *ctx.saved_tensors, ctx.weight_dtype)
+        d_x, d_weight = torch.ops.llammlein.add_matmul_backward(d_out, *ctx.saved_tensors, ctx.weight_dtype)
         return d_out, d_x, d_weight
 
 
 @torch.library.custom_op("llammlein::fused_mlp", mutates_args=())
 def _fused_mlp(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 2 I), where gate and up alternate as the kernels want them; and the sum (N, C)."""
+    """gate and up (N, 2 I), their columns interleaved as the kernels want them, and the result (N, C)."""
     quack = importlib.import_module(PACKAGE)
     between, inner = quack.gemm_gated(x, gate_up.T, activation="swiglu", concat_layout=("B",), tuned=False)
     return between, quack.gemm_add(inner, down.T, residual, **DYNAMIC)
@@ -158,12 +157,12 @@ def _(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tenso
 def _fused_mlp_backward(
     d_out: Tensor, x: Tensor, between: Tensor, gate_up: Tensor, down: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x in its type, and of both weights in weight_dtype, as the products summed them: in fp32."""
+    """Gradients of x in its type, and of both weights in weight_dtype; all are summed in fp32."""
     quack = importlib.import_module(PACKAGE)
     d_between, inner = quack.gemm_dgated(d_out, down, between, activation="swiglu", tuned=False, config=_config(SMALL))
     d_down = _weight_gradient(d_out, inner, weight_dtype)
     del inner
-    d_gate_up = _weight_gradient(d_between, x, weight_dtype, alternate=True)
+    d_gate_up = _weight_gradient(d_between, x, weight_dtype, interleaved=True)
     return quack.gemm(d_between, gate_up, concat_layout=("B",), **DYNAMIC), d_gate_up, d_down
 
 
@@ -178,56 +177,56 @@ def _(
     )
 
 
-@torch.library.custom_op("llammlein::add_product", mutates_args=())
-def _add_product(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+@torch.library.custom_op("llammlein::add_matmul", mutates_args=())
+def _add_matmul(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return importlib.import_module(PACKAGE).gemm_add(x, weight.T, residual, **DYNAMIC)
 
 
-@_add_product.register_fake
+@_add_matmul.register_fake
 def _(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("llammlein::add_product_backward", mutates_args=())
-def _add_product_backward(d_out: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("llammlein::add_matmul_backward", mutates_args=())
+def _add_matmul_backward(d_out: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     d_x = importlib.import_module(PACKAGE).gemm(d_out, weight, **DYNAMIC)
     return d_x, _weight_gradient(d_out, x, weight_dtype)
 
 
-@_add_product_backward.register_fake
+@_add_matmul_backward.register_fake
 def _(d_out: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight, dtype=weight_dtype)
 
 
-def _weight_gradient(d_out: Tensor, x: Tensor, dtype: torch.dtype, *, alternate: bool = False) -> Tensor:
+def _weight_gradient(d_out: Tensor, x: Tensor, dtype: torch.dtype, *, interleaved: bool = False) -> Tensor:
     """d_out.T @ x, (M, K) of d_out (N, M) and x (N, K), summed in fp32 and rounded once, to dtype.
 
-    alternate: columns of d_out are gate's and up's in turn; the gradient's halves lie one after the other.
+    interleaved: the columns of d_out alternate between gate and up; the gradient's halves lie one after the other.
     """
     shape = d_out.shape[1], x.shape[1]
-    tiles, busy = best_tiles(*shape, _processors(d_out.device))
-    if busy < WORTHWHILE and not alternate:
-        return _cublas_product(d_out.T, x, dtype)
+    tiles, busy = best_tiles(*shape, _sm_count(d_out.device))
+    if busy < WORTHWHILE and not interleaved:
+        return _cublas_matmul(d_out.T, x, dtype)
     out = x.new_empty(shape, dtype=dtype)
-    gemm = importlib.import_module(PACKAGE).gemm_tuned.fn  # quack.gemm, which has no say in the tiles, ends here too
-    layout = ("out",) if alternate else None
+    gemm = importlib.import_module(PACKAGE).gemm_tuned.fn  # what quack.gemm calls, which takes no tiles
+    layout = ("out",) if interleaved else None
     gemm(d_out.T, x, out, config=_config(tiles), dynamic_scheduler=True, concat_layout=layout)
     return out
 
 
-def best_tiles(rows: int, columns: int, processors: int) -> tuple[Tiles, float]:
-    """Of GRADIENT_TILES those that compute rows x columns soonest, and the share of the processors' time in use."""
+def best_tiles(rows: int, columns: int, sms: int) -> tuple[Tiles, float]:
+    """Which of GRADIENT_TILES computes rows x columns soonest, and the share of the SMs' time that it uses."""
 
     def time(tiles: Tiles) -> int:
         count = -(-rows // tiles.tile_m) * -(-columns // tiles.tile_n)
-        return -(-count // processors) * tiles.tile_m * tiles.tile_n
+        return -(-count // sms) * tiles.tile_m * tiles.tile_n
 
     best = min(GRADIENT_TILES, key=time)
-    return best, rows * columns / (processors * time(best))
+    return best, rows * columns / (sms * time(best))
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -236,7 +235,7 @@ def _config(tiles: Tiles) -> Any:
     return gemm_config.GemmConfig(**tiles._asdict(), is_dynamic_persistent=False)
 
 
-def _cublas_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _cublas_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, summed in fp32 and rounded once, to dtype."""
     if a.dtype == dtype:
         return a @ b

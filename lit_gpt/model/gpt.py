@@ -1,11 +1,11 @@
 """The LLaMA model: pre-norm blocks of grouped-query attention with rotary positions, and SwiGLU.
 
-Rows hold several documents: `cu_seqlens` says where each segment starts, and attention and positions restart there.
-Weights may be kept in another type than is computed in: each layer casts its weight to its input's type, so fp32 master
-weights compute in bf16 on one device just as FSDP's mixed precision does on many, and gradients arrive in fp32.
+A row holds several documents: `cu_seqlens` says where each segment starts, and attention and positions restart there.
+Weights may have another type than activations: each layer casts its weight to its input's type. So fp32 master weights
+compute in bf16 on one device as FSDP's mixed precision does on many, and their gradients are fp32.
 
 Initial weights are a pure function of (seed, weight name, shape, kind of device): the same for every number of
-processes, and independent of how the model was built (a start on the meta device loses nothing).
+processes, and whether or not the model was built on the meta device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_gpt.config import Config
 from lit_gpt.model.attention import Segments, attention, make_segments
-from lit_gpt.model.fused_mlp import add_product, fused_mlp
+from lit_gpt.model.fused_mlp import add_matmul, fused_mlp
 from lit_gpt.model.loss import cross_entropy, linear_cross_entropy
 
 # Shapes: B rows, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width, V vocabulary.
@@ -64,14 +64,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_size)).split(self.heads, dim=2)  # (B, T, H | G | G, D)
         y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, backend).flatten(2)  # (B, T, C)
         if self.fused:
-            return add_product(residual.flatten(0, 1), y.flatten(0, 1), self.proj.weight).view_as(residual)
+            return add_matmul(residual.flatten(0, 1), y.flatten(0, 1), self.proj.weight).view_as(residual)
         return residual + self.proj(y)
 
 
 class SwiGLU(nn.Module):
     fused: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None
-    """All of it from input and residual (B * T, C) and both weights, by fused_mlp.py or float8.py; None: layer by
-    layer."""
+    """fused_mlp.fused_mlp or float8.float8_mlp; None: layer by layer."""
 
     def __init__(self, config: Config, fused: bool) -> None:
         super().__init__()
@@ -102,7 +101,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything below the head; its attributes only give the weights the names that lit-gpt gave them."""
+    """Everything below the head. Its attributes' names give the weights the names that lit-gpt gave them."""
 
     def __init__(self, config: Config, mlp_backend: str) -> None:
         super().__init__()
@@ -112,7 +111,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder of `config`'s shape. Backends are what attention.choose_backend and fused_mlp.choose_mlp gave."""
+    """A decoder of `config`'s shape. The backends come from attention.choose_backend and fused_mlp.choose_mlp."""
 
     def __init__(
         self,
@@ -132,9 +131,9 @@ class GPT(nn.Module):
         self.cross_entropy = cross_entropy
 
     def compile_parts(self) -> None:
-        """torch.compile each block, and the loss of a chunk of tokens: small graphs, so a start takes seconds.
+        """torch.compile each block in place, and the loss of a chunk of tokens. Weights keep their names.
 
-        In place, so that the weights keep their names; blocks share one compilation.
+        All blocks share one compilation, so that a start takes seconds.
         """
         for block in self.transformer.h:
             block.compile()
@@ -147,10 +146,10 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T) int64; given targets (B, T) int64, the sum of their losses in nats, fp32;
-        given `at` (B,) int64, the logits (B, V) of one position of each row, without the memory of all the others.
+        """Logits (B, T, V) of tokens (B, T) int64. Given targets (B, T) int64: the sum of their losses in nats, fp32.
+        Given `at` (B,) int64: the logits (B, V) of that position of each row, without the memory of the others.
 
-        cu_seqlens (S + 1,) int32: segment starts in the B * T tokens, ending with B * T; None: one segment a row.
+        cu_seqlens (S + 1,) int32: where each segment starts in the B * T tokens, then B * T. None: one segment a row.
         """
         rows, length = tokens.shape
         if length > self.config.block_size:
@@ -183,11 +182,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: GPT, seed: int) -> None:
-    """Fill every weight, whether whole or this rank's shard of it: norms with 1, matrices from a normal distribution.
+    """Fill every weight, or this rank's shard of it: norms with 1, matrices from a normal distribution.
 
     Standard deviations as in GPT-NeoX (arXiv:2204.06745, section 2.2) and TinyLlama: sqrt(2 / (5 C)), and for the two
-    projections back into the residual stream 1 / (sqrt(C) n_layer). Each rank draws the whole weight and keeps its
-    part, one weight at a time.
+    projections back into the residual stream 1 / (sqrt(C) n_layer). A rank draws one whole weight at a time and keeps
+    its shard.
     """
     width, layers = model.config.n_embd, model.config.n_layer
     for name, weight in model.named_parameters():

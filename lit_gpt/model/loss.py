@@ -1,12 +1,12 @@
 """The training loss: the sum of cross-entropy over valid targets, fused with the output projection.
 
-A sum, not a mean: the divisor is the number of valid targets of the whole step over all ranks and micro-batches, which
-only the training loop knows, so that every token weighs the same however rows are packed and batches are cut.
+A sum, not a mean: the training loop divides by the number of valid targets of the whole step, over all ranks and
+micro-batches. So every token weighs the same, however rows are packed and batches are cut.
 
 Logits of all rows would be the largest tensor of a step (16 rows x 2048 x 32,064 in fp32: 4.2 GB). Here they exist for
 CHUNK_TOKENS tokens at a time: the forward pass computes a chunk's loss and at once its gradients, so nothing of size
-tokens x vocabulary is kept. Compiled, softmax, loss and gradient are one kernel over a chunk's logits, which reads them
-from memory once. Cost: the gradient of the weight is accumulated in fp32 (one extra vocabulary x width).
+tokens x vocabulary is kept. torch.compile makes softmax, loss and gradient one kernel, which reads a chunk's logits
+from memory once. Cost: the gradient of the weight is accumulated in fp32 (one more tensor of vocabulary x width).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lit_gpt.config import IGNORE_INDEX
 # Shapes: N tokens, n tokens of a chunk, C width, V padded vocabulary.
 
 CHUNK_TOKENS = 8192
-"""Enough for matrix products at their full rate; a chunk's logits take 525 MB in bf16."""
+"""Enough for GEMMs at their full rate; a chunk's logits take 525 MB in bf16."""
 
 CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 torch.mm(d_logits, w, out=dx[chunk])
             if dw is not None:
-                _add_product(dw, d_logits.T, x[chunk])
+                _add_matmul(dw, d_logits.T, x[chunk])
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -83,8 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b with total in fp32; on a GPU products of 16 bits are summed in fp32 and never rounded to 16."""
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, total in fp32. On a GPU a product of 16-bit operands is accumulated in fp32, without rounding."""
     if total.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:

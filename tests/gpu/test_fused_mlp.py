@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gpt.model.fused_mlp import add_product, choose_mlp, fused_mlp
+from lit_gpt.model.fused_mlp import add_matmul, choose_mlp, fused_mlp
 from tests.model.test_fused_mlp import plain_mlp, plain_sum
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -35,7 +35,7 @@ def test_against_fp64(width: int, inner: int, weight_dtype: torch.dtype, compile
         function, plain = fused_mlp, plain_mlp
         inputs = [x, residual, weight(2 * inner, width, seed=3), weight(width, inner, seed=4)]
     else:
-        function, plain = add_product, plain_sum
+        function, plain = add_matmul, plain_sum
         inputs = [residual, random(2048, inner, seed=5), weight(width, inner, seed=4)]
     if compiled:
         function = torch.compile(function, fullgraph=True)

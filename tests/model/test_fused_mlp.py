@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.model.fused_mlp import add_product, best_tiles, choose_mlp, fused_mlp
+from lit_gpt.model.fused_mlp import add_matmul, best_tiles, choose_mlp, fused_mlp
 from lit_gpt.model.gpt import GPT, initialize
 from tests.support import quack_stand_in
 from tests.support.quack_stand_in import Quack
@@ -45,7 +45,7 @@ def plain_sum(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     ("function", "plain", "shapes", "weights"),
     [
         (fused_mlp, plain_mlp, [(6, 8), (6, 8)], [(20, 8), (8, 10)]),
-        (add_product, plain_sum, [(6, 8), (6, 12)], [(8, 12)]),
+        (add_matmul, plain_sum, [(6, 8), (6, 12)], [(8, 12)]),
     ],
 )
 def test_value_and_gradients_are_those_of_the_plain_formula(
@@ -75,9 +75,7 @@ def test_value_and_gradients_are_those_of_the_plain_formula(
         ((22016, 4096), (128, 192), 0.959),  # gate and up of 7B
     ],
 )
-def test_tiles_that_leave_the_fewest_processors_idle(
-    shape: tuple[int, int], tile: tuple[int, int], busy: float
-) -> None:
+def test_tiles_that_leave_the_fewest_sms_idle(shape: tuple[int, int], tile: tuple[int, int], busy: float) -> None:
     tiles, share = best_tiles(*shape, 132)
     assert tiles[:2] == tile
     assert share == pytest.approx(busy, abs=1e-3)

@@ -95,5 +95,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModuleType("quack.gemm_config")
     monkeypatch.setattr(config, "GemmConfig", SimpleNamespace, raising=False)
     monkeypatch.setitem(sys.modules, config.__name__, config)
-    monkeypatch.setattr(fused_mlp, "_processors", lambda device: 132)
+    monkeypatch.setattr(fused_mlp, "_sm_count", lambda device: 132)
     monkeypatch.setattr(Quack, "tiles", [])
