@@ -109,8 +109,8 @@ def measure_reader(store: TokenStore) -> Generator[dict[str, Any], None, float]:
     dataset = PackedDataset(store, BLOCK, 3)
     rows = dataset.rows_per_epoch
     maps = [np.memmap(store.path / f"{shard.name}.tokens", "<u2", "r", HEADER_BYTES) for shard in store.shards]
-    places = dataset.reader.locate(np.arange(rows))
-    wanted = list(zip(places.shard.tolist(), (places.row * BLOCK).tolist(), strict=True))
+    located = dataset.locate(np.arange(rows))
+    wanted = list(zip(located.shard.tolist(), (located.row * BLOCK).tolist(), strict=True))
 
     def gather() -> None:
         for first in range(0, rows, 8):
@@ -121,7 +121,7 @@ def measure_reader(store: TokenStore) -> Generator[dict[str, Any], None, float]:
         tokens = np.empty((STEP_ROWS, BLOCK), np.uint16)
         targets = np.empty((STEP_ROWS, BLOCK), np.int32)
         for first in range(0, rows - STEP_ROWS + 1, STEP_ROWS):
-            dataset.reader.fill(first + np.arange(STEP_ROWS), tokens, targets, digest=digest)
+            dataset.fill(first + np.arange(STEP_ROWS), tokens, targets, digest=digest)
 
     read_rows = rows // STEP_ROWS * STEP_ROWS
     plain = rows * BLOCK / fastest(gather)
@@ -132,7 +132,7 @@ def measure_reader(store: TokenStore) -> Generator[dict[str, Any], None, float]:
     yield line("reader", whole / 1e6, "M tokens/s", "gather", whole / plain)
     yield line("digest", 100 * (bare / whole - 1), "% of the reader's time")
     slots = np.arange(1 << 20) % dataset.total_rows
-    yield line("order", 1e6 * fastest(lambda: dataset.reader.locate(slots)) / len(slots), "us/row")
+    yield line("order", 1e6 * fastest(lambda: dataset.locate(slots)) / len(slots), "us/row")
     return whole
 
 
@@ -193,7 +193,7 @@ def measure_scale(folder: Path, store: TokenStore) -> Iterator[dict[str, Any]]:
     dataset = PackedDataset(million, BLOCK, 3)
     rows, steps = 1024, dataset.total_rows // 1024
     details = {"world_size": 4, "micro_batch_size": 8, "train_data_dir": str(million.path)}
-    facts = {**dataset.reader.facts(), "global_batch_size": rows}
+    facts = {**dataset.facts(), "global_batch_size": rows}
     with DatapointLog.open(folder / "run" / "datapoints", facts, details=details) as log:
         for step in range(1, steps + 1):
             log.append(step, (step - 1) * rows, rows, rows * BLOCK - 3000, (1 << 64) - step)

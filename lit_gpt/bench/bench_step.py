@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lit_gpt.config import IGNORE_INDEX, Config
-from lit_gpt.data.loader import Batch, boundary_entries
+from lit_gpt.data.loader import Batch, cu_seqlens_entries
 from lit_gpt.launch.world import find_world, launch
 from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.resolve import resolve_step
@@ -77,7 +77,7 @@ class Bench:
         targets = targets.view(rows, length)
         if self.device.type == "cuda":
             tokens, targets, cu_seqlens = (x.pin_memory() for x in (tokens, targets, cu_seqlens))
-        return Batch(tokens, targets, cu_seqlens, int(cu_seqlens.diff().max()), np.arange(rows))
+        return Batch(tokens, targets, cu_seqlens, np.arange(rows))
 
     def step(self) -> tuple[Tensor, int]:
         """One update: the summed loss on the device, and the valid targets."""
@@ -104,7 +104,7 @@ def packed_documents(rows: int, length: int, generator: np.random.Generator) -> 
     ends = np.cumsum(lengths)
     ends = ends[ends < size]
     edges = np.union1d(np.arange(0, size + 1, length), ends)
-    cu_seqlens = torch.full((boundary_entries(len(edges)),), size, dtype=torch.int32)
+    cu_seqlens = torch.full((cu_seqlens_entries(len(edges)),), size, dtype=torch.int32)
     cu_seqlens[: len(edges)] = torch.from_numpy(edges.astype(np.int32))
     return cu_seqlens, ends
 

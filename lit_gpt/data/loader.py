@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -27,11 +26,9 @@ from numpy.typing import NDArray
 from lit_gpt.cli import BadInput
 from lit_gpt.config import IGNORE_INDEX
 from lit_gpt.data.row_reader import RowReader
-from lit_gpt.data.shard_cache import ShardCache
-from lit_gpt.data.token_store import TokenStore
 
-BOUNDARIES_STEP = 64
-"""cu_seqlens has a multiple of this many entries."""
+CU_SEQLENS_MULTIPLE = 64
+"""A batch's cu_seqlens has a multiple of this many entries."""
 _POLL_S = 1.0
 """How often a waiting consumer looks whether the prefetch thread still lives."""
 
@@ -44,11 +41,9 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     """(B, T) int32; IGNORE_INDEX where a document ends and on padding."""
     cu_seqlens: torch.Tensor
-    """int32 edges of the segments in the B*T flattened tokens, 0 to B*T; B*T repeats up to full BOUNDARIES_STEPs."""
-    max_seqlen: int
-    """Tokens of the longest segment."""
+    """int32: where each segment starts in the B * T tokens, then B * T up to a multiple of CU_SEQLENS_MULTIPLE."""
     slots: NDArray[np.int64]
-    """(B,) the rows' places in the global order."""
+    """(B,) the rows' slots."""
 
 
 class Step(NamedTuple):
@@ -64,38 +59,8 @@ class Step(NamedTuple):
     """This rank's part of the sum modulo 2**64 over all rows of the step."""
 
 
-class PackedDataset:
-    """The rows of one or more token stores as batches. Used by one thread at a time."""
-
-    def __init__(
-        self,
-        stores: TokenStore | Sequence[TokenStore],
-        block_size: int,
-        seed: int,
-        *,
-        weights: Sequence[float] | None = None,
-        packing: str = "window",
-        cross_document_attention: bool = False,
-        max_epochs: int = 1,
-        cache: ShardCache | None = None,
-        index_dir: Path | None = None,
-    ) -> None:
-        self.reader = RowReader(
-            [stores] if isinstance(stores, TokenStore) else stores,
-            block_size,
-            seed,
-            weights=weights,
-            packing=packing,
-            cross_document_attention=cross_document_attention,
-            max_epochs=max_epochs,
-            cache=cache,
-            index_dir=index_dir,
-        )
-        self.block_size = block_size
-        self.rows_per_epoch = self.reader.rows_per_epoch
-        """Rows until the first of the sources has been seen once."""
-        self.total_rows = self.reader.total_rows
-        """Rows until the first of the sources has been seen max_epochs times."""
+class PackedDataset(RowReader):
+    """A RowReader whose rows come as tensors. Used by one thread at a time."""
 
     def read(self, slots: NDArray[np.int64]) -> tuple[Batch, int]:
         """The rows of `slots` as one batch, and their digest."""
@@ -106,34 +71,34 @@ class PackedDataset:
         """One batch for each line of `slots`, read together, and the digest of all; slots below 0 are padding."""
         micro_batches, rows = slots.shape
         shape = (micro_batches, rows, self.block_size)
-        narrow = self.reader.dtype.itemsize == 2
+        narrow = self.dtype.itemsize == 2
         tokens = torch.empty(shape, dtype=torch.uint16 if narrow else torch.int32, pin_memory=pin_memory)
         targets = torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory)
         flat = (-1, self.block_size)
-        filled = self.reader.fill(slots.reshape(-1), tokens.numpy().reshape(flat), targets.numpy().reshape(flat))
+        filled = self.fill(slots.reshape(-1), tokens.numpy().reshape(flat), targets.numpy().reshape(flat))
         size = rows * self.block_size
-        edges = np.searchsorted(filled.boundaries, np.arange(micro_batches + 1) * size)
+        cuts = np.searchsorted(filled.cu_seqlens, np.arange(micro_batches + 1) * size)
         batches = []
         for micro in range(micro_batches):
-            starts = filled.boundaries[edges[micro] : edges[micro + 1]] - micro * size
-            cu_seqlens = torch.empty(boundary_entries(len(starts) + 1), dtype=torch.int32, pin_memory=pin_memory)
+            found = filled.cu_seqlens[cuts[micro] : cuts[micro + 1] + 1] - micro * size
+            cu_seqlens = torch.empty(cu_seqlens_entries(len(found)), dtype=torch.int32, pin_memory=pin_memory)
             array = cu_seqlens.numpy()
-            array[: len(starts)] = starts
-            array[len(starts) :] = size
-            longest = int(np.diff(array).max())
-            batches.append(Batch(tokens[micro], targets[micro], cu_seqlens, longest, slots[micro]))
+            array[: len(found)] = found
+            array[len(found) :] = size
+            batches.append(Batch(tokens[micro], targets[micro], cu_seqlens, slots[micro]))
         return tuple(batches), filled.digest
 
 
-def boundary_entries(needed: int) -> int:
-    """Entries of a cu_seqlens: few lengths, and few empty segments, which attention kernels look at one by one."""
-    return -(-needed // BOUNDARIES_STEP) * BOUNDARIES_STEP
+def cu_seqlens_entries(needed: int) -> int:
+    """Length of a cu_seqlens that needs so many entries: a compromise between few different lengths, for which code is
+    compiled, and few empty segments, which attention kernels visit one by one."""
+    return -(-needed // CU_SEQLENS_MULTIPLE) * CU_SEQLENS_MULTIPLE
 
 
 def full_rows(rows: int, block_size: int) -> torch.Tensor:
     """cu_seqlens of a batch whose rows are one segment each, padded as those of read_batches are."""
-    edges = torch.arange(rows + 1, dtype=torch.int32) * block_size
-    return F.pad(edges, (0, boundary_entries(rows + 1) - len(edges)), value=rows * block_size)
+    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * block_size
+    return F.pad(cu_seqlens, (0, cu_seqlens_entries(rows + 1) - len(cu_seqlens)), value=rows * block_size)
 
 
 class StepLoader:

@@ -38,8 +38,8 @@ class OpenShard(NamedTuple):
     """One shard ready for reading."""
 
     file: ShardFile | StagedFile
-    ends: NDArray[Any]
-    """Ends of its documents, exclusive."""
+    document_ends: NDArray[Any]
+    """In tokens of the shard, exclusive, ascending."""
     packing: Packing
 
 

@@ -109,8 +109,8 @@ def _turn(half: NDArray[np.uint64], other: NDArray[np.uint64], key: np.uint64, m
     half -= correction * (half >= np.uint64(modulus))
 
 
-class Places(NamedTuple):
-    """Where the rows of some slots lie: parallel arrays in the slots' own shape."""
+class EpochRows(NamedTuple):
+    """The rows that one source shows at some of its slots: parallel arrays of the slots' shape."""
 
     epoch: Ints
     shard: Ints
@@ -143,7 +143,7 @@ class Order:
         self._key = derive_key(seed, stream)
         self._layouts: dict[int, _Layout] = {}
 
-    def locate(self, slots: ArrayLike) -> Places:
+    def locate(self, slots: ArrayLike) -> EpochRows:
         """Epoch, shard and row of each slot."""
         asked = np.asarray(slots, dtype=np.int64)
         epochs, places = np.divmod(asked.reshape(-1), self.rows_per_epoch)
@@ -157,7 +157,7 @@ class Order:
             positions = np.searchsorted(layout.starts, places[chosen], side="right") - 1
             shards[chosen] = layout.shards[positions]
             places[chosen] -= layout.starts[positions]
-        return Places(*(array.reshape(asked.shape) for array in (epochs, shards, places)))
+        return EpochRows(*(array.reshape(asked.shape) for array in (epochs, shards, places)))
 
     def slot_of(self, epoch: int, shard: ArrayLike, row: ArrayLike) -> Ints:
         """The slots that show these rows in `epoch`: the inverse of locate."""

@@ -1,15 +1,30 @@
-"""Rows of tokens by slot: from the global order through the packing to the bytes of the shards, with evidence.
+"""Rows of tokens by slot: the global order says which row a slot shows, the packing where it lies in its shard.
 
-Everything here is without torch, so that the queries about a finished run start at once; loader.py makes
-tensors of it for training.
+A shard of 15 tokens with documents a, b and c, read by `window` with block_size = 6. A row reads block_size + 1 tokens,
+the last of which is also the first of the next row. The shard's last row is padded (.).
+
+    tokens          a0 a1 a2 a3 a4 b0 b1 b2 c0 c1 c2 c3 c4 c5 c6
+    document_ends                  5        8                    15
+    row 0 reads     a0 a1 a2 a3 a4 b0 b1
+    row 1 reads                       b1 b2 c0 c1 c2 c3 c4
+    row 2 reads                                         c4 c5 c6
+
+                    row 0             row 1             row 2
+    inputs          a0 a1 a2 a3 a4 b0 b1 b2 c0 c1 c2 c3 c4 c5  .  .  .  .
+    targets         a1 a2 a3 a4  - b1 b2  - c1 c2 c3 c4 c5 c6  -  -  -  -
+    segments        [------------] [] [---] [---------] [---] [---------]
+    cu_seqlens      0              5  6     8           12    14          18
+
+A row's last token is a target only. Where a document ends the target is IGNORE_INDEX (-), as on padding. A segment is a
+document's part of a row, or padding; cu_seqlens says where segments start in the flattened rows, then their end.
+`bestfit` and `pad` (packing.py) make a row of several such runs of tokens, or of one.
 
 Invariants: a slot's row depends on the data sets, the seed, block_size and the packing only. Every token id is checked
 against the vocabulary. The digest of a set of rows is the sum modulo 2**64 of xxh3_64(tokens as stored, seed = slot):
-it does not depend on how the rows were shared out, and changes with any token, row or slot.
-No row is ever skipped or replaced.
-
+it does not depend on how the rows were shared out, and changes with any token, row or slot. No row is ever skipped or
+replaced.
 Costs: opening reads the manifests (`window`). A row costs one pread, one hash and two copies: some 10 us for 2,048
-tokens; what open shards cost is said in open_shards.py.
+tokens; what open shards cost is said in open_shards.py. No torch, so that a query about a finished run starts at once.
 """
 
 from __future__ import annotations
@@ -33,8 +48,8 @@ from lit_gpt.data.token_store import DamagedShard, ShardFile, TokenStore
 _DIGEST_MASK = (1 << 64) - 1
 
 
-class Places(NamedTuple):
-    """Where the rows of some slots lie: parallel arrays, one entry a slot."""
+class SourceRows(NamedTuple):
+    """The rows of some slots: parallel arrays, one entry a slot."""
 
     source: Ints
     epoch: Ints
@@ -45,8 +60,8 @@ class Places(NamedTuple):
 class Filled(NamedTuple):
     """What reading rows tells beside the tokens."""
 
-    boundaries: Ints
-    """Where segments begin in the flattened rows, ascending, each once, 0 included."""
+    cu_seqlens: Ints
+    """Where segments start in the flattened rows, ascending, each once, then the end of the last row."""
     digest: int
 
 
@@ -55,7 +70,7 @@ class RowReader:
 
     def __init__(
         self,
-        stores: Sequence[TokenStore],
+        stores: TokenStore | Sequence[TokenStore],
         block_size: int,
         seed: int,
         *,
@@ -66,9 +81,10 @@ class RowReader:
         cache: ShardCache | None = None,
         index_dir: Path | None = None,
     ) -> None:
-        """Without weights a source weighs as many as it has rows; `bestfit` and `pad` keep their index in `index_dir`,
-        by default in the store's own folder.
+        """weights: of the sources; None: each weighs as many as it has rows. index_dir: where `bestfit` and `pad` keep
+        their index; None: in the store's own folder.
         """
+        stores = [stores] if isinstance(stores, TokenStore) else stores
         _check_settings(stores, block_size, seed, packing, max_epochs)
         self.stores = tuple(stores)
         self.block_size = block_size
@@ -81,7 +97,9 @@ class RowReader:
         self.padding_id = stores[0].eos_id or 0
         self._seed = seed
         self.rows_per_epoch = self.mixture.slots_within([order.rows_per_epoch for order in self.orders])
+        """Rows until the first of the sources has been seen once."""
         self.total_rows = self.mixture.slots_within([max_epochs * order.rows_per_epoch for order in self.orders])
+        """Rows until the first of the sources has been seen max_epochs times."""
 
     def facts(self) -> dict[str, Any]:
         """What the meaning of a slot depends on, as JSON: the datapoint log refuses a run that goes on with others."""
@@ -101,26 +119,26 @@ class RowReader:
         own = self.mixture.consumed(slot)
         return tuple(slots / order.rows_per_epoch for slots, order in zip(own, self.orders, strict=True))
 
-    def locate(self, slots: ArrayLike) -> Places:
+    def locate(self, slots: ArrayLike) -> SourceRows:
         """Source, epoch, shard and row of each slot."""
         sources, own = self.mixture.locate(np.atleast_1d(slots))
         epoch, shard, row = (np.empty_like(own) for _ in range(3))
         for source in np.unique(sources):
             chosen = sources == source
             epoch[chosen], shard[chosen], row[chosen] = self.orders[source].locate(own[chosen])
-        return Places(sources, epoch, shard, row)
+        return SourceRows(sources, epoch, shard, row)
 
     def fill(self, slots: Ints, tokens: NDArray[Any], targets: NDArray[np.int32], *, digest: bool = True) -> Filled:
         """Read the rows of `slots` into tokens and targets, both (rows, block_size); a slot below 0 gives padding."""
         tokens[slots < 0] = self.padding_id
         targets[slots < 0] = IGNORE_INDEX
         real = np.flatnonzero(slots >= 0)
-        places = self.locate(slots[real])
+        located = self.locate(slots[real])
         if self.shards.staging and len(real):
             self._stage_ahead(int(slots[real].min()))
-        starts, total = [np.arange(len(slots)) * self.block_size], 0
-        for source, number, group in _by_shard(places):
-            lines, rows = real[group], places.row[group]
+        cu_seqlens, total = [np.arange(len(slots) + 1) * self.block_size], 0
+        for source, number, group in _by_shard(located):
+            lines, rows = real[group], located.row[group]
 
             def fill_lines(
                 source: int = source, number: int = number, lines: Ints = lines, rows: Ints = rows
@@ -131,32 +149,31 @@ class RowReader:
                 return self._mark(shard, laid, lines, tokens, targets), summed
 
             found, summed = self.shards.with_retries(fill_lines, source, number)
-            starts.append(found)
+            cu_seqlens.append(found)
             total += summed
         self._check_ids(slots, tokens, targets)
-        boundaries = np.unique(np.concatenate(starts))
-        return Filled(boundaries[boundaries < tokens.size], total & _DIGEST_MASK)
+        return Filled(np.unique(np.concatenate(cu_seqlens)), total & _DIGEST_MASK)
 
     def _mark(
         self, shard: OpenShard, laid: Laid, lines: Ints, tokens: NDArray[Any], targets: NDArray[np.int32]
     ) -> Ints:
-        """Pad the lines, mask targets at the documents' ends; the flat positions at which segments begin."""
+        """Pad the lines, mask targets at the documents' ends; returns their entries of cu_seqlens, in no order."""
         width = self.block_size
         used = np.bincount(laid.line, weights=laid.inputs, minlength=len(tokens))[lines].astype(np.int64)
         for line, length in zip(lines[used < width].tolist(), used[used < width].tolist(), strict=True):
             tokens[line, length:] = self.padding_id
             targets[line, length:] = IGNORE_INDEX
-        begins = laid.line * width + laid.at
-        keys = [edge.astype(shard.ends.dtype) for edge in (laid.start, laid.start + laid.inputs)]
-        first, last = (np.searchsorted(shard.ends, key, side="right") for key in keys)
+        padding_starts, span_starts = lines * width + used, laid.line * width + laid.at
+        if self.cross_document_attention and self.packing == "window":
+            return padding_starts
+        keys = [token.astype(shard.document_ends.dtype) for token in (laid.start, laid.start + laid.inputs)]
+        first, last = (np.searchsorted(shard.document_ends, key, side="right") for key in keys)
         count = last - first
         which = np.repeat(np.arange(len(count)), count)
         nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
-        edges = begins[which] + shard.ends[first[which] + nth] - laid.start[which]
-        if self.cross_document_attention and self.packing == "window":
-            return lines * width + used
-        targets.reshape(-1)[edges - 1] = IGNORE_INDEX
-        return np.concatenate([lines * width + used, begins, edges])
+        document_ends = span_starts[which] + shard.document_ends[first[which] + nth] - laid.start[which]
+        targets.reshape(-1)[document_ends - 1] = IGNORE_INDEX
+        return np.concatenate([padding_starts, span_starts, document_ends])
 
     def _check_ids(self, slots: Ints, tokens: NDArray[Any], targets: NDArray[np.int32]) -> None:
         """Refuse ids outside the vocabulary before they reach a device, where they would be an unreadable crash."""
@@ -164,9 +181,9 @@ class RowReader:
         if not len(slots) or max(int(tokens.max()), int(targets.max())) < vocab_size:
             return
         line = int(np.flatnonzero((tokens >= vocab_size).any(1) | (targets >= vocab_size).any(1))[0])
-        places = self.locate(slots[line : line + 1])
-        shard = self.shards.get(int(places.source[0]), int(places.shard[0]))
-        for start, stop in zip(*shard.packing.spans(places.row)[1::2], strict=True):
+        located = self.locate(slots[line : line + 1])
+        shard = self.shards.get(int(located.source[0]), int(located.shard[0]))
+        for start, stop in zip(*shard.packing.spans(located.row)[1::2], strict=True):
             ids = shard.file.read(int(start), int(stop))
             if (foreign := np.flatnonzero(ids >= vocab_size)).size:
                 raise DamagedShard(
@@ -205,23 +222,24 @@ def open_sources(names: Sequence[str]) -> tuple[list[TokenStore], list[float] | 
 
 
 class Laid(NamedTuple):
-    """Spans of one shard with their place in the batch: parallel arrays."""
+    """Spans of one shard and where they lie in the batch: parallel arrays."""
 
     line: Ints
+    """Row of the batch."""
     at: Ints
-    """First input's place in its line."""
+    """Index of the span's first input in its line."""
     start: Ints
     inputs: Ints
     stop: Ints
 
 
-def _by_shard(places: Places) -> Iterator[tuple[int, int, Ints]]:
-    """(source, shard, which of the places lie there), each shard once."""
-    keys = places.source * (1 << 32) + places.shard
+def _by_shard(found: SourceRows) -> Iterator[tuple[int, int, Ints]]:
+    """(source, shard, which of the rows lie there), each shard once."""
+    keys = found.source * (1 << 32) + found.shard
     order = np.argsort(keys, kind="stable")
     for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
         if len(group):
-            yield int(places.source[group[0]]), int(places.shard[group[0]]), group
+            yield int(found.source[group[0]]), int(found.shard[group[0]]), group
 
 
 def _lay(spans: Spans, lines: Ints) -> Laid:

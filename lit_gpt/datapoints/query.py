@@ -20,7 +20,7 @@ import numpy as np
 from lit_gpt.cli import BadInput
 from lit_gpt.data.order import ORDER_VERSION, POOL_SHARDS, Ints
 from lit_gpt.data.packing import PACKING_VERSION
-from lit_gpt.data.row_reader import Places, RowReader
+from lit_gpt.data.row_reader import RowReader, SourceRows
 from lit_gpt.data.token_store import DamagedShard, ShardFile, TokenStore
 from lit_gpt.datapoints.document_index import DocumentIndex, Location
 from lit_gpt.datapoints.log import FOLDER, Attempt
@@ -114,19 +114,19 @@ class Replay:
     def seen_in(self, record: StepRecord) -> list[Seen]:
         source = self.source(record.attempt)
         slots = record.first_slot + np.arange(record.rows)
-        places = source.reader.locate(slots)
+        located = source.reader.locate(slots)
         found: list[Seen] = []
-        for number, shard in sorted(set(zip(places.source.tolist(), places.shard.tolist(), strict=True))):
-            rows = np.flatnonzero((places.source == number) & (places.shard == shard))
-            found += self._parts(source, record, places, rows, number, shard)
+        for number, shard in sorted(set(zip(located.source.tolist(), located.shard.tolist(), strict=True))):
+            rows = np.flatnonzero((located.source == number) & (located.shard == shard))
+            found += self._parts(source, record, located, rows, number, shard)
         return sorted(found, key=lambda seen: seen.slot)
 
     def _parts(
-        self, source: Source, record: StepRecord, places: Places, rows: Ints, number: int, shard: int
+        self, source: Source, record: StepRecord, located: SourceRows, rows: Ints, number: int, shard: int
     ) -> Iterator[Seen]:
         """What rows of the step that lie in one shard hold of its documents."""
         documents = source.indexes[number].shard(shard)
-        spans = source.reader.shards.packing(number, shard).spans(places.row[rows])
+        spans = source.reader.shards.packing(number, shard).spans(located.row[rows])
         first = np.searchsorted(documents.ends, spans.start, side="right")
         last = np.searchsorted(documents.ends, spans.start + spans.inputs, side="left")
         for within, start, inputs, one, other in zip(
@@ -138,7 +138,7 @@ class Replay:
                 start_here = max(start, begin)
                 length = min(start + inputs, int(documents.ends[document])) - start_here
                 yield Seen(
-                    record.step, record.first_slot + row, source.rank(row), row, int(places.epoch[row]),
+                    record.step, record.first_slot + row, source.rank(row), row, int(located.epoch[row]),
                     documents.ids[document].as_py(), start_here - begin, length, number, shard, start_here,
                 )  # fmt: skip
 
@@ -219,8 +219,8 @@ class Replay:
     def _explain(self, record: StepRecord) -> str:
         """Whether the shards that a step read are damaged, or whole but other than the log says."""
         reader = self.source(record.attempt).reader
-        places = reader.locate(record.first_slot + np.arange(record.rows))
-        for number, shard in sorted(set(zip(places.source.tolist(), places.shard.tolist(), strict=True))):
+        located = reader.locate(record.first_slot + np.arange(record.rows))
+        for number, shard in sorted(set(zip(located.source.tolist(), located.shard.tolist(), strict=True))):
             store = reader.stores[number]
             try:
                 with ShardFile(store.path, store.shards[shard], store) as file:

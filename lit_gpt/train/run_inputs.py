@@ -83,7 +83,7 @@ def open_datapoint_log(
     left_out: Sequence[tuple[int, int]],
 ) -> DatapointLog:
     """The record of what each step sees, after `start`; refused if the data is not what the run began with."""
-    facts = {**dataset.reader.facts(), "global_batch_size": settings.global_batch_size}
+    facts = {**dataset.facts(), "global_batch_size": settings.global_batch_size}
     facts["cross_document_attention"] = settings.cross_document_attention
     details = {
         "world_size": inputs.world.size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import xxhash
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import IGNORE_INDEX
-from lit_gpt.data.loader import BOUNDARIES_STEP, Batch, PackedDataset, StepLoader, validation_batches
-from lit_gpt.data.token_store import HEADER_BYTES, DamagedShard, TokenStore, document_ends
+from lit_gpt.data import row_reader
+from lit_gpt.data.loader import CU_SEQLENS_MULTIPLE, Batch, PackedDataset, StepLoader, validation_batches
+from lit_gpt.data.token_store import HEADER_BYTES, DamagedShard, TokenStore, document_ends, write_store
 from tests.support.small_store import EOS, VOCABULARY, make_store, shard_tokens
 
 
@@ -60,9 +62,27 @@ def check_batch(batch: Batch, rows: Sequence[Row], block_size: int) -> None:
     entries = batch.cu_seqlens.tolist()
     assert entries[: len(starts)] == starts
     assert set(entries[len(starts) :]) == {size}
-    assert len(entries) % BOUNDARIES_STEP == 0
-    assert len(entries) - len(starts) <= BOUNDARIES_STEP
-    assert batch.max_seqlen == max(b - a for a, b in zip(starts, [*starts[1:], size], strict=True))
+    assert len(entries) % CU_SEQLENS_MULTIPLE == 0
+    assert len(entries) - len(starts) <= CU_SEQLENS_MULTIPLE
+
+
+def test_the_layout_that_row_reader_draws(tmp_path: Path) -> None:
+    """Token n of the shard has id n + 1; 0 pads."""
+    documents = [("a", range(1, 6)), ("b", range(6, 9)), ("c", range(9, 16))]
+    store = write_store(tmp_path / "abc", documents, tokenizer_fingerprint="", vocab_size=16, bos_id=None, eos_id=0)
+    names = ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2", *(f"c{n}" for n in range(7))]
+
+    def drawn(line: str) -> list[int]:
+        (found,) = re.findall(rf"^ +{line} +(\S.*)", str(row_reader.__doc__), re.MULTILINE)
+        meaning = {".": 0, "-": IGNORE_INDEX} | {name: number for number, name in enumerate(names, start=1)}
+        return [meaning[name] if name in meaning else int(name) for name in found.split()]
+
+    assert document_ends(store, store.shards[0]).tolist() == drawn("document_ends")
+    dataset = PackedDataset(store, 6, seed=3)
+    batch, _ = dataset.read(dataset.orders[0].slot_of(0, 0, [0, 1, 2]))
+    assert batch.tokens.flatten().tolist() == drawn("inputs")
+    assert batch.targets.flatten().tolist() == drawn("targets")
+    assert batch.cu_seqlens.unique().tolist() == drawn("cu_seqlens")
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 64, 1000])
@@ -71,7 +91,7 @@ def test_every_row_of_an_epoch_equals_a_walk_over_the_documents(store: TokenStor
     brute = brute_rows(store, block_size)
     assert dataset.rows_per_epoch == len(brute)
     slots = np.arange(dataset.rows_per_epoch)
-    places = dataset.reader.locate(slots)
+    places = dataset.locate(slots)
     keys = list(zip(places.shard.tolist(), places.row.tolist(), strict=True))
     assert sorted(keys) == sorted(brute)
     batch, digest = dataset.read(slots)
@@ -219,7 +239,7 @@ def test_a_real_input_output_error_is_retried_with_the_shard_s_name(
     slots = np.arange(dataset.rows_per_epoch)
     expected = dataset.read(slots)[1]
     memory = os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at its start: the kernel answers EIO
-    os.dup2(memory, dataset.reader.shards.get(0, 1).file._descriptor)
+    os.dup2(memory, dataset.shards.get(0, 1).file._descriptor)
     assert dataset.read(slots)[1] == expected
     assert [record.getMessage() for record in caplog.records] == [
         f"shard {store.path / '00001'}: Input/output error; try 1 failed after 0.0 s, next in 0.01 s"
@@ -232,7 +252,7 @@ def test_an_input_output_error_that_stays_stops_the_run(store: TokenStore, monke
     monkeypatch.setattr("lit_gpt.data.open_shards.RETRY_DELAYS_S", ())
     dataset = PackedDataset(store, 16, seed=5)
     memory = os.open("/proc/self/mem", os.O_RDONLY)
-    os.dup2(memory, dataset.reader.shards.get(0, 1).file._descriptor)
+    os.dup2(memory, dataset.shards.get(0, 1).file._descriptor)
     os.close(memory)
     with pytest.raises(OSError, match=r"Input/output error, 1 times in 0\.0 s: '.*00001'"):
         dataset.read(np.arange(dataset.rows_per_epoch))

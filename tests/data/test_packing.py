@@ -138,9 +138,9 @@ def test_an_index_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None
 def test_sources_are_mixed_by_weight_each_in_its_own_order(tmp_path: Path) -> None:
     stores = [make_store(tmp_path / "a", 200, seed=1), make_store(tmp_path / "b", 300, seed=2)]
     dataset = PackedDataset(stores, 16, seed=3, weights=[3, 1], max_epochs=2)
-    places = dataset.reader.locate(np.arange(dataset.total_rows))
+    places = dataset.locate(np.arange(dataset.total_rows))
     alone = [PackedDataset(store, 16, seed=3) for store in stores]
-    assert np.bincount(places.source).tolist() == dataset.reader.mixture.consumed(dataset.total_rows)
+    assert np.bincount(places.source).tolist() == dataset.mixture.consumed(dataset.total_rows)
     assert np.bincount(places.source)[0] == 2 * alone[0].rows_per_epoch
     first = places.source == 0
     seen = list(
@@ -148,8 +148,8 @@ def test_sources_are_mixed_by_weight_each_in_its_own_order(tmp_path: Path) -> No
     )
     assert len(set(seen)) == len(seen)
     assert abs((~first).sum() / first.sum() - 1 / 3) < 0.03
-    assert dataset.reader.epochs(dataset.total_rows)[0] == 2.0
-    natural = PackedDataset(stores, 16, seed=3).reader.mixture.counts
+    assert dataset.epochs(dataset.total_rows)[0] == 2.0
+    natural = PackedDataset(stores, 16, seed=3).mixture.counts
     assert abs(natural[0] / 4096 - alone[0].rows_per_epoch / sum(one.rows_per_epoch for one in alone)) < 0.001
 
 

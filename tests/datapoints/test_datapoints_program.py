@@ -73,7 +73,7 @@ class Run:
             "world_size": world_size, "micro_batch_size": 2, "train_data_dir": str(self.store.path),
             "tokenizer_path": None,
         }  # fmt: skip
-        facts = {**self.dataset.reader.facts(), "global_batch_size": BATCH}
+        facts = {**self.dataset.facts(), "global_batch_size": BATCH}
         with DatapointLog.open(self.folder / "datapoints", facts, parent=parent, details=details) as log:
             for step in steps:
                 log.append(step, (step - 1) * BATCH, BATCH, *self.evidence(step))
@@ -106,7 +106,7 @@ def brute_parts(run: Run) -> Iterator[tuple[int, int, int, str, int, int]]:
             [(name, at) for name, begin, end in zip(ids, begins, ends, strict=True) for at in range(end - begin)]
         )
     for slot in range(run.last_step * BATCH):
-        place = run.dataset.reader.orders[0].locate(slot)
+        place = run.dataset.orders[0].locate(slot)
         owner = owners[int(place.shard)][:-1]
         row = owner[int(place.row) * BLOCK : (int(place.row) + 1) * BLOCK]
         for name in dict.fromkeys(name for name, _ in row):
@@ -268,7 +268,7 @@ def test_kills_at_random_steps_change_nothing(tmp_path: Path, capsys: pytest.Cap
 def test_verify_finds_a_flipped_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path / "run", make_store(tmp_path / "store", 60))
     run.attempt(1, range(1, run.last_step // 2))
-    place = run.dataset.reader.locate(np.array([20]))
+    place = run.dataset.locate(np.array([20]))
     shard, token = int(place.shard[0]), int(place.row[0]) * BLOCK + 5
     path = run.store.path / f"{run.store.shards[shard].name}.tokens"
     raw = bytearray(path.read_bytes())
@@ -317,7 +317,7 @@ def test_verify_finds_a_skipped_step_unless_it_is_recorded(tmp_path: Path, capsy
     assert lines[0] == {"contradiction": "step 4 is missing: the log goes from step 3 to step 5"}
     other = Run(tmp_path / "other", run.store)
     mark = other.attempt(1, [1, 2, 3])
-    facts = {**other.dataset.reader.facts(), "global_batch_size": BATCH}
+    facts = {**other.dataset.facts(), "global_batch_size": BATCH}
     details = {"world_size": 1, "micro_batch_size": 2, "train_data_dir": str(run.store.path)}
     with DatapointLog.open(other.folder / "datapoints", facts, parent=mark, details=details) as log:
         log.deviation("skipped", 4, reason="gradient norm")
