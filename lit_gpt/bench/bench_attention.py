@@ -2,16 +2,14 @@
 
 Each backend is called as the model calls it (attention.py), on packed documents and on rows that are one document each.
 Times are medians of calls that follow each other without a wait, read from the device's clock after a warm-up. Rates
-count the operations inside segments only: two products forward and five backward over half of each square.
+count the operations inside segments only: two GEMMs forward and five backward over half of each square.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.bench.bench_step import packed_documents
+from lit_gpt.bench.timing import device_seconds
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.loader import full_rows
@@ -92,11 +91,11 @@ class Call:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """fp32 through SDPA with a mask, on the first REFERENCE_ROWS rows."""
+    """The results in fp32, by SDPA with a mask, of the first REFERENCE_ROWS rows."""
     rows = min(REFERENCE_ROWS, q.shape[0])
     end = rows * q.shape[1]
-    edges = cu_seqlens.clamp(max=end).to(q.device)
-    call = Call(q[:rows].float(), k[:rows].float(), v[:rows].float(), edges, "torch")
+    cu_seqlens = cu_seqlens.clamp(max=end).to(q.device)
+    call = Call(q[:rows].float(), k[:rows].float(), v[:rows].float(), cu_seqlens, "torch")
     assert call.segments.mask is not None
     return call.results(d_out[:rows].float())
 
@@ -108,20 +107,4 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 def milliseconds(call: Callable[[], Any], device: torch.device, repetitions: int) -> float:
     """Median of `repetitions` calls after WARMUP others."""
-    for _ in range(WARMUP):
-        call()
-    if device.type != "cuda":
-        seconds = []
-        for _ in range(repetitions):
-            started = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds) * 1e3
-    edges = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
-    torch.cuda.synchronize(device)
-    edges[0].record()
-    for edge in edges[1:]:
-        call()
-        edge.record()
-    torch.cuda.synchronize(device)
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(edges))
+    return statistics.median(device_seconds(call, device, repetitions, warmup=WARMUP)) * 1e3

@@ -1,6 +1,6 @@
 """Measurements of saving and loading; what scripts/benchmark_checkpoint.py prints.
 
-The steps between saves are the training program's own, compiled where training compiles (step_benchmark.Bench): a save
+The steps between saves are the training program's own, compiled where training compiles (bench_step.StepBench): a save
 that overlaps them competes for the same cores and, on a GPU, for its copy engine. What a save costs training is the
 time that the loop stood in `save`, and the time by which the steps beside the writing were slower than those before.
 """
@@ -12,13 +12,15 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_gpt.bench.bench_step import Bench
+from lit_gpt.bench.bench_step import StepBench
+from lit_gpt.bench.timing import host_seconds
 from lit_gpt.checkpoint.checkpoint import checkpoint_name, load, verified
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.train.settings import StepSettings
@@ -34,11 +36,11 @@ def measure(settings: StepSettings, *, work_dir: Path | None) -> Iterator[dict[s
     """A line for the step; for each kind of checkpoint, saved beside training and loaded; then both saved in place."""
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
-    bench = Bench(settings)
+    bench = StepBench(settings)
     for _ in range(WARMUP_STEPS):
         _step(bench)
     with PeakMemory(bench.device) as memory:
-        step_s = statistics.median(_timed(lambda: _step(bench)) for _ in range(STEPS_BEFORE))
+        step_s = statistics.median(host_seconds(partial(_step, bench), STEPS_BEFORE))
     bench.require_updates()
     common = {"size": settings.model_name, "device": str(bench.device), "torch": torch.__version__}
     yield {
@@ -55,12 +57,14 @@ def measure(settings: StepSettings, *, work_dir: Path | None) -> Iterator[dict[s
                 yield {**common, "kind": _KIND[full], "overlap": False, **line}
 
 
-def _step(bench: Bench) -> None:
+def _step(bench: StepBench) -> None:
     bench.step()
     bench.synchronize()
 
 
-def _measure_saves(folder: Path, bench: Bench, step_s: float, *, full: bool, overlap: bool) -> Iterator[dict[str, Any]]:
+def _measure_saves(
+    folder: Path, bench: StepBench, step_s: float, *, full: bool, overlap: bool
+) -> Iterator[dict[str, Any]]:
     """Beside training two saves: the first allocates the copy in host memory, the second finds it there."""
     saver = CheckpointSaver(folder, bench.model, bench.optimizer, full=full, overlap=overlap, keep_last=1)
     for number in (1, 2) if overlap else (1,):
@@ -86,7 +90,7 @@ def _measure_saves(folder: Path, bench: Bench, step_s: float, *, full: bool, ove
     saver.close()
 
 
-def _measure_load(folder: Path, bench: Bench) -> dict[str, Any]:
+def _measure_load(folder: Path, bench: StepBench) -> dict[str, Any]:
     path = folder / checkpoint_name(1)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     with PeakMemory(bench.device) as memory:
@@ -99,12 +103,6 @@ def _measure_load(folder: Path, bench: Bench) -> dict[str, Any]:
     return {
         "what": "load", "bytes": size, "verify_s": round(verified_s, 2), "load_s": round(load_s, 2), **memory.peaks,
     }  # fmt: skip
-
-
-def _timed(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 class PeakMemory:

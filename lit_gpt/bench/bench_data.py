@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lit_gpt.bench.peer_loaders import Blocks, DocumentRows, consume
+from lit_gpt.bench.timing import host_seconds
 from lit_gpt.cli import BadInput
 from lit_gpt.data.loader import PackedDataset, StepLoader
 from lit_gpt.data.row_reader import RowReader
@@ -41,7 +42,7 @@ from lit_gpt.datapoints.query import Replay
 BLOCK = 2048
 STEP_ROWS = 256
 STEP_S = 0.25
-"""A step of STEP_ROWS rows of the smallest model takes an H100 some times longer."""
+"""Seconds of a pretended step of STEP_ROWS rows; the smallest model on an H100 takes several times as long."""
 VOCABULARY = 32_010
 MEDIAN_TOKENS, SIGMA = 368, 1.14
 PREPARE = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
@@ -77,13 +78,8 @@ def line(
 
 
 def fastest(action: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the quickest of some runs: the others had company."""
-    seconds = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+    """Seconds of the fastest of some runs, the one that other processes disturbed least."""
+    return min(host_seconds(action, times))
 
 
 def random_documents(tokens: int, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -137,9 +133,9 @@ def measure_reader(store: TokenStore) -> Generator[dict[str, Any], None, float]:
 
 
 def measure_packing(store: TokenStore) -> Iterator[dict[str, Any]]:
-    ends = [document_ends(store, shard) for shard in store.shards]
-    lengths = np.concatenate([np.diff(end, prepend=0) for end in ends])
-    crossed = sum(int(((end - 1) // BLOCK != (np.append(0, end[:-1])) // BLOCK).sum()) for end in ends)
+    by_shard = [document_ends(store, shard) for shard in store.shards]
+    lengths = np.concatenate([np.diff(ends, prepend=0) for ends in by_shard])
+    crossed = sum(int(((ends - 1) // BLOCK != (np.append(0, ends[:-1])) // BLOCK).sum()) for ends in by_shard)
     for packing in ("window", "bestfit", "pad"):
         begin = time.perf_counter()
         rows = RowReader([store], BLOCK, 3, packing=packing).rows_per_epoch

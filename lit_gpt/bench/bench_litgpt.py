@@ -34,7 +34,7 @@ def shape_of(config: Config) -> dict[str, Any]:
     )  # fmt: skip
 
 
-class Bench:
+class LitgptBench:
     """litgpt's model of our shape, and its optimizer, on one device."""
 
     def __init__(self, config: Config, *, precision: Precision, rows: int, accelerator: str, seed: int = 0) -> None:
@@ -89,7 +89,7 @@ def measure(
 ) -> dict[str, Any]:
     """The line that the program prints."""
     started = time.perf_counter()
-    bench = Bench(config, precision=precision, rows=rows, accelerator=accelerator)
+    bench = LitgptBench(config, precision=precision, rows=rows, accelerator=accelerator)
     assert bench.parameters == config.parameters, f"litgpt's model has {bench.parameters} weights, not the shape's"
     bench.timed_step()
     first_step_s = time.perf_counter() - started

@@ -6,13 +6,13 @@ import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_gpt.bench.timing import device_seconds
 from lit_gpt.model import loss as ours
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -83,16 +83,10 @@ def timed(
         gradients(loss, x, weight, targets)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    edges = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
-    edges[0].record()
-    for edge in edges[1:]:
-        gradients(loss, x, weight, targets)
-        edge.record()
-    torch.cuda.synchronize()
-    ms = statistics.median(a.elapsed_time(b) for a, b in pairwise(edges))
+    seconds = device_seconds(lambda: gradients(loss, x, weight, targets), x.device, repetitions)
     memory = (torch.cuda.max_memory_allocated() - before) / 2**30
     return {
-        "value": round(ms, 2),
+        "value": round(statistics.median(seconds) * 1e3, 2),
         "unit": "ms",
         "memory_gib": round(memory, 2),
         "error": [float(f"{e:.1e}") for e in errors],

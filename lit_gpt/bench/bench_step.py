@@ -10,8 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from lit_gpt.bench.timing import device_seconds
 from lit_gpt.config import IGNORE_INDEX, Config
 from lit_gpt.data.loader import Batch, cu_seqlens_entries
 from lit_gpt.launch.world import find_world, launch
@@ -34,8 +34,8 @@ from lit_gpt.train.train_step import TrainStep
 
 MEDIAN_TOKENS, SIGMA = 368, 1.14
 """Of a document's length: log-normal, as German web text has it (docs/benchmarks.md)."""
-PRODUCT = 8192
-"""Side of the square matrices that measure the device's rate of products."""
+MATMUL_SIDE = 8192
+"""Of the square matrices that measure the device's matmul rate."""
 COPY_BYTES = 1 << 30
 PROFILED_STEPS = 3
 
@@ -49,7 +49,7 @@ _KERNELS = {
 """Parts of kernels' names, in lower case."""
 
 
-class Bench:
+class StepBench:
     """A model of `settings` on one device, and batches for it."""
 
     def __init__(self, settings: StepSettings, *, distinct_steps: int = 4) -> None:
@@ -70,10 +70,10 @@ class Bench:
 
     def _batch(self, generator: np.random.Generator) -> Batch:
         rows, length = self.settings.micro_batch_size, self.config.block_size
-        cu_seqlens, ends = packed_documents(rows, length, generator)
+        cu_seqlens, document_ends = packed_documents(rows, length, generator)
         tokens = torch.from_numpy(generator.integers(0, self.config.vocab_size, (rows, length)).astype(np.uint16))
         targets = torch.from_numpy(generator.integers(0, self.config.vocab_size, rows * length).astype(np.int32))
-        targets[torch.from_numpy(ends) - 1] = IGNORE_INDEX  # a document's last token predicts nothing
+        targets[torch.from_numpy(document_ends) - 1] = IGNORE_INDEX  # a document's last token predicts nothing
         targets = targets.view(rows, length)
         if self.device.type == "cuda":
             tokens, targets, cu_seqlens = (x.pin_memory() for x in (tokens, targets, cu_seqlens))
@@ -98,21 +98,21 @@ class Bench:
 
 
 def packed_documents(rows: int, length: int, generator: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-    """cu_seqlens (S + 1,) int32 of documents packed into rows, and where each but the last ends in the rows' tokens."""
+    """cu_seqlens (S + 1,) int32 of random documents packed into rows, and the document ends below the last."""
     size = rows * length
     lengths = np.exp(generator.normal(np.log(MEDIAN_TOKENS), SIGMA, size)).astype(np.int64) + 1
-    ends = np.cumsum(lengths)
-    ends = ends[ends < size]
-    edges = np.union1d(np.arange(0, size + 1, length), ends)
-    cu_seqlens = torch.full((cu_seqlens_entries(len(edges)),), size, dtype=torch.int32)
-    cu_seqlens[: len(edges)] = torch.from_numpy(edges.astype(np.int32))
-    return cu_seqlens, ends
+    document_ends = np.cumsum(lengths)
+    document_ends = document_ends[document_ends < size]
+    needed = np.union1d(np.arange(0, size + 1, length), document_ends)
+    cu_seqlens = torch.full((cu_seqlens_entries(len(needed)),), size, dtype=torch.int32)
+    cu_seqlens[: len(needed)] = torch.from_numpy(needed.astype(np.int32))
+    return cu_seqlens, document_ends
 
 
 def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool) -> Iterator[dict[str, Any]]:
     """The step's speed, and with `breakdown` where its time goes; one dictionary a line of output."""
     started = time.perf_counter()
-    bench = Bench(settings)
+    bench = StepBench(settings)
     settings = bench.settings
     loss = 0.0
     for index in range(warmup):
@@ -122,7 +122,7 @@ def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool)
             first_step_s = time.perf_counter() - started
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
-    seconds = _step_seconds(bench, steps)
+    seconds = device_seconds(bench.step, bench.device, steps)
     bench.require_updates()
     median = statistics.median(seconds)
     tokens = statistics.mean(bench._targets)
@@ -147,33 +147,15 @@ def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool)
         yield from _breakdown(bench, median)
 
 
-def _step_seconds(bench: Bench, steps: int) -> list[float]:
-    if bench.device.type != "cuda":
-        return [_timed(bench.step) for _ in range(steps)]
-    edges = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    bench.synchronize()
-    edges[0].record()
-    for edge in edges[1:]:
-        bench.step()
-        edge.record()
-    bench.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(edges)]
+def _breakdown(bench: StepBench, step_s: float) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step by part, beside the least time that the device's measured rates allow.
 
-
-def _timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def _breakdown(bench: Bench, step_s: float) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step by part against the floor that this device's own rates set.
-
-    "no kernel running" is a timed step less the kernels of other, profiled steps: some ms below 0 if these ran slower.
+    "no kernel running" is the time of a timed step less the kernels of other steps, which were profiled: if these ran
+    slower, it is a few ms below 0.
     """
     if bench.device.type != "cuda":
         return
-    flops_s, bytes_s = _product_rate(bench.device), _copy_rate(bench.device)
+    flops_s, bytes_s = _matmul_rate(bench.device), _copy_rate(bench.device)
     yield {"what": "rate of bf16 products", "value": round(flops_s / 1e12, 1), "unit": "TFLOP/s"}
     yield {"what": "rate of copies", "value": round(bytes_s / 1e9), "unit": "GB/s, read and written"}
     spent, kernels = _time_by_part(bench)
@@ -190,7 +172,7 @@ def _breakdown(bench: Bench, step_s: float) -> Iterator[dict[str, Any]]:
         yield {"what": "kernel", "part": part, "value": round(seconds * 1e3, 2), "unit": "ms", "name": name[:90]}
 
 
-def _time_by_part(bench: Bench) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+def _time_by_part(bench: StepBench) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
     """Seconds a step of each part, and of each kernel: by the operator that launched it, else by its name."""
     bench.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
@@ -227,8 +209,8 @@ def _part(operator: Any, kernel: str) -> str:
     return next((part for part, words in _KERNELS.items() if any(word in name for word in words)), "rest")
 
 
-def _floors(bench: Bench, flops_s: float, bytes_s: float) -> dict[str, float]:
-    """Seconds that a step's products and the optimizer's memory traffic take at the device's measured rates."""
+def _floors(bench: StepBench, flops_s: float, bytes_s: float) -> dict[str, float]:
+    """Seconds that a step's GEMMs and the optimizer's memory traffic take at the device's measured rates."""
     config, settings = bench.config, bench.settings
     tokens = settings.global_batch_size * config.block_size
     blocks = config.n_layer * config.block_parameters
@@ -238,33 +220,21 @@ def _floors(bench: Bench, flops_s: float, bytes_s: float) -> dict[str, float]:
     pairs = sum(float((x * x).sum()) for x in lengths) / 2 / len(bench._steps)
     stored = 2 if settings.precision == "bf16-true" else 4
     return {
-        "attention": 14 * pairs * config.n_embd * config.n_layer / flops_s,  # two products forward, five backward
+        "attention": 14 * pairs * config.n_embd * config.n_layer / flops_s,  # two GEMMs forward, five backward
         "products": recompute * blocks * tokens / flops_s / faster,
         "loss": 6 * config.padded_vocab_size * config.n_embd * tokens / flops_s,
         "optimizer": 7 * stored * config.parameters / bytes_s,  # four numbers read, three written
     }
 
 
-def _product_rate(device: torch.device) -> float:
-    """FLOP/s of a bf16 product of square matrices of random numbers."""
-    a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * PRODUCT**3 / _kernel_seconds(lambda: a @ b)
+def _matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a bf16 matmul of square matrices of random numbers."""
+    a, b = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * MATMUL_SIDE**3 / statistics.median(device_seconds(lambda: a @ b, device, 20, warmup=3))
 
 
 def _copy_rate(device: torch.device) -> float:
     """Bytes a second, read and written, of a copy in device memory."""
     source = torch.randint(0, 256, (COPY_BYTES,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _kernel_seconds(lambda: target.copy_(source))
-
-
-def _kernel_seconds(call: Callable[[], Any], repetitions: int = 20) -> float:
-    for _ in range(3):
-        call()
-    edges = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
-    edges[0].record()
-    for edge in edges[1:]:
-        call()
-        edge.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(edges)) / 1e3
+    return 2 * COPY_BYTES / statistics.median(device_seconds(lambda: target.copy_(source), device, 20, warmup=3))

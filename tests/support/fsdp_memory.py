@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from lit_gpt.bench.bench_step import Bench  # noqa: E402
+from lit_gpt.bench.bench_step import StepBench  # noqa: E402
 from lit_gpt.train.settings import StepSettings  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
 
 def main() -> None:
     settings = StepSettings(**json.loads(sys.argv[1]))
-    bench = Bench(settings)
+    bench = StepBench(settings)
     model, optimizer = bench.model, bench.optimizer
     found: dict[str, int] = {"whole": 0, "accumulated": 0, "reductions": 0}
     reduce = _fsdp_param_group.foreach_reduce
