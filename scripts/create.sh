@@ -106,18 +106,11 @@ fi
 [[ -z ${TOKENIZER_PATH:-} ]] || arguments+=(--tokenizer_path "$TOKENIZER_PATH")
 [[ -z ${OUT_DIR:-} || -z ${MODEL_NAME:-} || -d $MODEL_NAME ]] || arguments+=(--model_name "$MODEL_NAME")
 
-if [[ -n ${CONTAINER_PATH:-} ]]; then
-    [[ -e $CONTAINER_PATH ]] || fail "no container $CONTAINER_PATH"
-    engine=$(command -v apptainer || command -v singularity) || fail "CONTAINER_PATH is set, but apptainer is not here"
-    mkdir -p "$(dirname "$final_model")" || fail "cannot write $final_model"
-    binds=(--bind "$root" --bind "$PWD" --bind "$(dirname "$source")" --bind "$(cd "$(dirname "$final_model")" && pwd)")
-    [[ -z ${TOKENIZER_PATH:-} ]] || binds+=(--bind "$(cd "$TOKENIZER_PATH" && pwd)")
-    launcher=("$engine" exec "${binds[@]}" --pwd "$PWD" "$CONTAINER_PATH" "${PYTHON:-python}")
-elif [[ -n ${PYTHON:-} ]]; then
-    launcher=("$PYTHON")
-elif [[ -x $root/.venv/bin/python ]]; then
-    launcher=("$root/.venv/bin/python")
-else
-    launcher=(python3)
-fi
-exec "${launcher[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "${flags[@]}"
+# shellcheck source=cluster/exec/python_command.sh
+source "$root/cluster/exec/python_command.sh"
+binds=(--bind "$(dirname "$source")" --bind "$(realpath -ms "$(dirname "$final_model")")")
+[[ -z ${TOKENIZER_PATH:-} ]] || binds+=(--bind "$(realpath -ms "$TOKENIZER_PATH")")
+python_command "${binds[@]}"
+# A folder must be there to be bound.
+[[ -z ${CONTAINER_PATH:-} ]] || mkdir -p "$(dirname "$final_model")" || fail "cannot write $final_model"
+exec "${python[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "${flags[@]}"

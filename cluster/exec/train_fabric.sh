@@ -54,20 +54,10 @@ project_root() {
 
 # Sets `command`: srun, the container if there is one, the program, its settings.
 build_command() {
-    local engine
-    command=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait="$PEERS_WAIT_S" --kill-on-bad-exit=0)
-    if [[ -n ${CONTAINER_PATH:-} ]]; then
-        [[ -e $CONTAINER_PATH ]] || fail "no container CONTAINER_PATH=$CONTAINER_PATH"
-        engine=$(command -v apptainer || command -v singularity) ||
-            fail "CONTAINER_PATH is set, but neither apptainer nor singularity is on this node's PATH"
-        command+=("$engine" exec --nv --bind "$root" --bind "$PWD" --pwd "$PWD" "$CONTAINER_PATH" "${PYTHON:-python}")
-    elif [[ -n ${PYTHON:-} ]]; then
-        command+=("$PYTHON")
-    elif [[ -x $root/.venv/bin/python ]]; then
-        command+=("$root/.venv/bin/python")
-    else
-        command+=(python3)
-    fi
+    # shellcheck source=cluster/exec/python_command.sh
+    source "$root/cluster/exec/python_command.sh"
+    python_command --nv
+    command=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait="$PEERS_WAIT_S" --kill-on-bad-exit=0 "${python[@]}")
     command+=("$root/pretrain/tinyllama_fabric.py" --config "${CONFIG:-$root/pretrain/configs/LLaMmlein_1B.yaml}")
     [[ -z ${TRAIN_DATA_DIR:-} ]] || command+=(--train_data_dir "$TRAIN_DATA_DIR")
     [[ -z ${VAL_DATA_DIR:-} ]] || command+=(--val_data_dir "$VAL_DATA_DIR")

@@ -19,6 +19,7 @@ CHAIN = ROOT / "cluster/exec/submit_chain.sh"
 CREATE = ROOT / "cluster/exec/create.sh"
 BUILD = ROOT / "cluster/building/build-image.sh"
 DEFINITION = ROOT / "cluster/building/llammlein.def"
+PYTHON_COMMAND = ROOT / "cluster/exec/python_command.sh"
 EXAMPLE = ROOT / "cluster/exec/env.example.sh"
 SCRIPTS = sorted([*ROOT.glob("cluster/*/*.sh"), *ROOT.glob("tests/cluster/*.sh")])
 PROGRAM = str(ROOT / "pretrain/tinyllama_fabric.py")
@@ -77,7 +78,7 @@ def test_command_line_in_container(tmp_path: Path) -> None:
         site_file=f"export CONTAINER_PATH={image} CONFIG=c.yaml VAL_DATA_DIR=v TOKENIZER_PATH=t CACHE_DIR=/local",
     )  # fmt: skip
     assert line[4:] == [
-        str(engine), "exec", "--nv", "--bind", str(ROOT), "--bind", str(tmp_path), "--pwd", str(tmp_path), str(image),
+        str(engine), "exec", "--bind", str(ROOT), "--bind", str(tmp_path), "--nv", "--pwd", str(tmp_path), str(image),
         "python", PROGRAM, "--config", "c.yaml", "--val_data_dir", "v", "--tokenizer_path", "t",
         "--cache_dir", "/local", "--resume", "auto",
     ]  # fmt: skip
@@ -223,7 +224,7 @@ def test_example_sets_nothing_but_its_open_lines_and_names_known_variables(tmp_p
     assert values["NCCL_IB_HCA"] == "=mlx5_0,mlx5_1,mlx5_2,mlx5_3"
     assert values["NCCL_DEBUG"] == "WARN"
     read = {"CONTAINER_PATH", "PYTHON", "CONFIG", "TRAIN_DATA_DIR", "VAL_DATA_DIR", "TOKENIZER_PATH", "CACHE_DIR"}
-    assert read <= set(re.findall(r"\$\{(\w+):", TRAIN.read_text()))
+    assert read <= set(re.findall(r"\$\{(\w+):", TRAIN.read_text() + PYTHON_COMMAND.read_text()))
     assert read <= set(names)
 
 

@@ -343,7 +343,7 @@ def test_create_takes_the_newest_checkpoint_of_the_run(run_dir: Path, tmp_path: 
         ([], {"OUT_DIR": ".", "ITERATION_NUM": "x"}, "ITERATION_NUM=x: must be a step"),
         (["absent"], {}, "no checkpoint absent"),
         (["a", "b", "c"], {}, "two arguments at most"),
-        (["."], {"CONTAINER_PATH": "absent.sif"}, "no container absent.sif"),
+        (["."], {"CONTAINER_PATH": "absent.sif"}, "no container CONTAINER_PATH=absent.sif"),
     ],
 )
 def test_create_refuses_in_one_line(
