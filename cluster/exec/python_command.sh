@@ -10,6 +10,7 @@ python_command() {
         [[ -e $CONTAINER_PATH ]] || fail "no container CONTAINER_PATH=$CONTAINER_PATH"
         engine=$(command -v apptainer || command -v singularity) ||
             fail "CONTAINER_PATH is set, but neither apptainer nor singularity is on this node's PATH"
+        # shellcheck disable=SC2154  # root is set by those who source this file
         python=("$engine" exec --bind "$root" --bind "$PWD" "$@" --pwd "$PWD" "$CONTAINER_PATH" "${PYTHON:-python}")
     elif [[ -n ${PYTHON:-} ]]; then
         python=("$PYTHON")

@@ -68,13 +68,13 @@ build_command() {
 
 # srun hands USR1 to every rank. It would kill them at TERM, so that one is only noted: Slurm itself sends it to the ranks.
 stop_asked='' cancelled='' srun_pid=''
-# shellcheck disable=SC2317  # called by a trap
+# shellcheck disable=SC2317,SC2329  # called by a trap
 on_usr1() {
     stop_asked=yes
     say "USR1: asking the ranks to save and stop"
     [[ -z $srun_pid ]] || kill -USR1 "$srun_pid" 2>/dev/null || say "srun has already ended"
 }
-# shellcheck disable=SC2317  # called by a trap
+# shellcheck disable=SC2317,SC2329  # called by a trap
 on_term() {
     cancelled=yes
     say "TERM: the job is being ended from outside"
