@@ -26,7 +26,7 @@ from lit_gpt.cli import Parser, run_program
 from lit_gpt.data.token_store import MANIFEST, DamagedShard, ShardFile, TokenStore, document_ends
 from lit_gpt.prepare.build_request import BuildSettings
 from lit_gpt.prepare.document_source import Fields
-from lit_gpt.prepare.store_builder import Progress, Report, build
+from lit_gpt.prepare.store_builder import BuildProgress, Report, build
 
 LOG_INTERVAL_S = 10
 EXIT_DAMAGED = 1
@@ -77,9 +77,9 @@ class Meter:
     """Speed and time left of each stage, without what an earlier attempt did."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[float, Progress]] = {}
+        self._first: dict[str, tuple[float, BuildProgress]] = {}
 
-    def line(self, progress: Progress) -> str:
+    def line(self, progress: BuildProgress) -> str:
         begin_s, begin = self._first.setdefault(progress.stage, (time.monotonic(), progress))
         spent_s = time.monotonic() - begin_s
         speed = (progress.tokens - begin.tokens) / spent_s if spent_s else 0
@@ -108,7 +108,7 @@ def shown_progress() -> Iterator[Report]:
     with Bar(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def draw(progress: Progress) -> None:
+        def draw(progress: BuildProgress) -> None:
             if progress.stage not in tasks:
                 tasks[progress.stage] = bar.add_task(progress.stage, total=progress.total, line="")
             bar.update(tasks[progress.stage], completed=progress.done, line=meter.line(progress))
@@ -116,7 +116,7 @@ def shown_progress() -> Iterator[Report]:
         yield draw
 
 
-def log_progress(meter: Meter, last_s: dict[str, float], progress: Progress) -> None:
+def log_progress(meter: Meter, last_s: dict[str, float], progress: BuildProgress) -> None:
     line = meter.line(progress)
     now_s = time.monotonic()
     if progress.done == progress.total or now_s - last_s.setdefault(progress.stage, now_s) >= LOG_INTERVAL_S:

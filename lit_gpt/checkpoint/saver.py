@@ -157,17 +157,17 @@ class CheckpointSaver:
         final = self._run_dir / checkpoint.checkpoint_name(facts["step"])
         temporary = checkpoint.temporary_path(final)
         try:
-            self._on_rank_zero(lambda: self._make_room(temporary))
+            self._on_rank_zero_or_raise(lambda: self._make_room(temporary))
             if self._full:
-                self._on_rank_zero(lambda: full_state.write(state, temporary / checkpoint.FULL))
+                self._on_rank_zero_or_raise(lambda: full_state.write(state, temporary / checkpoint.FULL))
             else:
                 sharded_state.write(state, temporary / checkpoint.SHARDED, self._group)
-            self._on_rank_zero(lambda: checkpoint.publish(temporary, final, facts))
+            self._on_rank_zero_or_raise(lambda: checkpoint.publish(temporary, final, facts))
         except (OSError, CheckpointException) as error:
             reason = _no_room(error)
             if reason is None:
                 raise
-            self._on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            self._on_rank_zero_or_raise(lambda: shutil.rmtree(temporary, ignore_errors=True))
             self._give_up(facts["step"], reason)
             return
         seconds = time.monotonic() - began
@@ -195,7 +195,7 @@ class CheckpointSaver:
         if self._rank == 0:
             log.error("the checkpoint of step %d was NOT saved: %s. Older ones are untouched", step, reason)
 
-    def _on_rank_zero(self, call: Callable[[], None]) -> None:
+    def _on_rank_zero_or_raise(self, call: Callable[[], None]) -> None:
         """Make the call on rank 0; if it fails, all ranks raise."""
         error: Exception | None = None
         if self._rank == 0:

@@ -50,7 +50,7 @@ class Wanted(NamedTuple):
         return f"{self.store.dataset_id[:16]}/{self.shard.name}.tokens"
 
 
-class Report(NamedTuple):
+class CacheReport(NamedTuple):
     """What the cache has done for this process so far."""
 
     hits: int
@@ -126,8 +126,8 @@ class ShardCache:
         self._hits += hit
         self._misses += not hit
 
-    def report(self) -> Report:
-        return Report(self._hits, self._misses, self._staged_bytes, self._staged_s)
+    def report(self) -> CacheReport:
+        return CacheReport(self._hits, self._misses, self._staged_bytes, self._staged_s)
 
     def close(self) -> None:
         """Stop staging; the copies stay for the next job."""

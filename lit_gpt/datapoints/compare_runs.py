@@ -23,7 +23,7 @@ _PLACES = ("out_dir", "resume")
 """Settings that say where a run is, not what it is."""
 
 
-class Run(NamedTuple):
+class ComparedRun(NamedTuple):
     """What a run folder says of its run."""
 
     folder: Path
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     record: RunRecord
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path) -> ComparedRun:
     """Read a run folder; raises BadInput if it is none, or if nothing was logged yet."""
     settings = folder / "settings.yaml"
     metrics = read_metrics(folder / "metrics.csv")
@@ -49,10 +49,10 @@ def open_run(folder: Path) -> Run:
     )
     record = RunRecord(folder / "datapoints")
     resolved = {name: value for name, value in (read_resolved(folder) or {}).items() if name != "packages"}
-    return Run(folder, {**yaml.safe_load(settings.read_text()), **resolved}, metrics, losses, val_losses, record)
+    return ComparedRun(folder, {**yaml.safe_load(settings.read_text()), **resolved}, metrics, losses, val_losses, record)
 
 
-def compare(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+def compare(runs: Sequence[ComparedRun]) -> Iterator[dict[str, Any]]:
     """A dictionary a run, the reference's first; raises BadInput before the first if some runs saw other rows."""
     reference = runs[0]
     steps = [common_steps(reference, run) for run in runs]
@@ -65,7 +65,7 @@ def compare(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         yield line | {"tokens_per_s": speed(run)}
 
 
-def common_steps(reference: Run, run: Run) -> list[int]:
+def common_steps(reference: ComparedRun, run: ComparedRun) -> list[int]:
     """The steps that both logged, in order; raises BadInput if rows differ before the shorter run's end, or none is."""
     found = difference(reference.record, run.record)
     if found.this is not None and found.other is not None:
@@ -79,7 +79,7 @@ def common_steps(reference: Run, run: Run) -> list[int]:
     return steps
 
 
-def changed(reference: Run, run: Run) -> dict[str, Any]:
+def changed(reference: ComparedRun, run: ComparedRun) -> dict[str, Any]:
     """The settings in which a run differs from the reference."""
     return {
         name: value
@@ -88,7 +88,7 @@ def changed(reference: Run, run: Run) -> dict[str, Any]:
     }
 
 
-def differences(reference: Run, run: Run, steps: Sequence[int]) -> dict[str, Any]:
+def differences(reference: ComparedRun, run: ComparedRun, steps: Sequence[int]) -> dict[str, Any]:
     """Of the loss, run minus reference: the largest with its step, the mean size, and the mean, which keeps the sign.
 
     A loss that is not a number counts as the largest. The validation loss is compared at the last step that both have.
@@ -106,12 +106,12 @@ def differences(reference: Run, run: Run, steps: Sequence[int]) -> dict[str, Any
     return line
 
 
-def speed(run: Run) -> int:
+def speed(run: ComparedRun) -> int:
     """Tokens a second: the median over the second half of the lines, when everything is compiled."""
     return round(statistics.median(float(row["tokens_per_s"]) for row in run.metrics[len(run.metrics) // 2 :]))
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[ComparedRun], path: Path) -> None:
     """Losses by step, and below them each run's difference from the reference."""
     from matplotlib.figure import Figure
 

@@ -23,7 +23,7 @@ from lit_gpt.prepare.token_runs import Columns, RunFacts, file_and_line
 REJECTS = "rejects.jsonl"
 
 
-class Reject(NamedTuple):
+class ListedReject(NamedTuple):
     file: str
     line: int
     kind: str
@@ -33,7 +33,7 @@ class Reject(NamedTuple):
 class Ledger(NamedTuple):
     lines: int
     documents: int
-    rejects: list[Reject]
+    rejects: list[ListedReject]
     """In the order of the input."""
 
     @property
@@ -67,11 +67,11 @@ def make_ledger(runs: Iterable[RunFacts], duplicates: Columns, source_names: Seq
     documents -= duplicates.shape[1]
     if lines != documents + len(rejects):
         raise RuntimeError(f"{lines} lines are not {documents} documents and {len(rejects)} rejects")
-    listed = [Reject(source_names[file], line, kind, detail) for file, line, kind, detail in sorted(rejects)]
+    listed = [ListedReject(source_names[file], line, kind, detail) for file, line, kind, detail in sorted(rejects)]
     return Ledger(lines, documents, listed)
 
 
-def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
+def write_rejects(path: Path, rejects: Iterable[ListedReject]) -> None:
     publish(path, (json.dumps(reject._asdict(), ensure_ascii=False).encode() + b"\n" for reject in rejects))
 
 

@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lit_gpt.prepare.token_runs import CONTENT, KEY, PLACE, TEXT_BYTES, TOKENS, Choice, Columns, Run, ShardPlan, merged
+from lit_gpt.prepare.token_runs import (
+    CONTENT,
+    KEY,
+    PLACE,
+    TEXT_BYTES,
+    TOKENS,
+    Choice,
+    Columns,
+    ShardPlan,
+    TokenRun,
+    merged,
+)
 
 SPLITS = ("train", "val")
 
@@ -70,7 +81,7 @@ class SplitPlan:
         return sum(shard.tokens for shard in self.shards)
 
 
-def plan_shards(runs: Sequence[Run], choice: Choice, shard_tokens: int) -> dict[str, SplitPlan]:
+def plan_shards(runs: Sequence[TokenRun], choice: Choice, shard_tokens: int) -> dict[str, SplitPlan]:
     plans = {split: SplitPlan(split, shard_tokens) for split in SPLITS}
     for columns in merged([run.documents for run in runs]):
         for split, plan in plans.items():
@@ -80,7 +91,7 @@ def plan_shards(runs: Sequence[Run], choice: Choice, shard_tokens: int) -> dict[
     return plans
 
 
-def split_threshold(runs: Sequence[Run], duplicates: Columns, val_fraction: float) -> int:
+def split_threshold(runs: Sequence[TokenRun], duplicates: Columns, val_fraction: float) -> int:
     """The text hash below which a document is validation data: `val_fraction` of all hashes.
 
     Moved so far that each split has a text, where there are two or more different ones; 0 for no validation data.

@@ -45,7 +45,7 @@ SWEPT = "build.done"
 log = logging.getLogger(__name__)
 
 
-class Progress(NamedTuple):
+class BuildProgress(NamedTuple):
     """How far a build is, for whoever shows it."""
 
     stage: str
@@ -56,7 +56,7 @@ class Progress(NamedTuple):
     rejects: int
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[BuildProgress], None]
 
 
 @dataclass
@@ -167,11 +167,11 @@ class _Build:
             tally.add(PieceReport(facts.lines, facts.tokens, len(facts.rejects), facts.source_bytes))
         total = sum(source.bytes for source in self.sources)
         pieces = self._pieces({(file, number) for facts in runs.values() for file, number in facts.pieces}, tally)
-        self.report(Progress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
+        self.report(BuildProgress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
         for result in run_pool(settings.workers, TokeniseWork, (work,), pieces):
             if result is not None:
                 tally.add(result)
-                self.report(Progress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
+                self.report(BuildProgress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
         if tally.stopped:
             self._ledger(np.zeros((2, 0), np.uint64))
 
@@ -217,7 +217,7 @@ class _Build:
         )
         total = sum(shard.tokens for shard in planned)
         done = sum(shard.tokens for shard in shards.values())
-        self.report(Progress("write", done, total, done, 0))
+        self.report(BuildProgress("write", done, total, done, 0))
         for result in run_pool(min(self.settings.workers, len(tasks)), ShardWork, arguments, tasks):
             if result is not None:
                 plan, shard = result
@@ -225,7 +225,7 @@ class _Build:
                 record = self.folder / "shards" / f"{plan.split}-{plan.number}.json"
                 publish(record, [json.dumps(shard._asdict()).encode()])
                 done += shard.tokens
-                self.report(Progress("write", done, total, done, 0))
+                self.report(BuildProgress("write", done, total, done, 0))
         return {split: [shards[split, shard.number] for shard in plan.shards] for split, plan in plans.items()}
 
     def _written_shards(self) -> dict[tuple[str, int], Shard]:

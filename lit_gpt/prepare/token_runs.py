@@ -67,7 +67,7 @@ class RunFacts(NamedTuple):
     """(file, line, kind, detail)."""
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     data: Path
     documents: Columns
     ids: Columns
@@ -135,10 +135,10 @@ def find_runs(folder: Path) -> dict[Path, RunFacts]:
     return runs
 
 
-def open_run(path: Path) -> Run:
+def open_run(path: Path) -> TokenRun:
     """The run whose .json is `path`; its indexes stay on disk."""
     documents, ids = (np.load(path.with_suffix(suffix), mmap_mode="r") for suffix in (".index.npy", ".ids.npy"))
-    return Run(path.with_suffix(".data"), documents, ids)
+    return TokenRun(path.with_suffix(".data"), documents, ids)
 
 
 def merged(sorted_arrays: Sequence[Columns]) -> Iterator[Columns]:
@@ -163,7 +163,7 @@ def merged(sorted_arrays: Sequence[Columns]) -> Iterator[Columns]:
         yield columns[:, np.lexsort((columns[1], columns[0]))]
 
 
-def duplicate_places(runs: Sequence[Run]) -> Columns:
+def duplicate_places(runs: Sequence[TokenRun]) -> Columns:
     """(place, place of the first with the same id) of every document whose id came before, sorted by place."""
     found = [np.zeros((2, 0), np.uint64)]
     for columns in merged([run.ids for run in runs]):

@@ -11,7 +11,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-class Progress:
+class ProgressBar:
     """Shows steps done and each line of metrics; a context manager. Only the rank with enabled=True shows anything."""
 
     def __init__(self, max_steps: int, step: int, *, enabled: bool) -> None:
@@ -51,7 +51,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self

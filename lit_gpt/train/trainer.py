@@ -40,7 +40,7 @@ from lit_gpt.launch.world import (
 from lit_gpt.train.garbage import collected_by_hand
 from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.profiler import StepProfiler
-from lit_gpt.train.progress import Progress
+from lit_gpt.train.progress import ProgressBar
 from lit_gpt.train.resolve import resolve, resolved_facts
 from lit_gpt.train.rollback import Rollback
 from lit_gpt.train.run_inputs import Inputs, open_cache, open_inputs, training_rows, validation_rows
@@ -152,7 +152,7 @@ class Trainer:
             return self.stop.tell_early()
         log.info("training from step %d to %d in %s", self.state.step, settings.max_steps, self.inputs.run_dir)
         self.saver.log_room()
-        with collected_by_hand(), Progress(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
+        with collected_by_hand(), ProgressBar(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
             while True:
                 with self._open_loader() as loader:
                     stopped, rollback = self._take_steps(loader, progress)
@@ -176,7 +176,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _take_steps(self, loader: StepLoader, progress: Progress) -> tuple[Reason | None, Rollback | None]:
+    def _take_steps(self, loader: StepLoader, progress: ProgressBar) -> tuple[Reason | None, Rollback | None]:
         """To the loader's end, a stop, or a spike from which the run goes back; saved, except where it goes back."""
         settings, state, guard = self.settings, self.state, self.train_step.guard
         stopped, saved_at = None, state.step

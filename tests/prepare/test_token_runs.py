@@ -18,9 +18,9 @@ from lit_gpt.prepare.token_runs import (
     PLACE,
     TOKENS,
     Choice,
-    Run,
     RunFacts,
     TokenisedDocument,
+    TokenRun,
     duplicate_places,
     file_and_line,
     find_runs,
@@ -49,7 +49,7 @@ def some_documents(count: int, keys: int, seed: int = 0) -> list[TokenisedDocume
     ]
 
 
-def in_runs(folder: Path, documents: list[TokenisedDocument], runs: int) -> list[Run]:
+def in_runs(folder: Path, documents: list[TokenisedDocument], runs: int) -> list[TokenRun]:
     folder.mkdir()
     for run in range(runs):
         write_run(folder, f"run{run}", documents[run::runs], RunFacts([(0, run)], 0, 0, 0, 0, []))
