@@ -45,20 +45,20 @@ def folder_loss(
     cross_document_attention: bool,
 ) -> Validation:
     """Loss of the folder's model on the first rows (all, or max_rows) of `store`."""
-    facts = read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     _require_vocabulary(Tokenizer.from_folder(folder), folder, store)
-    config = config_from_hf(facts, model_name=None, vocab_size=store.vocab_size)
+    config = config_from_hf(fields, model_name=None, vocab_size=store.vocab_size)
     weights = HFWeights(folder)
     with torch.device("meta"):
         model = GPT(config)
     state = {
         name: tensor.to(device, torch.float32)
-        for name, tensor in to_lit(config, weights.names, weights.read, facts["vocab_size"])
+        for name, tensor in to_lit(config, weights.names, weights.read, fields["vocab_size"])
     }
     model.load_state_dict(state, assign=True)
     model.eval()
     # Without the rows that the folder left out and that reading it pads: no token stands behind them.
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight[: facts["vocab_size"]], requires_grad=False)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight[: fields["vocab_size"]], requires_grad=False)
 
     def loss(batch: Batch) -> Tensor:
         tokens, targets, cu_seqlens = (x.to(device) for x in (batch.tokens, batch.targets, batch.cu_seqlens))

@@ -28,7 +28,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.export.hf_folder import HFWeights, fsync, read_json
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS
-from lit_gpt.export.hf_weights import llama_facts, rope_base
+from lit_gpt.export.hf_weights import llama_fields, rope_base
 from lit_gpt.export.parity import GERMAN_TEXT
 
 log = logging.getLogger(__name__)
@@ -52,16 +52,16 @@ def write_gguf(folder: Path, destination: Path, kind: str) -> None:
     gguf = _package()
     if destination.exists():
         raise BadInput(f"{destination} exists already: name another destination, or remove it first")
-    facts = llama_facts(read_json(folder / "config.json"))
+    fields = llama_fields(read_json(folder / "config.json"))
     tokenizer, weights = Tokenizer.from_folder(folder), HFWeights(folder)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(partial, "llama")
         try:
-            _add_facts(writer, facts, destination.stem, gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-            _add_vocabulary(writer, gguf, folder, tokenizer, facts["vocab_size"])
-            _write_weights(writer, gguf, facts, weights, gguf.GGMLQuantizationType[kind.upper()])
+            _add_fields(writer, fields, destination.stem, gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+            _add_vocabulary(writer, gguf, folder, tokenizer, fields["vocab_size"])
+            _write_weights(writer, gguf, fields, weights, gguf.GGMLQuantizationType[kind.upper()])
         finally:
             writer.close()
         fsync(partial)
@@ -81,29 +81,29 @@ def _package() -> ModuleType:
     return gguf
 
 
-def _add_facts(writer: Any, facts: dict[str, Any], name: str, file_type: int) -> None:
+def _add_fields(writer: Any, fields: dict[str, Any], name: str, file_type: int) -> None:
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
-    writer.add_context_length(facts["max_position_embeddings"])
-    writer.add_embedding_length(facts["hidden_size"])
-    writer.add_block_count(facts["num_hidden_layers"])
-    writer.add_feed_forward_length(facts["intermediate_size"])
-    writer.add_head_count(facts["num_attention_heads"])
-    writer.add_head_count_kv(facts["num_key_value_heads"])
-    writer.add_rope_dimension_count(facts["hidden_size"] // facts["num_attention_heads"])
-    writer.add_rope_freq_base(rope_base(facts))
-    writer.add_layer_norm_rms_eps(facts["rms_norm_eps"])
-    writer.add_vocab_size(facts["vocab_size"])
+    writer.add_context_length(fields["max_position_embeddings"])
+    writer.add_embedding_length(fields["hidden_size"])
+    writer.add_block_count(fields["num_hidden_layers"])
+    writer.add_feed_forward_length(fields["intermediate_size"])
+    writer.add_head_count(fields["num_attention_heads"])
+    writer.add_head_count_kv(fields["num_key_value_heads"])
+    writer.add_rope_dimension_count(fields["hidden_size"] // fields["num_attention_heads"])
+    writer.add_rope_freq_base(rope_base(fields))
+    writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
+    writer.add_vocab_size(fields["vocab_size"])
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
 
 
-def _write_weights(writer: Any, gguf: ModuleType, facts: dict[str, Any], weights: HFWeights, kind: int) -> None:
+def _write_weights(writer: Any, gguf: ModuleType, fields: dict[str, Any], weights: HFWeights, kind: int) -> None:
     """The header must name every tensor's size before the first is written: the weights are gone through twice."""
     names = sorted(weights.names)
-    to_gguf = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, facts["num_hidden_layers"])
+    to_gguf = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, fields["num_hidden_layers"])
     for name in names:
         its_name = to_gguf.get_name(name, try_suffixes=(".weight",))
         if its_name is None:
@@ -121,7 +121,7 @@ def _write_weights(writer: Any, gguf: ModuleType, facts: dict[str, Any], weights
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name in names:
-        values = _reordered(name, weights.read(name).float().numpy(), facts)
+        values = _reordered(name, weights.read(name).float().numpy(), fields)
         writer.write_tensor_data(gguf.quants.quantize(values, _stored(gguf, values.shape, kind)))
 
 
@@ -129,9 +129,9 @@ def _stored(gguf: ModuleType, shape: tuple[int, ...], kind: int) -> Any:
     return gguf.GGMLQuantizationType.F32 if len(shape) == 1 else kind
 
 
-def _reordered(name: str, values: npt.NDArray[np.float32], facts: dict[str, Any]) -> npt.NDArray[np.float32]:
+def _reordered(name: str, values: npt.NDArray[np.float32], fields: dict[str, Any]) -> npt.NDArray[np.float32]:
     """Rows i and i + D / 2 of each query and key head side by side; every other weight as it is."""
-    heads = {"q_proj": facts["num_attention_heads"], "k_proj": facts["num_key_value_heads"]}
+    heads = {"q_proj": fields["num_attention_heads"], "k_proj": fields["num_key_value_heads"]}
     for part, count in heads.items():
         if f".{part}." in name:
             halves = values.reshape(count, 2, -1, values.shape[1])  # (H, 2, D / 2, C)

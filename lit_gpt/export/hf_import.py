@@ -31,13 +31,13 @@ def import_folder(
     """Publish the checkpoint `destination`; BadInput, and nothing published, if the folder is not ours to train."""
     if destination.exists():
         raise BadInput(f"{destination} exists already: name another destination, or remove it first")
-    facts = read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     tokenizer, tokenizer_path = _tokenizer(folder, tokenizer_path)
-    config = config_from_hf(facts, model_name=model_name, vocab_size=tokenizer.vocab_size if tokenizer else None)
+    config = config_from_hf(fields, model_name=model_name, vocab_size=tokenizer.vocab_size if tokenizer else None)
     weights = HFWeights(folder)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        converted = to_lit(config, weights.names, weights.read, facts["vocab_size"])
+        converted = to_lit(config, weights.names, weights.read, fields["vocab_size"])
         return ((name, tensor.float()) for name, tensor in converted)
 
     sample = _sample(tokenizer, config.vocab_size)[: config.block_size]

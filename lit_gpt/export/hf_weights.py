@@ -179,13 +179,13 @@ def hf_generation_config(
     }
 
 
-def config_from_hf(facts: Mapping[str, Any], *, model_name: str | None, vocab_size: int | None) -> Config:
+def config_from_hf(fields: Mapping[str, Any], *, model_name: str | None, vocab_size: int | None) -> Config:
     """Our shape for a config.json; BadInput where it is no LLaMA that this project trains.
 
     The name is `model_name`, or the first registered model of that shape. `vocab_size` is the tokenizer's (None: no
     tokenizer at hand): the matrices must have just so many rows, or as many as its padding gives.
     """
-    stated = llama_facts(facts)
+    stated = llama_fields(fields)
     shape = {ours: stated[hf] for ours, hf in SHAPE_FIELDS.items()}
     same = [name for name, entry in REGISTRY.items() if all(getattr(entry, key) == shape[key] for key in shape)]
     if model_name is None and not same:
@@ -214,9 +214,9 @@ def config_from_hf(facts: Mapping[str, Any], *, model_name: str | None, vocab_si
     return config
 
 
-def llama_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+def llama_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json states; BadInput that names the fact and its value where our blocks do not compute it."""
-    stated: dict[str, Any] = {key: value for key, value in facts.items() if value is not None}
+    stated: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     if "num_attention_heads" in stated:  # grouped heads came later: without them, keys have as many as queries
         stated.setdefault("num_key_value_heads", stated["num_attention_heads"])
     for key in ("model_type", "vocab_size", "max_position_embeddings", "rms_norm_eps", *SHAPE_FIELDS.values()):
@@ -238,10 +238,10 @@ def llama_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return stated
 
 
-def rope_base(facts: Mapping[str, Any]) -> float:
-    return float(_rope(facts).get("rope_theta") or 10_000.0)
+def rope_base(fields: Mapping[str, Any]) -> float:
+    return float(_rope(fields).get("rope_theta") or 10_000.0)
 
 
-def _rope(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rope(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling."""
-    return facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta"), **facts.get("rope_scaling", {})}
+    return fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta"), **fields.get("rope_scaling", {})}

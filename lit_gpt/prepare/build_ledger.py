@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import publish
-from lit_gpt.prepare.token_runs import Columns, RunFacts, file_and_line
+from lit_gpt.prepare.token_runs import Columns, RunSummary, file_and_line
 
 REJECTS = "rejects.jsonl"
 
@@ -53,14 +53,14 @@ class Ledger(NamedTuple):
         )
 
 
-def make_ledger(runs: Iterable[RunFacts], duplicates: Columns, source_names: Sequence[str]) -> Ledger:
+def make_ledger(runs: Iterable[RunSummary], duplicates: Columns, source_names: Sequence[str]) -> Ledger:
     """The accounts of all runs; `duplicates` are (place, place of the first) of the documents left out for their id."""
     lines = documents = 0
     rejects: list[tuple[int, int, str, str]] = []
-    for facts in runs:
-        lines += facts.lines
-        documents += facts.documents
-        rejects += [(file, line, kind, detail) for file, line, kind, detail in facts.rejects]  # JSON made them lists
+    for summary in runs:
+        lines += summary.lines
+        documents += summary.documents
+        rejects += [(file, line, kind, detail) for file, line, kind, detail in summary.rejects]  # JSON made them lists
     for where, first in duplicates.T.tolist():
         file, line = file_and_line(first)
         rejects.append((*file_and_line(where), "duplicate id", f"first in {source_names[file]} line {line}"))

@@ -25,7 +25,7 @@ from lit_gpt.prepare.token_runs import (
     TOKENS,
     Choice,
     Columns,
-    RunFacts,
+    RunSummary,
     ShardPlan,
     TokenisedDocument,
     file_and_line,
@@ -72,7 +72,7 @@ class TokeniseWork:
     def _clear(self) -> None:
         self._documents: list[TokenisedDocument] = []
         self._bytes = 0
-        self._facts = RunFacts([], 0, 0, 0, 0, [])
+        self._summary = RunSummary([], 0, 0, 0, 0, [])
 
     def __call__(self, piece: Piece) -> PieceReport:
         records = list(parse_piece(piece, self._settings.fields))
@@ -87,14 +87,14 @@ class TokeniseWork:
         tokens = sum(len(document.ids) for document in tokenised)
         self._documents += tokenised
         self._bytes += sum(document.ids.nbytes + len(document.id) for document in tokenised)
-        facts = self._facts
-        self._facts = RunFacts(
-            pieces=[*facts.pieces, (piece.file, piece.number)],
-            lines=facts.lines + len(records),
-            documents=facts.documents + len(documents),
-            tokens=facts.tokens + tokens,
-            source_bytes=facts.source_bytes + piece.source_bytes,
-            rejects=facts.rejects + rejects,
+        summary = self._summary
+        self._summary = RunSummary(
+            pieces=[*summary.pieces, (piece.file, piece.number)],
+            lines=summary.lines + len(records),
+            documents=summary.documents + len(documents),
+            tokens=summary.tokens + tokens,
+            source_bytes=summary.source_bytes + piece.source_bytes,
+            rejects=summary.rejects + rejects,
         )
         if self._bytes >= self._settings.run_bytes:
             self._put_down()
@@ -113,12 +113,12 @@ class TokeniseWork:
 
     def _put_down(self) -> None:
         name = f"{self._settings.attempt:04d}-{os.getpid()}-{self._runs_written:06d}"
-        write_run(self._settings.runs, name, self._documents, self._facts)
+        write_run(self._settings.runs, name, self._documents, self._summary)
         self._runs_written += 1
         self._clear()
 
     def finish(self) -> None:
-        if self._facts.pieces:
+        if self._summary.pieces:
             self._put_down()
 
 

@@ -143,7 +143,7 @@ class _Build:
         return {int(path.name): int(path.read_text()) for path in (self.folder / "pieces").iterdir()}
 
     def _is_tokenised(self) -> bool:
-        done = Counter(file for facts in find_runs(self.folder / "runs").values() for file, _ in facts.pieces)
+        done = Counter(file for summary in find_runs(self.folder / "runs").values() for file, _ in summary.pieces)
         counts = self._piece_counts()
         return all(done[file] == counts.get(file) for file in range(len(self.sources)))
 
@@ -163,10 +163,10 @@ class _Build:
             attempt=1 + max((int(path.name.split("-")[0]) for path in runs), default=0),
         )
         tally = Tally()
-        for facts in runs.values():
-            tally.add(PieceReport(facts.lines, facts.tokens, len(facts.rejects), facts.source_bytes))
+        for summary in runs.values():
+            tally.add(PieceReport(summary.lines, summary.tokens, len(summary.rejects), summary.source_bytes))
         total = sum(source.bytes for source in self.sources)
-        pieces = self._pieces({(file, number) for facts in runs.values() for file, number in facts.pieces}, tally)
+        pieces = self._pieces({(file, number) for summary in runs.values() for file, number in summary.pieces}, tally)
         self.report(BuildProgress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
         for result in run_pool(settings.workers, TokeniseWork, (work,), pieces):
             if result is not None:

@@ -54,7 +54,7 @@ class TokenisedDocument(NamedTuple):
     text_bytes: int
 
 
-class RunFacts(NamedTuple):
+class RunSummary(NamedTuple):
     """The .json of a run."""
 
     pieces: list[tuple[int, int]]
@@ -98,7 +98,7 @@ class Choice(NamedTuple):
         return (in_val if split == "val" else ~in_val) & ~np.isin(columns[PLACE], self.duplicates)
 
 
-def write_run(folder: Path, name: str, documents: Sequence[TokenisedDocument], facts: RunFacts) -> None:
+def write_run(folder: Path, name: str, documents: Sequence[TokenisedDocument], summary: RunSummary) -> None:
     documents = sorted(documents, key=lambda document: (document.key, document.place))
     index = np.zeros((7, len(documents)), np.uint64)
     ids = np.zeros((3, len(documents)), np.uint64)
@@ -113,7 +113,7 @@ def write_run(folder: Path, name: str, documents: Sequence[TokenisedDocument], f
     publish(folder / f"{name}.data", (part for document in documents for part in (document.id, document.ids.tobytes())))
     publish(folder / f"{name}.index.npy", [_npy(index)])
     publish(folder / f"{name}.ids.npy", [_npy(ids[:, np.lexsort(ids[::-1])])])
-    publish(folder / f"{name}.json", [json.dumps(facts).encode()])
+    publish(folder / f"{name}.json", [json.dumps(summary).encode()])
 
 
 def _npy(array: Columns) -> bytes:
@@ -122,16 +122,16 @@ def _npy(array: Columns) -> bytes:
     return file.getvalue()
 
 
-def find_runs(folder: Path) -> dict[Path, RunFacts]:
+def find_runs(folder: Path) -> dict[Path, RunSummary]:
     """The finished runs in `folder`, of those with a piece in common only the first by name."""
-    runs: dict[Path, RunFacts] = {}
+    runs: dict[Path, RunSummary] = {}
     pieces: set[tuple[int, int]] = set()
     for path in sorted(folder.glob("*.json")):
-        facts = RunFacts(*json.loads(path.read_bytes()))
-        own = {(file, number) for file, number in facts.pieces}
+        summary = RunSummary(*json.loads(path.read_bytes()))
+        own = {(file, number) for file, number in summary.pieces}
         if not own & pieces:
             pieces |= own
-            runs[path] = facts
+            runs[path] = summary
     return runs
 
 

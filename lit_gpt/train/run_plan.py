@@ -30,7 +30,8 @@ class Plan(NamedTuple):
     """Of one GPU: end of the forward pass, backward pass of the last block, update."""
     largest_micro_batch: int | None
     """Rows of the largest micro-batch that fits and shares the step's rows evenly; None if none fits."""
-    tokens_per_step: int
+    inputs_per_step: int
+    """Tokens that the model reads, padding included."""
     checkpoint_bytes: int
     checkpoints: int
     """Most that lie on disk at once: those that stay, and the one being written."""
@@ -38,8 +39,8 @@ class Plan(NamedTuple):
     """Of the training data, if the settings name any."""
 
     @property
-    def tokens(self) -> int:
-        return self.settings.max_steps * self.tokens_per_step
+    def inputs(self) -> int:
+        return self.settings.max_steps * self.inputs_per_step
 
 
 def plan(settings: Settings) -> Plan:
@@ -62,7 +63,7 @@ def plan(settings: Settings) -> Plan:
         shards=shards,
         memory=step_memory(config, settings, world_size, shards),
         largest_micro_batch=_largest_micro_batch(config, settings, world_size, shards),
-        tokens_per_step=settings.global_batch_size * config.block_size,
+        inputs_per_step=settings.global_batch_size * config.block_size,
         checkpoint_bytes=3 * stored * config.parameters,  # weights and AdamW's two moments
         checkpoints=_checkpoints(settings),
         data_tokens=data_tokens,
@@ -105,9 +106,9 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"not counted, for want of a measurement: attention's scores in fp32, some {scores / GIB:.2f} GiB"
     yield _fit(plan)
     yield ""
-    yield f"{settings.max_steps:,} steps of {plan.tokens_per_step:,} tokens: {plan.tokens:,} tokens"
+    yield f"{settings.max_steps:,} steps of {plan.inputs_per_step:,} tokens: {plan.inputs:,} tokens"
     if plan.data_tokens is not None:
-        yield f"the training data has {plan.data_tokens:,} tokens: {plan.tokens / plan.data_tokens:.2f} epochs"
+        yield f"the training data has {plan.data_tokens:,} tokens: {plan.inputs / plan.data_tokens:.2f} epochs"
     yield _time(plan)
     yield (
         f"a checkpoint is {plan.checkpoint_bytes / GIB:.2f} GiB; at most {plan.checkpoints} on disk: "
@@ -142,6 +143,6 @@ def _time(plan: Plan) -> str:
     rate = plan.settings.plan_tokens_per_s
     if rate is None:
         return "time: name a GPU's rate by --plan_tokens_per_s (docs/benchmarks.md has measured ones)"
-    seconds = plan.tokens / (rate * plan.world_size)
+    seconds = plan.inputs / (rate * plan.world_size)
     gpu_hours = seconds * plan.world_size / 3600
     return f"time at {rate:,.0f} tokens/s a GPU: {seconds / 86400:.2f} days, {gpu_hours:,.0f} GPU hours"

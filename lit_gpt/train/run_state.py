@@ -1,6 +1,6 @@
 """What a run is at a step's edge: how far it is, the records of how it came there, the way to and from a checkpoint.
 
-Invariants: step, slot and tokens are the same on every rank and go with the weights: they are set together from a
+Invariants: step, slot and targets are the same on every rank and go with the weights: they are set together from a
 checkpoint, at the start of the program (`start`) and where a run goes back (`roll_back`), by the same code. Rank 0
 alone has the records (datapoint log, trackers); each beginning opens them anew, as the next attempt.
 Costs: `step_done` is a line in the log; the rest waits for files.
@@ -49,7 +49,7 @@ class RunState:
     ) -> None:
         """asked: the settings before `auto` and None were resolved; resolved: what became of these (resolve.py);
         repeated: the same of the run whose settings.yaml this one repeats, if it is a repeat."""
-        self.step = self.slot = self.tokens = 0
+        self.step = self.slot = self.targets = 0
         self.rollbacks = Rollbacks(asked)
         self.load_s = 0.0
         """Seconds that loading the last checkpoint took."""
@@ -87,7 +87,7 @@ class RunState:
             began = time.monotonic()
             checkpoint.load(start, self._model, self._optimizer)
             self.load_s = time.monotonic() - began
-            self.step, self.slot, self.tokens = start.step, start.facts["slot"], start.facts["tokens"]
+            self.step, self.slot, self.targets = start.step, start.facts["slot"], start.facts["tokens"]
             if "step_guard" in start.facts:  # an imported model has none
                 self._guard.load(start.facts["step_guard"])
             log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
@@ -110,7 +110,7 @@ class RunState:
     def step_done(self, data: Step, targets: int, digest: int) -> None:
         """One more update, on `targets` of all ranks; it is written down, with the rows left out before it."""
         self.step += 1
-        self.tokens += targets
+        self.targets += targets
         left_out = data.first_slot - self.slot
         if left_out:
             log.info("step %d: rows %d to %d are left out", self.step, self.slot, data.first_slot - 1)
@@ -128,7 +128,7 @@ class RunState:
         return {
             "step": self.step,
             "slot": self.slot,
-            "tokens": self.tokens,
+            "tokens": self.targets,
             "step_guard": self._guard.state(),
             "left_out": self.rollbacks.left_out,
             **run_facts(self._inputs, self._settings, self._resolved),

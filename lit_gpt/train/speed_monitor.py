@@ -84,21 +84,21 @@ class SpeedMonitor:
     def restart(self) -> None:
         """Begin a new average, so that a validation or a save stays out of the next one."""
         self._since = time.perf_counter()
-        self._tokens = self._steps = 0
+        self._targets = self._steps = 0
         self._waited_s = 0.0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
-    def count(self, tokens: int, data_wait_s: float) -> None:
-        """One step of `tokens` valid targets over all ranks."""
-        self._tokens += tokens
+    def count(self, targets: int, data_wait_s: float) -> None:
+        """One step of `targets` valid targets over all ranks."""
+        self._targets += targets
         self._steps += 1
         self._waited_s += data_wait_s
 
     def read(self) -> Speed:
         """Averages since the last reading; at least one step must have been counted."""
         elapsed = time.perf_counter() - self._since
-        rate = self._tokens / elapsed
+        rate = self._targets / elapsed
         mfu, mfu_palm = (
             None if self._peak is None else rate * self._config.flops_per_token(with_embedding=embedding) / self._peak
             for embedding in (False, True)

@@ -254,7 +254,7 @@ class Trainer:
                 "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
                 self.state.step, self.settings.max_steps, self.settings.max_epochs,
             )  # fmt: skip
-        log.info("finished at step %d: %d targets trained", self.state.step, self.state.tokens)
+        log.info("finished at step %d: %d targets trained", self.state.step, self.state.targets)
         return 0
 
     def _agree(self, data: Step) -> Agreed:
@@ -282,7 +282,7 @@ class Trainer:
             "grad_norm": update.grad_norm.item(),
             "targets": targets,
             "epoch": (self.state.slot - 1) // self.dataset.rows_per_epoch,
-            "tokens": self.state.tokens,
+            "tokens": self.state.targets,
             "skipped_steps": self.train_step.guard.skipped,
             **self.monitor.read()._asdict(),
         }

@@ -36,10 +36,12 @@ class WandbRun:
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         self._timeout_s, self._run_dir = timeout_s, run_dir
-        facts = dict(project=project, name=name or run_dir.resolve().name, id=id_file.read_text(), config=dict(config))
-        self._run = self._start(mode, facts)
+        options = dict(
+            project=project, name=name or run_dir.resolve().name, id=id_file.read_text(), config=dict(config)
+        )
+        self._run = self._start(mode, options)
 
-    def _start(self, mode: Mode, facts: dict[str, Any]) -> Any:
+    def _start(self, mode: Mode, options: dict[str, Any]) -> Any:
         try:
             import wandb
         except ImportError:
@@ -49,7 +51,7 @@ class WandbRun:
             init_timeout=self._timeout_s, login_timeout=self._timeout_s, silent=True, console="off", disable_git=True
         )
         try:
-            return wandb.init(dir=str(self._run_dir), mode=mode, resume="allow", settings=settings, **facts)
+            return wandb.init(dir=str(self._run_dir), mode=mode, resume="allow", settings=settings, **options)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the training
             reason = " ".join(str(error).split())[:300]
             if mode == "offline":
@@ -60,7 +62,7 @@ class WandbRun:
             )
             wandb.teardown()  # else its process still holds the run's id
             logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its errors would follow at the end
-            return self._start("offline", facts)
+            return self._start("offline", options)
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """One line of metrics."""

@@ -18,7 +18,7 @@ from lit_gpt.prepare.token_runs import (
     PLACE,
     TOKENS,
     Choice,
-    RunFacts,
+    RunSummary,
     TokenisedDocument,
     TokenRun,
     duplicate_places,
@@ -52,7 +52,7 @@ def some_documents(count: int, keys: int, seed: int = 0) -> list[TokenisedDocume
 def in_runs(folder: Path, documents: list[TokenisedDocument], runs: int) -> list[TokenRun]:
     folder.mkdir()
     for run in range(runs):
-        write_run(folder, f"run{run}", documents[run::runs], RunFacts([(0, run)], 0, 0, 0, 0, []))
+        write_run(folder, f"run{run}", documents[run::runs], RunSummary([(0, run)], 0, 0, 0, 0, []))
     return [open_run(path) for path in find_runs(folder)]
 
 
@@ -113,7 +113,7 @@ def test_of_runs_with_a_common_piece_one_is_taken(tmp_path: Path) -> None:
     """What two builders may leave when the first was killed while its worker still wrote."""
     documents = some_documents(6, 100)
     for name, pieces in (("a", [(0, 1), (0, 2)]), ("b", [(0, 2), (0, 3)]), ("c", [(1, 2)])):
-        write_run(tmp_path, name, documents, RunFacts(pieces, 6, 6, 0, 0, []))
+        write_run(tmp_path, name, documents, RunSummary(pieces, 6, 6, 0, 0, []))
     (tmp_path / "d.data").write_bytes(b"unfinished: there is no d.json")
     assert [path.stem for path in find_runs(tmp_path)] == ["a", "c"]
 

@@ -191,7 +191,7 @@ def test_tokens_time_and_disk() -> None:
     )  # fmt: skip
     settings.check()
     planned = plan(settings)
-    assert (planned.tokens_per_step, planned.tokens) == (2_097_152, 209_715_200)
+    assert (planned.inputs_per_step, planned.inputs) == (2_097_152, 209_715_200)
     assert (planned.checkpoint_bytes, planned.checkpoints) == (1_497_203_712, 4)
     text = "\n".join(lines(planned))
     assert "0.30 days, 58 GPU hours" in text
