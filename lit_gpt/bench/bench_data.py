@@ -189,8 +189,8 @@ def measure_scale(folder: Path, store: TokenStore) -> Iterator[dict[str, Any]]:
     dataset = PackedDataset(million, BLOCK, 3)
     rows, steps = 1024, dataset.total_rows // 1024
     details = {"world_size": 4, "micro_batch_size": 8, "train_data_dir": str(million.path)}
-    facts = {**dataset.facts(), "global_batch_size": rows}
-    with DatapointLog.open(folder / "run" / "datapoints", facts, details=details) as log:
+    slot_facts = {**dataset.slot_facts(), "global_batch_size": rows}
+    with DatapointLog.open(folder / "run" / "datapoints", slot_facts, details=details) as log:
         for step in range(1, steps + 1):
             log.append(step, (step - 1) * rows, rows, rows * BLOCK - 3000, (1 << 64) - step)
         log_bytes = log.flush_and_fsync().bytes

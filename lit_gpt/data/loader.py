@@ -1,11 +1,11 @@
-"""Batches for training: rows of tokens with document boundaries, read ahead by one thread, one step at a time.
+"""Batches for training: tokens, targets and cu_seqlens of rows, read ahead by one thread, one step at a time.
 
-slot = step_start + (micro * world_size + rank) * micro_batch_size + j, so the rows of a step are the same for every
-number of ranks and every micro-batch. The slot of the next step is the whole state: it belongs to what was trained,
-never to what was read ahead, and a loader opened at any slot goes on from there.
+Row j of a micro-batch has the slot first_slot + (micro * world_size + rank) * micro_batch_size + j, so a step has the
+same rows for every number of ranks and every micro-batch. The slot of the next step to train is the whole state: what
+was read ahead does not count, and a loader opened at that slot goes on from there.
 
-Costs: a step's rows are read in one go and held twice to thrice (6 bytes a token, times the steps read ahead). There
-are no worker processes: passing batches between processes costs more than making them.
+Costs: a step's rows are read at once; with those read ahead, two or three steps are held, at 6 bytes a token. There are
+no worker processes: passing batches between processes costs more than making them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lit_gpt.data.row_reader import RowReader
 CU_SEQLENS_MULTIPLE = 64
 """A batch's cu_seqlens has a multiple of this many entries."""
 _POLL_S = 1.0
-"""How often a waiting consumer looks whether the prefetch thread still lives."""
+"""How often a waiting consumer checks that the prefetch thread is alive."""
 
 
 class Batch(NamedTuple):
@@ -51,12 +51,12 @@ class Step(NamedTuple):
 
     first_slot: int
     rows: int
-    """Rows of all ranks: the next step begins at first_slot + rows, or after rows that are left out."""
+    """Rows over all ranks. The next step begins at first_slot + rows, or after the rows that are left out there."""
     batches: tuple[Batch, ...]
     targets: int
     """Valid targets of this rank."""
     digest: int
-    """This rank's part of the sum modulo 2**64 over all rows of the step."""
+    """Of this rank's rows; the step's is the sum over all ranks modulo 2**64."""
 
 
 class PackedDataset(RowReader):
@@ -68,7 +68,7 @@ class PackedDataset(RowReader):
         return batches[0], digest
 
     def read_batches(self, slots: NDArray[np.int64], *, pin_memory: bool = False) -> tuple[tuple[Batch, ...], int]:
-        """One batch for each line of `slots`, read together, and the digest of all; slots below 0 are padding."""
+        """A batch for each row of `slots` (batches, B), and the digest of all; a slot below 0 gives padding."""
         micro_batches, rows = slots.shape
         shape = (micro_batches, rows, self.block_size)
         narrow = self.dtype.itemsize == 2
@@ -102,10 +102,10 @@ def full_rows(rows: int, block_size: int) -> torch.Tensor:
 
 
 class StepLoader:
-    """Iterates the steps of one rank from `first_slot`; a thread reads `prefetch_steps` ahead.
+    """Iterates over the steps of one rank from `first_slot` on; a thread reads `prefetch_steps` ahead.
 
-    The ranges of slots in `left_out` (see step_stretches) are passed over. It ends before the step for which the data
-    does not suffice, which is the same step on every rank.
+    It passes over the ranges of slots in `left_out` (see step_stretches), and ends before the first step for which the
+    data does not suffice, which is the same step on every rank.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class StepLoader:
         return Step(first_slot, self._rows, batches, targets, digest)
 
     def _put(self, item: Step | BaseException | None) -> bool:
-        """Hand an item over; False where the loader was closed meanwhile."""
+        """Hand an item over; False if the loader was closed meanwhile."""
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -214,9 +214,9 @@ class StepLoader:
 
 
 def step_stretches(first_slot: int, rows: int, total_rows: int, left_out: Sequence[tuple[int, int]]) -> list[range]:
-    """The first slots of all steps of `rows` rows from `first_slot` on, in stretches between the ranges left out.
+    """The first slot of every step of `rows` rows from `first_slot` on; a range for each stretch between `left_out`.
 
-    A range is (first slot, slot after the last). A step that would touch one begins after it.
+    left_out holds (first slot, slot after the last); a step that would touch such a range begins after it.
     """
     stretches = []
     for begin, end in [*sorted(left_out), (total_rows, total_rows)]:
@@ -227,7 +227,7 @@ def step_stretches(first_slot: int, rows: int, total_rows: int, left_out: Sequen
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Refuse batch sizes that do not share a step's rows evenly; the message lists sizes that do."""
+    """Raise BadInput, which lists valid sizes, for batch sizes that do not divide a step's rows evenly."""
     for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
         if value < 1:
             raise BadInput(f"{name}={value} rows: must be at least 1")
@@ -248,9 +248,9 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
 def validation_batches(
     dataset: PackedDataset, *, micro_batch_size: int, rank: int, world_size: int, max_rows: int | None = None
 ) -> Iterator[Batch]:
-    """This rank's batches over the first rows of epoch 0 (all, or max_rows), each row once over all ranks.
+    """This rank's batches of the first rows of epoch 0 (all, or max_rows); over all ranks each row comes once.
 
-    Every rank yields the same number of batches; rows beyond the last are padding, without a target.
+    Every rank yields the same number of batches, filled up with rows of padding, which have no target.
     """
     rows = dataset.rows_per_epoch if max_rows is None else min(max_rows, dataset.rows_per_epoch)
     together = world_size * micro_batch_size

@@ -1,7 +1,7 @@
-"""The shards that a process has open: file or staged copy, document ends, packed rows; reopened where a disk falters.
+"""The shards that a process has open: file or staged copy, document ends, packed rows.
 
-Invariants: a failing read is tried again with growing pauses and then raised, never skipped. A shard that the node's
-cache has staged meanwhile is read from there from the next call on.
+Invariants: a read that fails is tried again on a reopened shard, after growing pauses, and then raised, never skipped.
+Once the node's cache has staged a shard, the next call reads it from there.
 Costs: an open shard holds a file descriptor and 4 bytes a document (`window`; others 32 more a piece); opening one of
 64 Mi tokens takes some 5 ms, of which most is hashing and parsing its documents. At most two pools a source are open.
 """
@@ -28,7 +28,7 @@ from lit_gpt.data.token_store import ShardFile, TokenStore, document_ends
 log = logging.getLogger(__name__)
 
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Pauses before a failed read is tried again; a network file system's hiccup is over in half a minute, or is none."""
+"""Pauses before a failed read is tried again. A network file system that still fails after half a minute is down."""
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 
 Result = TypeVar("Result")
@@ -91,7 +91,7 @@ class OpenShards:
         return opened
 
     def with_retries(self, action: Callable[[], Result], source: int, number: int) -> Result:
-        """Run `action` on a shard; where the file system fails for a moment, open the shard afresh and run it again."""
+        """Run `action` on a shard; after a transient error of the file system, reopen the shard and run it again."""
         name = self._stores[source].path / self._stores[source].shards[number].name
         begin = time.monotonic()
         for tries, delay_s in enumerate((*RETRY_DELAYS_S, None), start=1):
@@ -112,7 +112,7 @@ class OpenShards:
         raise AssertionError("the last try returns or raises")
 
     def stage(self, shards: Sequence[tuple[int, int]]) -> None:
-        """Have the cache fetch these shards, in this order."""
+        """Ask the cache for these shards, in this order."""
         if self._cache:
             self._cache.want(self._wanted(source, number) for source, number in shards)
 

@@ -1,12 +1,12 @@
 """The global order of rows: a pure function from a slot to a row, and its inverse.
 
-A slot counts the rows consumed so far, over all ranks and epochs; it is the whole state of the data path. In each
-epoch the shards are permuted, pools of consecutive permuted shards are formed, and the rows of a pool are permuted:
-a reader touches the files of one pool at a time, and still no two rows of a shard come in their written order.
+A slot is a number of rows consumed, over all ranks and epochs; it is the whole state of the data path. An epoch
+permutes the shards, forms pools of consecutive shards of that order, and permutes the rows of each pool. So a reader
+touches the files of one pool at a time, and a shard's rows come in random order among those of its pool.
 
-Invariants: every row comes exactly once an epoch; nothing depends on ranks, batches or the machine; integers only,
-no library's random numbers. What is here is frozen: a change of any result needs a new ORDER_VERSION, because logs
-of finished runs are replayed through it. Golden vectors in tests/data/test_order.py hold it.
+Invariants: every row comes exactly once an epoch. Nothing depends on ranks, batches or the machine: arithmetic is on
+integers, without a library's random numbers. Results are frozen: the logs of finished runs are replayed through this
+file, so a change of any result needs a new ORDER_VERSION. Golden vectors in tests/data/test_order.py hold it.
 
 Costs: one epoch's layout is two arrays of the number of shards (15,000 shards: some milliseconds); no array of the
 number of rows exists. A row costs some 0.2 us in a large array.
@@ -28,23 +28,24 @@ Ints = NDArray[np.int64]
 
 ORDER_VERSION = 1
 POOL_SHARDS = 64
-"""Shards whose rows are mixed; a node's cache holds about two pools."""
+"""Shards a pool; a node's cache holds about two pools."""
 MIXTURE_PERIOD = 4096
-"""Slots after which every source of a mixture has had exactly its share."""
+"""Slots in which each source of a mixture has exactly its share."""
 _ROUNDS = 8
-"""Six leave a bias of some percent in permutations of five to seven things (chi-square, 20,000 keys); eight, none."""
+"""Rounds of the Feistel cipher. With 6, permutations of 5 to 7 elements are biased by a few percent (chi-square test
+over 20,000 keys); with 8 the test finds no bias."""
 _CHUNK = 1 << 15
-"""Indices enciphered at once: their temporaries stay in a core's cache."""
+"""Indices encrypted at a time, few enough for their temporaries to stay in a core's cache."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9
 _MULTIPLY_2 = 0x94D049BB133111EB
 _SHARDS, _ROWS, _MIXTURE = 1, 2, 3
-"""What a key is for, so that no two permutations share one."""
+"""What a key is used for: no two permutations share a key."""
 
 
 def derive_key(*parts: int) -> int:
-    """64 well-mixed bits of the integers `parts` (splitmix64's finaliser, chained)."""
+    """A 64-bit hash of the integers `parts` (splitmix64's finaliser, chained)."""
     key = 0
     for part in parts:
         key = (key ^ (part & _MASK)) + _GOLDEN & _MASK
@@ -86,15 +87,17 @@ class Permutation:
         side = cells - top * np.uint64(self._width)
         for number in rounds:
             if number % 2 == 0:
-                _turn(top, side, self._keys[number], self._height, combine)
+                _round(top, side, self._keys[number], self._height, combine)
             else:
-                _turn(side, top, self._keys[number], self._width, combine)
+                _round(side, top, self._keys[number], self._width, combine)
         top *= np.uint64(self._width)
         top += side
         return top
 
 
-def _turn(half: NDArray[np.uint64], other: NDArray[np.uint64], key: np.uint64, modulus: int, combine: np.ufunc) -> None:
+def _round(
+    half: NDArray[np.uint64], other: NDArray[np.uint64], key: np.uint64, modulus: int, combine: np.ufunc
+) -> None:
     """One round in place: half = half +- hash(other) modulo `modulus`, all in wrapping 64-bit arithmetic."""
     mixed = other + key
     mixed *= np.uint64(_MULTIPLY_1)
@@ -134,7 +137,7 @@ class Order:
     def __init__(
         self, shard_rows: Sequence[int] | Ints, seed: int, pool_shards: int = POOL_SHARDS, stream: int = 0
     ) -> None:
-        """`stream` is the source's number in a mixture: sources of equal shape are then not in step."""
+        """stream: the source's number in a mixture, so that sources of equal shape have different orders."""
         self.shard_rows = np.asarray(shard_rows, dtype=np.int64)
         self.rows_per_epoch = int(self.shard_rows.sum())
         if self.rows_per_epoch == 0:
@@ -146,34 +149,34 @@ class Order:
     def locate(self, slots: ArrayLike) -> EpochRows:
         """Epoch, shard and row of each slot."""
         asked = np.asarray(slots, dtype=np.int64)
-        epochs, places = np.divmod(asked.reshape(-1), self.rows_per_epoch)
-        shards = np.empty_like(places)
+        epochs, offsets = np.divmod(asked.reshape(-1), self.rows_per_epoch)
+        shards = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             layout, chosen = self._layout(int(epoch)), np.flatnonzero(epochs == epoch)
-            pools = np.searchsorted(layout.pool_starts, places[chosen], side="right") - 1
+            pools = np.searchsorted(layout.pool_starts, offsets[chosen], side="right") - 1
             for pool in np.unique(pools):
                 inside, start = chosen[pools == pool], layout.pool_starts[pool]
-                places[inside] = start + self._pool(layout, int(epoch), int(pool)).forward(places[inside] - start)
-            positions = np.searchsorted(layout.starts, places[chosen], side="right") - 1
+                offsets[inside] = start + self._pool(layout, int(epoch), int(pool)).forward(offsets[inside] - start)
+            positions = np.searchsorted(layout.starts, offsets[chosen], side="right") - 1
             shards[chosen] = layout.shards[positions]
-            places[chosen] -= layout.starts[positions]
-        return EpochRows(*(array.reshape(asked.shape) for array in (epochs, shards, places)))
+            offsets[chosen] -= layout.starts[positions]
+        return EpochRows(*(array.reshape(asked.shape) for array in (epochs, shards, offsets)))
 
     def slot_of(self, epoch: int, shard: ArrayLike, row: ArrayLike) -> Ints:
-        """The slots that show these rows in `epoch`: the inverse of locate."""
+        """The slots that show these rows of a shard in `epoch`: the inverse of locate."""
         layout = self._layout(epoch)
         positions = np.empty_like(layout.shards)
         positions[layout.shards] = np.arange(len(positions))
         position, within = np.broadcast_arrays(positions[np.asarray(shard)], np.asarray(row, dtype=np.int64))
-        places = (layout.starts[position] + within).reshape(-1)
+        offsets = (layout.starts[position] + within).reshape(-1)
         pools = position.reshape(-1) // self.pool_shards
         for pool in np.unique(pools):
             inside, start = np.flatnonzero(pools == pool), layout.pool_starts[pool]
-            places[inside] = start + self._pool(layout, epoch, int(pool)).inverse(places[inside] - start)
-        return (epoch * self.rows_per_epoch + places).reshape(position.shape)
+            offsets[inside] = start + self._pool(layout, epoch, int(pool)).inverse(offsets[inside] - start)
+        return (epoch * self.rows_per_epoch + offsets).reshape(position.shape)
 
     def pools(self, slot: int, count: int) -> list[Ints]:
-        """The shards of the pool that `slot` lies in and of those after it, in order, `count` pools in all."""
+        """The shards of `count` pools, from the pool of `slot` on."""
         epoch, offset = divmod(slot, self.rows_per_epoch)
         pool = int(np.searchsorted(self._layout(epoch).pool_starts, offset, side="right")) - 1
         found: list[Ints] = []
@@ -205,8 +208,8 @@ class Order:
 class Mixture:
     """Slots shared out among weighted sources: slot -> (source, the source's own slot) and back.
 
-    In every period of MIXTURE_PERIOD slots each source has its exact count, at positions permuted anew a period; its
-    own slots come in order, so that the end of one source's data ends the mixture without leaving out a row of it.
+    In every period of MIXTURE_PERIOD slots each source has its exact count, at positions that are permuted for that
+    period. A source's own slots come in order, so that the mixture ends with the last row of one source.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
@@ -219,14 +222,14 @@ class Mixture:
         asked = np.asarray(slots, dtype=np.int64)
         if len(self.counts) == 1:
             return np.zeros_like(asked), asked
-        periods, places = np.divmod(asked.reshape(-1), MIXTURE_PERIOD)
+        periods, offsets = np.divmod(asked.reshape(-1), MIXTURE_PERIOD)
         for period in np.unique(periods):
             inside = np.flatnonzero(periods == period)
             ranks = np.empty(MIXTURE_PERIOD, dtype=np.int64)
             ranks[self._positions(int(period))] = np.arange(MIXTURE_PERIOD)
-            places[inside] = ranks[places[inside]]
-        sources = np.searchsorted(self._starts, places, side="right") - 1
-        own = periods * self.counts[sources] + places - self._starts[sources]
+            offsets[inside] = ranks[offsets[inside]]
+        sources = np.searchsorted(self._starts, offsets, side="right") - 1
+        own = periods * self.counts[sources] + offsets - self._starts[sources]
         return sources.reshape(asked.shape), own.reshape(asked.shape)
 
     def slot_of(self, source: int, own_slots: ArrayLike) -> Ints:
@@ -245,22 +248,22 @@ class Mixture:
         """Each source's own slots before `slot`."""
         if len(self.counts) == 1:
             return [slot]
-        period, place = divmod(slot, MIXTURE_PERIOD)
+        period, offset = divmod(slot, MIXTURE_PERIOD)
         mine = np.split(self._positions(period), self._starts[1:-1])
-        return [period * len(positions) + int((positions < place).sum()) for positions in mine]
+        return [period * len(positions) + int((positions < offset).sum()) for positions in mine]
 
     def slots_within(self, limits: Sequence[int]) -> int:
         """Slots before the first that would need more than `limits[source]` of some source's own slots."""
         return min(int(self.slot_of(source, limit)) for source, limit in enumerate(limits))
 
     def _positions(self, period: int) -> Ints:
-        """Positions in the period, those of source 0 first, each source's ascending."""
+        """Positions in the period: those of source 0, ascending, then those of source 1, and so on."""
         cells = Permutation(MIXTURE_PERIOD, derive_key(self._key, period)).forward(np.arange(MIXTURE_PERIOD))
         return np.argsort(np.searchsorted(self._starts, cells, side="right"), kind="stable")
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """Whole counts a period that sum to MIXTURE_PERIOD, nearest to the weights by largest remainders."""
+    """Slots of each source in a period, which sum to MIXTURE_PERIOD: the weights rounded by largest remainders."""
     if not weights or min(weights) <= 0:
         raise BadInput(f"weights of the data sources {list(weights)}: each must be above 0")
     exact = [Fraction(weight) * MIXTURE_PERIOD / sum(map(Fraction, weights)) for weight in weights]

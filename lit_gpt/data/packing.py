@@ -1,13 +1,13 @@
 """How rows are cut from the documents of one shard: `window`, `bestfit` or `pad`.
 
-window   rows follow each other through the shard, whatever the documents; neighbours share one token. No padding
-         but in the shard's last row; every token but the shard's first is a target of exactly one row, masked or not.
-bestfit  documents are kept whole where they fit: a document longer than a row is cut into full rows and a rest, and
-         the pieces are packed by best fit in order of falling length.
+window   cuts the shard every block_size tokens, wherever documents end. Neighbouring rows share one token. Only the
+         shard's last row is padded. Every token but the shard's first is the target, masked or not, of exactly one row.
+bestfit  keeps a document whole if it fits into a row. A longer one is cut into full rows and a rest; all pieces are
+         packed best-fit decreasing: the longest first, each into the fullest row that has room.
 pad      one document, or one piece of a longer one, a row; the rest is padding. For comparison only.
 
-Invariants: in `bestfit` and `pad` every token is an input of exactly one row; a piece knows its next token unless the
-document ends there. The rows of a shard depend on nothing but its document ends and block_size.
+Invariants: in `bestfit` and `pad` every token is the input of exactly one row; a piece's last target is the next token
+of its document, unless the document ends there. The rows of a shard depend on its document ends and block_size only.
 Costs: `window` stores nothing; the others hold about 8 bytes a piece, and best fit packs some 2 M documents a second.
 """
 
@@ -34,7 +34,7 @@ class Spans(NamedTuple):
     inputs: Ints
     """Tokens that the model reads."""
     stop: Ints
-    """End of the tokens to fetch: one more than the inputs, to be the last target, where the piece goes on."""
+    """End of the tokens to read: one more than the inputs, as the last target, if the document goes on."""
 
 
 class Packing(Protocol):
@@ -48,12 +48,12 @@ class Packing(Protocol):
         ...
 
     def rows_between(self, start: int, stop: int) -> Spans:
-        """The rows, named by number, whose inputs meet tokens [start, stop); each with the part that does."""
+        """The rows whose inputs overlap tokens [start, stop), by their number in the shard; each with the overlap."""
         ...
 
 
 class Window:
-    """Rows of block_size inputs one after the other."""
+    """Rows of block_size inputs, one after the other."""
 
     def __init__(self, tokens: int, block_size: int) -> None:
         self.tokens = tokens
@@ -102,14 +102,14 @@ class Pieces:
         return Spans(np.searchsorted(self.first, piece, side="right") - 1, begin, end - begin, end)
 
 
-def pack(ends: NDArray[np.integer], block_size: int, packing: str) -> Pieces:
-    """The rows of a shard whose documents end at `ends`, for `bestfit` or `pad`."""
-    begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    count = -(-(ends - begins) // block_size)
-    document = np.repeat(np.arange(len(ends)), count)
+def pack(document_ends: NDArray[np.integer], block_size: int, packing: str) -> Pieces:
+    """The rows of a shard whose documents end at `document_ends`, for `bestfit` or `pad`."""
+    document_starts = np.concatenate([[0], document_ends[:-1]]).astype(np.int64)
+    count = -(-(document_ends - document_starts) // block_size)
+    document = np.repeat(np.arange(len(document_ends)), count)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
-    start = begins[document] + nth * block_size
-    end = ends[document].astype(np.int64)
+    start = document_starts[document] + nth * block_size
+    end = document_ends[document].astype(np.int64)
     inputs = np.minimum(block_size, end - start)
     row = np.arange(len(start)) if packing == "pad" else best_fit(inputs, block_size)
     by_row = np.lexsort((-inputs, row))
@@ -119,10 +119,10 @@ def pack(ends: NDArray[np.integer], block_size: int, packing: str) -> Pieces:
 
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
-    """A bin for each length: longest first, each into the fullest bin that has room, else into a new one.
+    """The bin of each length by best-fit decreasing: longest first, into the fullest bin with room, else a new one.
 
-    Equal lengths are placed together: the fullest fitting bin stays the best one until it is full, so that a whole
-    group of bins with the same room can be filled at once. The work grows with the distinct lengths, not the pieces.
+    Pieces of one length are placed together: the fullest fitting bin stays the best one until it is full, so all bins
+    with the same room are filled at once. The work grows with the number of distinct lengths, not of pieces.
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     with_room: list[list[Ints]] = [[] for _ in range(capacity + 1)]

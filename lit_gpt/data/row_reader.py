@@ -58,7 +58,7 @@ class SourceRows(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """What reading rows tells beside the tokens."""
+    """What `fill` returns beside the tokens and targets."""
 
     cu_seqlens: Ints
     """Where segments start in the flattened rows, ascending, each once, then the end of the last row."""
@@ -101,8 +101,8 @@ class RowReader:
         self.total_rows = self.mixture.slots_within([max_epochs * order.rows_per_epoch for order in self.orders])
         """Rows until the first of the sources has been seen max_epochs times."""
 
-    def facts(self) -> dict[str, Any]:
-        """What the meaning of a slot depends on, as JSON: the datapoint log refuses a run that goes on with others."""
+    def slot_facts(self) -> dict[str, Any]:
+        """What decides which row a slot shows, as JSON; the datapoint log refuses to go on with other values."""
         return {
             "datasets": [store.dataset_id for store in self.stores],
             "mixture": self.mixture.counts.tolist(),
@@ -192,7 +192,7 @@ class RowReader:
         raise DamagedShard(f"{shard.file.path}: ids outside the vocabulary that were gone when read again")
 
     def _stage_ahead(self, slot: int) -> None:
-        """Have the cache fetch the shards of the pool that `slot` lies in, then those of the next."""
+        """Ask the cache for the shards of the pool of `slot`, then for those of the next pool."""
         own = self.mixture.consumed(slot)
         pools = [order.pools(next_slot, 2) for next_slot, order in zip(own, self.orders, strict=True)]
         self.shards.stage(
@@ -243,7 +243,7 @@ def _by_shard(found: SourceRows) -> Iterator[tuple[int, int, Ints]]:
 
 
 def _lay(spans: Spans, lines: Ints) -> Laid:
-    """Put the spans of each row one after the other into its line."""
+    """Lay the spans of each row one after the other in its line."""
     before = np.cumsum(spans.inputs) - spans.inputs
     at = before - before[np.searchsorted(spans.row, spans.row)]
     return Laid(lines[spans.row], at, spans.start, spans.inputs, spans.stop)
@@ -270,7 +270,7 @@ def _copy(
 
 
 def _hash(pieces: list[NDArray[Any]], slot: int) -> int:
-    """xxh3 of a row's tokens; in one call, for a streaming hash costs as much again as the hashing."""
+    """xxh3 of a row's tokens, in one call: a streaming hash would cost twice as much."""
     row = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     return xxhash.xxh3_64_intdigest(row.data, slot)
 

@@ -127,16 +127,16 @@ class DatapointLog:
     def open(
         cls,
         folder: Path,
-        facts: Mapping[str, Any],
+        slot_facts: Mapping[str, Any],
         *,
         parent: Mark | None = None,
         details: Mapping[str, Any] | None = None,
         allow_changed_data: bool = False,
     ) -> DatapointLog:
         """Begin the next attempt, which goes on after `parent` (a checkpoint's mark) or from the beginning."""
-        facts = json.loads(json.dumps(facts))  # as they will be read back
+        slot_facts = json.loads(json.dumps(slot_facts))  # as they will be read back
         folder.mkdir(parents=True, exist_ok=True)
-        check_facts(folder, facts, allow_changed_data=allow_changed_data)
+        check_facts(folder, slot_facts, allow_changed_data=allow_changed_data)
         descriptor = os.open(folder / STEPS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             _lock(descriptor, folder)
@@ -150,10 +150,9 @@ class DatapointLog:
                 here = False
             begin_bytes += _end_torn_line(descriptor, begin_bytes, running)
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            parent_here = parent is not None and here
             attempts.append(
-                Attempt(
-                    len(attempts), parent, parent is not None and here, begin_bytes, started, facts, dict(details or {})
-                )
+                Attempt(len(attempts), parent, parent_here, begin_bytes, started, slot_facts, dict(details or {}))
             )
             _write_attempts(folder, attempts)
         except BaseException:

@@ -83,8 +83,8 @@ def open_datapoint_log(
     left_out: Sequence[tuple[int, int]],
 ) -> DatapointLog:
     """The record of what each step sees, after `start`; refused if the data is not what the run began with."""
-    facts = {**dataset.facts(), "global_batch_size": settings.global_batch_size}
-    facts["cross_document_attention"] = settings.cross_document_attention
+    slot_facts = {**dataset.slot_facts(), "global_batch_size": settings.global_batch_size}
+    slot_facts["cross_document_attention"] = settings.cross_document_attention
     details = {
         "world_size": inputs.world.size,
         "micro_batch_size": settings.micro_batch_size,
@@ -96,7 +96,7 @@ def open_datapoint_log(
     parent = start.facts.get("datapoint_log") if start else None  # an imported model has none
     return DatapointLog.open(
         inputs.run_dir / FOLDER,
-        facts,
+        slot_facts,
         parent=Mark(**parent) if parent else None,
         details=details,
         allow_changed_data=settings.allow_changed_data,

@@ -73,8 +73,8 @@ class Run:
             "world_size": world_size, "micro_batch_size": 2, "train_data_dir": str(self.store.path),
             "tokenizer_path": None,
         }  # fmt: skip
-        facts = {**self.dataset.facts(), "global_batch_size": BATCH}
-        with DatapointLog.open(self.folder / "datapoints", facts, parent=parent, details=details) as log:
+        slot_facts = {**self.dataset.slot_facts(), "global_batch_size": BATCH}
+        with DatapointLog.open(self.folder / "datapoints", slot_facts, parent=parent, details=details) as log:
             for step in steps:
                 log.append(step, (step - 1) * BATCH, BATCH, *self.evidence(step))
             return log.flush_and_fsync()
@@ -220,7 +220,7 @@ reader = RowReader([TokenStore.open(sys.argv[1])], 32, 7, max_epochs=2)
 saved = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "slot": 0, "mark": None}
 parent = Mark(**saved["mark"]) if saved["mark"] else None
 details = {"world_size": 1, "micro_batch_size": 8, "train_data_dir": sys.argv[1]}
-log = DatapointLog.open(folder / "datapoints", reader.facts(), parent=parent, details=details)
+log = DatapointLog.open(folder / "datapoints", reader.slot_facts(), parent=parent, details=details)
 tokens, targets = np.empty((8, 32), reader.dtype), np.empty((8, 32), np.int32)
 step, slot = saved["step"], saved["slot"]
 print("ready", flush=True)
@@ -317,9 +317,9 @@ def test_verify_finds_a_skipped_step_unless_it_is_recorded(tmp_path: Path, capsy
     assert lines[0] == {"contradiction": "step 4 is missing: the log goes from step 3 to step 5"}
     other = Run(tmp_path / "other", run.store)
     mark = other.attempt(1, [1, 2, 3])
-    facts = {**other.dataset.facts(), "global_batch_size": BATCH}
+    slot_facts = {**other.dataset.slot_facts(), "global_batch_size": BATCH}
     details = {"world_size": 1, "micro_batch_size": 2, "train_data_dir": str(run.store.path)}
-    with DatapointLog.open(other.folder / "datapoints", facts, parent=mark, details=details) as log:
+    with DatapointLog.open(other.folder / "datapoints", slot_facts, parent=mark, details=details) as log:
         log.deviation("skipped", 4, reason="gradient norm")
         log.append(5, 4 * BATCH, BATCH, *other.evidence(5))
     assert other.answer(capsys, "verify")[0] == 0
