@@ -11,6 +11,8 @@ says where its time goes, beside the least time that the device's measured rates
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 

@@ -49,7 +49,9 @@ def open_run(folder: Path) -> ComparedRun:
     )
     record = RunRecord(folder / "datapoints")
     resolved = {name: value for name, value in (read_resolved(folder) or {}).items() if name != "packages"}
-    return ComparedRun(folder, {**yaml.safe_load(settings.read_text()), **resolved}, metrics, losses, val_losses, record)
+    return ComparedRun(
+        folder, {**yaml.safe_load(settings.read_text()), **resolved}, metrics, losses, val_losses, record
+    )
 
 
 def compare(runs: Sequence[ComparedRun]) -> Iterator[dict[str, Any]]:
