@@ -1,7 +1,7 @@
 """Attention alone, forward and backward, by backend and shape; what scripts/benchmark_attention.py prints.
 
-Each backend is called as the model calls it (attention.py), on packed documents and on rows that are one document each.
-Times are medians of calls that follow each other without a wait, read from the device's clock after a warm-up. Rates
+Each backend is called as the model calls it (attention.py), on packed documents and on rows of one document each.
+Times are medians by the device's clock, after a warm-up, of calls that follow each other without a wait. Rates
 count the operations inside segments only: two GEMMs forward and five backward over half of each square.
 """
 
@@ -27,7 +27,7 @@ from lit_gpt.model.attention import BACKENDS, attention, choose_backend, make_se
 
 WARMUP = 5
 REFERENCE_ROWS = 2
-"""Of the batch that are compared with fp32: its mask and scores take B x H x T x T numbers."""
+"""Rows of the batch that are compared with fp32, whose mask and scores take B x H x T x T numbers."""
 LAYOUTS = ("documents", "whole rows")
 RESULTS = ("out", "dq", "dk", "dv")
 
@@ -35,7 +35,7 @@ RESULTS = ("out", "dq", "dk", "dv")
 def measure(
     config: Config, device: torch.device, *, rows: int, requested: str, repetitions: int, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """A dictionary for each layout and backend; a backend that cannot run here gets one that says why."""
+    """A dictionary for each layout and backend, or one that says why a backend cannot run here."""
     runnable = []
     for backend in BACKENDS if requested == "all" else (requested,):
         try:
@@ -101,7 +101,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, cu_seqlens: Tensor
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted, two digits."""
+    """Norm of the difference over the norm of `wanted`, to two digits."""
     return float(f"{((got.float() - wanted).norm() / wanted.norm()).item():.1e}")
 
 

@@ -1,8 +1,8 @@
 """Measurements of saving and loading; what scripts/benchmark_checkpoint.py prints.
 
-The steps between saves are the training program's own, compiled where training compiles (bench_step.StepBench): a save
-that overlaps them competes for the same cores and, on a GPU, for its copy engine. What a save costs training is the
-time that the loop stood in `save`, and the time by which the steps beside the writing were slower than those before.
+Between saves run the training program's own steps, compiled where training compiles (bench_step.StepBench): a save that
+overlaps them competes for the same cores and for the GPU's copy engine. A save costs training the time that the loop
+waits in `save`, and the time by which steps are slower while it writes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SAMPLE_S = 0.005
 _KIND = {False: "sharded", True: "full"}
 WARMUP_STEPS = 2
 STEPS_BEFORE = 5
-"""Steps whose median is the undisturbed step's time, after those that compile and allocate."""
+"""Steps after the warm-up, whose median is the time of an undisturbed step."""
 
 
 def measure(settings: StepSettings, *, work_dir: Path | None) -> Iterator[dict[str, Any]]:
-    """A line for the step; for each kind of checkpoint, saved beside training and loaded; then both saved in place."""
+    """A line for the step; for each kind of checkpoint, saved beside training and loaded; then without overlap."""
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
     bench = StepBench(settings)
@@ -65,7 +65,7 @@ def _step(bench: StepBench) -> None:
 def _measure_saves(
     folder: Path, bench: StepBench, step_s: float, *, full: bool, overlap: bool
 ) -> Iterator[dict[str, Any]]:
-    """Beside training two saves: the first allocates the copy in host memory, the second finds it there."""
+    """With overlap two saves: the first allocates the copy in host memory, the second reuses it."""
     saver = CheckpointSaver(folder, bench.model, bench.optimizer, full=full, overlap=overlap, keep_last=1)
     for number in (1, 2) if overlap else (1,):
         shutil.rmtree(folder / checkpoint_name(1), ignore_errors=True)
@@ -106,7 +106,7 @@ def _measure_load(folder: Path, bench: StepBench) -> dict[str, Any]:
 
 
 class PeakMemory:
-    """Peaks in GB: of this process's resident memory, above the state at the beginning; of the GPU's, all in all."""
+    """Peaks in GB: of this process's resident memory, above what it had at the start; of the GPU's memory in all."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

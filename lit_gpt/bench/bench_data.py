@@ -1,6 +1,6 @@
 """Measurements of the data path against what it is compared with; what scripts/benchmark_data.py prints.
 
-Every line is made in the same run on the same machine as its reference. Timings are the best of some repetitions.
+Each line and its reference come from one run on one machine. Timings are the best of several repetitions.
 """
 
 from __future__ import annotations
@@ -235,9 +235,9 @@ def measure_loaders(
     yield line("packed dataset behind a worker", packed / 1e6, "M tokens/s", "loader", packed / ours)
     if tokenizer_path is None:
         return
-    slots, tokens = consume(DataLoader(DocumentRows(texts * 4, tokenizer_path, BLOCK), batch_size=8, num_workers=1))
-    yield line("one document a row, tokenised by a worker", slots / 1e6, "M slots/s", real_tokens_per_s=round(tokens))
-    yield line("loader against it", ours / slots, "times its slots", real_tokens_ratio=round(ours / tokens))
+    inputs, tokens = consume(DataLoader(DocumentRows(texts * 4, tokenizer_path, BLOCK), batch_size=8, num_workers=1))
+    yield line("one document a row, tokenised by a worker", inputs / 1e6, "M slots/s", real_tokens_per_s=round(tokens))
+    yield line("loader against it", ours / inputs, "times its slots", real_tokens_ratio=round(ours / tokens))
 
 
 def read_texts(source: Path) -> list[str]:

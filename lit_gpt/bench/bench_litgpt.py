@@ -1,9 +1,9 @@
 """A training step of Lightning-AI/litgpt, to measure ours against; what scripts/benchmark_litgpt.py prints.
 
 The model, its initialisation, the chunked loss and the optimizer are litgpt's own, put together as its `pretrain`
-command does: the whole model under torch.compile, Fabric's precision plugins, fused AdamW, clipping by Fabric. Rows are
-random tokens, one document each: litgpt does not mask documents. Left out, in litgpt's favour: its loader, its log and
-its schedule. Each step is timed by the host, with the device synchronised at both ends, as litgpt's log does each step.
+command does: the whole model under torch.compile, Fabric's precision plugins, fused AdamW, clipping by Fabric. A row is
+one document of random tokens, since litgpt does not mask documents. Its loader, log and schedule are left out, in its
+favour. The host times each step and synchronises the device before and after, as litgpt's own log does.
 """
 
 from __future__ import annotations

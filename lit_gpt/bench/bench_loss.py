@@ -1,4 +1,4 @@
-"""The fused loss beside other ways to the same numbers; what scripts/benchmark_loss.py prints."""
+"""The fused loss beside other implementations of it; what scripts/benchmark_loss.py prints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNKS = (ours.CHUNK_TOKENS, 4096, 2048)
 
 
 def measure(tokens: int, width: int, vocabulary: int, dtype: str, repetitions: int) -> Iterator[dict[str, Any]]:
-    """One dictionary a way, ours first; `ratio` is our milliseconds over its. One that is not installed says so."""
+    """A dictionary for each implementation, ours first; `ratio`: our time over its. One not installed says so."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(tokens, width, device="cuda", generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(vocabulary, width, device="cuda", generator=generator) * 0.02
@@ -38,10 +38,10 @@ def measure(tokens: int, width: int, vocabulary: int, dtype: str, repetitions: i
 
 
 def candidates() -> Iterator[tuple[str, Loss | None]]:
-    """Every way, ours first; None for one that is not installed.
+    """Every implementation, ours first; None for one that is not installed.
 
-    Cut-cross-entropy leaves out blocks of gradients that are below a threshold in bf16: here, as in a model that has
-    just begun, all but the targets' own. It runs with and without that.
+    Cut-cross-entropy skips blocks of gradients that are below a threshold in bf16; with logits like these, or a new
+    model's, that is all but the targets' own. It is measured with and without skipping.
     """
     compiled = torch.compile(ours.cross_entropy)
     for chunk in CHUNKS:

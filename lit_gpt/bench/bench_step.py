@@ -1,8 +1,8 @@
 """What a training step costs on this device, and where its time goes; what scripts/benchmark_step.py prints.
 
-The step is the training program's own (train_step.py), on packed rows of random tokens with the lengths of German web
-text, made once and copied to the device each step; loading, logging and saving are left out. Times are medians of
-steps that follow each other without a wait, taken from the device's clock after a warm-up that compiles.
+The step is the training program's own (train_step.py), on rows of packed documents: random tokens, with the lengths of
+German web text. They are made once and copied to the device at each step; loading, logging and saving are left out.
+Times are medians by the device's clock, after a warm-up that compiles, of steps that follow each other without a wait.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class StepBench:
         return update.loss_sum, self._targets[which]
 
     def require_updates(self) -> None:
-        """Raise if updates were skipped: times without them mean nothing."""
+        """Raise if updates were skipped: the times of such steps mean nothing."""
         if skipped := int(self._skipped):
             raise RuntimeError(f"{skipped} of {self._done} updates were skipped, their gradients were not finite")
 

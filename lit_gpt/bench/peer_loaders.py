@@ -1,7 +1,7 @@
-"""Two usual ways to feed a model, written plainly, to measure ours against: never used in training.
+"""Two common loaders, written plainly, to measure ours against; training never uses them.
 
-The classic one cuts a memory-mapped stream into rows behind one DataLoader worker. The published LLäMmlein code's way
-is one document a row, tokenised in the worker as it comes, cut into chunks of block_size + 2, the rest padding.
+The usual one cuts a memory-mapped stream into rows, behind one DataLoader worker. The published LLäMmlein code's makes
+one row of each document, tokenised in the worker, cut into chunks of block_size + 2 and padded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PADDING = -1
 
 
 class Blocks(Dataset[torch.Tensor]):
-    """Rows of a memory map, cut wherever they fall."""
+    """Rows of a memory map, whatever documents they cut."""
 
     def __init__(self, store: TokenStore, block_size: int) -> None:
         self.block_size = block_size
@@ -56,14 +56,14 @@ class DocumentRows(IterableDataset[torch.Tensor]):
 
 
 def consume(batches: Iterable[torch.Tensor]) -> tuple[float, float]:
-    """(slots, real tokens) a second, from the first batch on: the worker's start does not count."""
-    slots = tokens = 0
+    """(inputs with padding, tokens without) a second, from the first batch on: the worker's start does not count."""
+    inputs = tokens = 0
     begin = None
     for batch in batches:
         if begin is None:
             begin = time.perf_counter()
             continue
-        slots += batch.numel()
+        inputs += batch.numel()
         tokens += int((batch != _PADDING).sum())
     seconds = time.perf_counter() - (begin or 0.0)
-    return slots / seconds, tokens / seconds
+    return inputs / seconds, tokens / seconds

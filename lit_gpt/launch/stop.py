@@ -51,7 +51,7 @@ class StopRequest:
         return self._margin_s + 2 * (self._save_s + self._step_s)
 
     def note_save(self, seconds: float) -> None:
-        """A save took so long; before the first one, what loading a checkpoint took stands for it."""
+        """A save took `seconds`. Before the first save, the time that loading took is the estimate."""
         self._save_s = max(self._save_s, seconds)
         self._edge = None  # the step that a save interrupts is not a measure
 

@@ -21,11 +21,11 @@ class ModelSettings(SettingsSlice):
     """Tokens a row, if not the model's own."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "bf16-mixed"
     """bf16-mixed: fp32 weights and optimizer, bf16 computation; bf16-true: weights and optimizer in bf16 as well,
-    for less memory; weights are rounded at random, so that small updates are not lost."""
+    for less memory; weights take stochastic rounding, so that small updates are not lost."""
     attention: Literal["auto", "fa3", "fa4", "fa2", "xformers", "torch"] = "auto"
     """Attention kernel; auto takes the fastest that the device and the installed packages allow, and logs it."""
     mlp: Literal["auto", "quack", "torch"] = "auto"
-    """Who computes the MLP and the sums with the residual: quack inside its products, or torch step by step. auto:
+    """What computes the MLP and adds the residual: quack in its GEMMs' epilogues, or torch layer by layer. auto:
     quack on Hopper GPUs that have it."""
     compile: bool | None = None
     """torch.compile each block and the loss. Default: on GPUs."""

@@ -1,12 +1,13 @@
 """AdamW (arXiv:1711.05101) that also clips, or leaves all as it is, where it reads and writes weights anyway.
 
-Weights of fp32 take PyTorch's fused kernel. Weights of bf16 are rounded up or down at random, with the chances that
-keep their mean (arXiv:2010.06192): rounded to the nearest, an update of less than half of a weight's last bit would
-always be lost, and so most of a warm-up and all weight decay (docs/benchmarks.md). So are their second moments, of
-which a beta2 near 1 changes less than half of the last bit as well.
+Weights of fp32 take PyTorch's fused kernel. Weights of bf16 take stochastic rounding, up or down with the chances that
+keep the mean (arXiv:2010.06192). Rounding to nearest would lose every update below half an ulp of its weight, and with
+it most of a warm-up and all weight decay (docs/benchmarks.md). Second moments are rounded in the same way: with beta2
+near 1 their updates, too, are below half an ulp.
 
-Chance is a hash of the weight's number, how often it was updated, and the element's place in the whole weight: a
-repetition and a resumed run round alike, and so do all numbers of processes. No generator, nothing to save.
+The random bits are a hash of the weight's number, the number of its updates, and the element's index in the whole
+weight. So a repeated run, a resumed run and a run on another number of processes round alike, without a generator's
+state to save.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class RoundingAdamW(AdamW):
                     self._update(*parts, *scalars, betas=group["betas"], eps=group["eps"])
 
     def _start(self, weight: Tensor) -> Tensor:
-        """Where this rank's first element of the weight is in the row of chances; int32 on the device."""
+        """Where the random bits of this rank's first element of the weight begin; int32 on the device."""
         if weight not in self._starts:
             number = torch.full((), len(self._starts), dtype=torch.int32, device=weight.device)
             self._starts[weight] = _hash(_hash(number) + 1) + _first_element(weight)
@@ -102,9 +103,9 @@ def rounding_update(
 ) -> None:
     """Update in place weight, mean and square (n,) bf16 by gradient * clip, unless skip is 1.
 
-    Scalars on the device, so that one compilation serves all steps: where the weight's chances begin and what this
-    update adds to it, int32; the learning rate over the first moment's bias correction, and 1 over the root of the
-    second's; what weight decay keeps of a weight.
+    Scalars are on the device, so that one compilation serves all steps. start, draw: int32, where the weight's random
+    bits begin, and what this update adds to that. rate: the learning rate over the first moment's bias correction.
+    correction: 1 over the root of the second's. keep: the share of a weight that weight decay leaves.
     """
     w, g, m, v = (x.float() for x in (weight, gradient, mean, square))
     g = g * clip
@@ -112,15 +113,15 @@ def rounding_update(
     v = betas[1] * v + (1 - betas[1]) * g * g
     w = w * keep - rate * m / (v.sqrt() * correction + eps)
     index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device)
-    chance = _hash(index + (start + draw))
-    rounded = round_at_random(w, chance), m.bfloat16(), round_at_random(v, _shifted(chance, 16))
+    random = _hash(index + (start + draw))
+    rounded = stochastic_round(w, random), m.bfloat16(), stochastic_round(v, _shifted(random, 16))
     for old, new in zip((weight, mean, square), rounded, strict=True):
         old.copy_(torch.where(skip == 0, new, old))
 
 
-def round_at_random(x: Tensor, chance: Tensor) -> Tensor:
-    """x fp32 to bf16, up or down by the 16 lower bits of chance (int32): up as often as x is close to the upper one."""
-    return ((x.view(torch.int32) + (chance & 0xFFFF)) & ~0xFFFF).view(torch.float32).bfloat16()
+def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
+    """x fp32 to bf16: up with a chance of its distance, in ulps, from the lower neighbour. Uses 16 bits of `random`."""
+    return ((x.view(torch.int32) + (random & 0xFFFF)) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def _hash(x: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Logical shift to the right."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 

@@ -6,14 +6,14 @@ Counted is what PyTorch has allocated at the fullest of three moments, in a step
 forward pass, when the backward pass enters the last block, and at the update. What a block keeps for its backward
 pass is what torch.compile's partitioner keeps of it (tests/train/test_memory_plan.py compares), a token and block:
 
-    inputs of the matrix products and norms: residual, norm, attention's output, projection, norm: 5 C; MLP: I
-    rotated queries and keys: C + G D;  output of the qkv product, of which the values are a view: C + 2 G D
+    inputs of the GEMMs and norms: residual, norm, attention's output, projection, norm: 5 C; MLP: I
+    rotated queries and keys: C + G D;  output of the qkv GEMM, of which the values are a view: C + 2 G D
     gate and up: 2 I;  log-sum-exp of attention: H in fp32;  1 / RMS of both norms: 2 in fp32
 
-and, on one device with fp32 weights, each matrix once more in bf16. Quack and float8 make the MLP's inner product
-anew: I less. Of the norms' outputs float8 keeps nothing (rowwise), or them and attention's output in 8 bits
-(tensorwise). Of blocks that compute again (activation_checkpointing.py) `full` keeps C, `selective` the results of
-products and attention; what such a block makes anew counts once, in the backward pass. The loss (loss.py) holds logits
+and, on one device with fp32 weights, each matrix once more in bf16. Quack and float8 recompute SwiGLU's result: I less.
+Of the norms' outputs float8 keeps nothing (rowwise), or them and attention's output in 8 bits (tensorwise). With
+activation checkpointing (activation_checkpointing.py) `full` keeps C, `selective` the results of GEMMs and attention;
+what a block recomputes counts once, in the backward pass. The loss (loss.py) holds logits
 of CHUNK_TOKENS tokens and their gradient, and the gradients of its input and weight until the backward pass.
 
 Over several processes (FSDP2): a rank holds its share of weights, gradients and optimizer; whole are the outer unit
@@ -158,7 +158,7 @@ def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) 
     """The loss's gradients are handed on; the block holds those of its MLP: residual, act, gate and up."""
     element = sizes.element
     working = (2 * config.n_embd + 3 * config.intermediate_size) * element * sizes.tokens
-    anew = (_all_bytes_per_token(config, settings) - kept_bytes_per_token(config, settings)) * sizes.tokens
+    recomputed = (_all_bytes_per_token(config, settings) - kept_bytes_per_token(config, settings)) * sizes.tokens
     head_gradient = config.padded_vocab_size * config.n_embd * (sizes.stored if sizes.alone else element)
     block_gradients = config.block_parameters * (sizes.stored if sizes.alone else element + 4)  # reduced in fp32
     return _memory(
@@ -167,7 +167,7 @@ def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) 
         sizes,
         gradients=_accumulated(config, sizes) + head_gradient + block_gradients,
         compute_weights=_weights_in_use(config, settings, sizes, in_backward=True),
-        activations=_kept(config, settings, sizes) + anew + working,
+        activations=_kept(config, settings, sizes) + recomputed + working,
         loss=0,
     )
 
@@ -206,7 +206,7 @@ def _weights_in_use(config: Config, settings: StepSettings, sizes: _Sizes, *, in
     if sizes.alone:
         if sizes.stored == sizes.element or settings.float8 != "none":  # 8-bit casts are not kept
             return 0
-        if settings.activation_checkpointing != "none":  # the casts are done anew
+        if settings.activation_checkpointing != "none":  # the casts are recomputed
             return block if in_backward else 0
         return blocks * block
     outer = (config.parameters - blocks * config.block_parameters) * sizes.element

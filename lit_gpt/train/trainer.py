@@ -128,7 +128,7 @@ class Trainer:
         parts = self.model, self.optimizer, self.train_step.guard
         self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts)
         self.state.start()
-        stop.note_save(self.state.load_s)  # stands for what a save takes until there was one
+        stop.note_save(self.state.load_s)  # the estimate of a save's time until the first save
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
         self.saver = CheckpointSaver(
