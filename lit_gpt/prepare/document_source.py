@@ -26,9 +26,6 @@ PIECE_BYTES = 1 << 20
 PIECE_ROWS = 256
 MAX_DOCUMENT_BYTES = 16 << 20
 """A longer line (of a Parquet file: text) is rejected as "too long"; it would be no document but a broken file."""
-REJECT_KINDS = (
-    "empty", "bad JSON", "no text", "bad UTF-8", "lone surrogate", "too long", "duplicate id", "cut short",
-)  # fmt: skip
 
 _READ_BYTES = 1 << 16  # small, because what a damaged archive yields of its last read is lost
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -75,6 +72,7 @@ class Document(NamedTuple):
 class Reject(NamedTuple):
     line: int
     kind: str
+    """empty, bad JSON, no text, bad UTF-8, lone surrogate, too long, cut short; duplicate id (build_ledger.py)."""
     detail: str
 
 
