@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.datapoints.query import Replay, Seen, difference
 from lit_gpt.datapoints.run_record import RunRecord
+from lit_gpt.files import publishing, sweep
 
 EXIT_FOUND = 1
 """verify found a contradiction, diff a difference."""
@@ -125,9 +126,9 @@ def show_difference(arguments: Namespace) -> int:
 def export(replay: Replay, path: Path) -> int:
     schema = pa.schema([(name, pa.string() if name == "document" else pa.int64()) for name in EXPORT_COLUMNS])
     held: list[Seen] = []
-    partial = path.with_name(path.name + ".partial")
+    sweep(path.parent, path.name)
     try:
-        with pq.ParquetWriter(partial, schema) as writer:
+        with publishing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
             for record in replay.record.steps():
                 held += replay.seen_in(record)
                 if len(held) >= EXPORT_PARTS:
@@ -136,7 +137,6 @@ def export(replay: Replay, path: Path) -> int:
             writer.write_table(as_table(held, schema))
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error}") from None
-    partial.replace(path)
     print(f"{path}: every part of a document up to step {record.step}", file=sys.stderr)
     return 0
 

@@ -32,6 +32,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.files import whole_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".made-by-demo"
@@ -161,8 +162,7 @@ def checkpoint_step(run: Path) -> int:
 def metrics(run: Path) -> list[dict[str, str]]:
     """The lines of metrics.csv in the order of writing; one that is not whole yet is left out."""
     path = run / "metrics.csv"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    return list(csv.DictReader(whole_lines(path))) if path.exists() else []
 
 
 def last_step(run: Path) -> int:

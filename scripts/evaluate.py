@@ -122,7 +122,7 @@ def _report(arguments: argparse.Namespace, loss: Validation | None, scores: Sequ
         table.add_row(score.task, score.metric, f"{score.value:.4f}", error)
     Console().print(table)
     if arguments.output is not None:
-        from lit_gpt.export.hf_folder import write_json
+        from lit_gpt.files import write_json
 
         found: dict[str, Any] = {
             "model": str(measured),

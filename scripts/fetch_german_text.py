@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.files import publish, sweep
 
 PACKAGE = "debian-handbook"
 HUB_DATASET = "LSX-UniWue/LLaMmlein-Dataset"
@@ -288,12 +289,11 @@ def main() -> None:
     if args.max_documents < 1:
         raise BadInput(f"--max_documents {args.max_documents}: must be at least 1")
     documents, message = fetch(SOURCES if args.source == "auto" else [args.source], args.max_documents)
-    partial = args.destination_path.with_suffix(".partial")
     try:
         args.destination_path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents)
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.rename(args.destination_path)
+        sweep(args.destination_path.parent, args.destination_path.name)
+        lines = ((json.dumps(document._asdict(), ensure_ascii=False) + "\n").encode() for document in documents)
+        publish(args.destination_path, lines)
     except OSError as error:
         raise BadInput(f"cannot write {args.destination_path}: {error.strerror}") from None
     print(message)

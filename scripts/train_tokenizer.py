@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.data.tokenizer import NEWLINES, Tokenizer
+from lit_gpt.files import publishing, sweep
 from lit_gpt.prepare.document_source import (
     Document,
     Fields,
@@ -136,9 +137,9 @@ def write_folder(backend: tokenizers.Tokenizer, folder: Path) -> None:
     }
     for name, content in (("special_tokens_map.json", control), ("tokenizer_config.json", settings)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial = folder / "tokenizer.json.partial"
-    backend.save(str(partial))
-    partial.replace(folder / "tokenizer.json")
+    sweep(folder, "tokenizer.json")
+    with publishing(folder / "tokenizer.json") as partial:
+        backend.save(str(partial))
 
 
 if __name__ == "__main__":

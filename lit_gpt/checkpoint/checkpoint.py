@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -40,12 +39,12 @@ from lit_gpt.checkpoint import full_state, sharded_state
 from lit_gpt.checkpoint.sharded_state import MalformedState
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.files import fsync, rename, xxh3
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"iter-(\d{8})-ckpt\.pth")
 RUN, MANIFEST, FULL, SHARDED = "run.json", "MANIFEST.json", "state.pth", "state"
-_HASH_CHUNK_BYTES = 16 << 20
 
 
 class DamagedCheckpoint(ValueError):
@@ -81,26 +80,21 @@ def checkpoint_name(step: int) -> str:
 # Publishing
 
 
-def publish(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Make the checkpoint `final` of the state that lies in `temporary`, whole or not at all."""
+def seal(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Publish the checkpoint `final` of the state that lies in `temporary`, whole or not at all."""
     (temporary / RUN).write_text(json.dumps(facts, indent=1))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    listing = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": _hash(path)} for path in files}
+    listing = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": xxh3(path)} for path in files}
     (temporary / MANIFEST).write_text(json.dumps(listing, indent=1))
-    for path in (temporary / MANIFEST, temporary / SHARDED, temporary):
-        if path.exists():
-            _sync(path)
+    fsync(temporary)
     if final.exists():
         log.warning("%s is replaced: it was damaged, or of a branch that the run has left", final)
         remove(final)
-    temporary.rename(final)
-    _sync(final.parent)
+    rename(temporary, final)
 
 
 def temporary_path(final: Path) -> Path:
-    """Where a checkpoint is written before it is published."""
+    """Where a checkpoint is written before it is published: one folder for all ranks, so without host and pid."""
     return final.with_name(f".saving-{final.name}")
 
 
@@ -119,7 +113,7 @@ def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tenso
             {"model": {name: _mapped(tensor, mapped / name) for name, tensor in tensors}}, temporary / FULL
         )
         shutil.rmtree(mapped)
-        publish(temporary, path, {**facts, "model": asdict(config)})
+        seal(temporary, path, {**facts, "model": asdict(config)})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # there only if it failed
     return path
@@ -169,7 +163,7 @@ def verified(path: Path) -> Checkpoint:
     if mismatch := _size_mismatch(path):
         raise DamagedCheckpoint(mismatch)
     for name, entry in _manifest(path).items():
-        if (digest := _hash(path / name)) != entry["xxh3"]:
+        if (digest := xxh3(path / name)) != entry["xxh3"]:
             raise DamagedCheckpoint(f"{path / name} is corrupt: xxh3 {digest}, saved as {entry['xxh3']}")
     found = Checkpoint(path, json.loads((path / RUN).read_text()))
     try:
@@ -260,19 +254,3 @@ def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 def unwrapped(model: nn.Module) -> Any:
     """The GPT inside Fabric's wrapper."""
     return getattr(model, "module", model)
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

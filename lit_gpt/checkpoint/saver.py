@@ -162,7 +162,7 @@ class CheckpointSaver:
                 self._on_rank_zero_or_raise(lambda: full_state.write(state, temporary / checkpoint.FULL))
             else:
                 sharded_state.write(state, temporary / checkpoint.SHARDED, self._group)
-            self._on_rank_zero_or_raise(lambda: checkpoint.publish(temporary, final, facts))
+            self._on_rank_zero_or_raise(lambda: checkpoint.seal(temporary, final, facts))
         except (OSError, CheckpointException) as error:
             reason = _no_room(error)
             if reason is None:

@@ -10,9 +10,7 @@ Costs: some 50 ms a shard of 64 Mi tokens to build (15,000 shards: 12 minutes, o
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from lit_gpt.cli import BadInput
 from lit_gpt.data.packing import PACKING_VERSION, Pieces, pack
 from lit_gpt.data.token_store import DamagedShard, TokenStore, document_ends
+from lit_gpt.files import Lock, publishing, sweep
 
 log = logging.getLogger(__name__)
 
@@ -60,18 +59,16 @@ class PackingIndex:
     def _build_once(self, path: Path, packing: str, block_size: int) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = Lock(self._folder / "lock", wait=True)
         except OSError as error:
             raise BadInput(
                 f"packing={packing} keeps an index in {self._folder}, which cannot be written ({error.strerror}): "
                 "give a --cache_dir"
             ) from None
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        with lock:
             if not path.exists():
+                sweep(self._folder, alone=True)
                 self._build(path, packing, block_size)
-        finally:
-            os.close(descriptor)
 
     def _build(self, path: Path, packing: str, block_size: int) -> None:
         rows, reported = [], time.monotonic()
@@ -86,13 +83,8 @@ class PackingIndex:
 
 
 def _save(path: Path, content: Any) -> None:
-    """Write arrays, so that the file is absent or whole."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with publishing(path) as partial, open(partial, "wb") as file:
         if isinstance(content, dict):
             np.savez(file, **content)
         else:
             np.save(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -1,9 +1,9 @@
 """A node's copies of the shards that the run reads now and next, on local disk or in memory.
 
 The processes of a node share one folder. The one that holds its lock is the stager: a thread copies what is wanted, in
-order, hashes while it copies, and publishes by fsync and rename; the others find the files. A copy is named by its data
-set and shard, so that one that is there is right, whichever job made it, and a stager that dies leaves at most a
-partial file, which the next one overwrites; the kernel drops its lock.
+order, hashes while it copies, and publishes each; the others find the files. A copy is named by its data set and
+shard, so that one that is there is right, whichever job made it, and a stager that dies leaves at most a partial file,
+which the next one sweeps; the kernel drops its lock.
 
 Invariants: the folder's files stay within the bound; copies that are not wanted any more go first, the oldest first.
 The cache is never waited for: what is not staged, or cannot be (no space, no folder, another job's lock), is read from
@@ -13,7 +13,6 @@ Costs: two pools of 64 shards of 128 MB are 17 GB; copying takes one core about 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
@@ -27,6 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from lit_gpt.data.token_store import HEADER_BYTES, DamagedShard, Shard, ShardFile, TokenStore
+from lit_gpt.files import Lock, LockHeld, publishing, sweep
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class ShardCache:
         self._wanted: tuple[Wanted, ...] = ()
         self._present: frozenset[str] = frozenset()
         self._failure: DamagedShard | None = None
-        self._lock: int | None = None
+        self._lock: Lock | None = None
         self._hits = self._misses = self._staged_bytes = 0
         self._staged_s = 0.0
         self._closed = threading.Event()
@@ -152,7 +152,7 @@ class ShardCache:
             self._failure = error
         finally:
             if self._lock is not None:
-                os.close(self._lock)
+                self._lock.close()
 
     def _work(self) -> None:
         """Look at what is there; as the stager, copy what is missing."""
@@ -193,22 +193,16 @@ class ShardCache:
 
     def _is_stager(self) -> bool:
         if self._lock is None:
-            descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
+                self._lock = Lock(self._folder / "lock")
+            except LockHeld:
                 return False
-            except OSError:
-                os.close(descriptor)
-                raise
-            self._lock = descriptor
         return True
 
     def _make_room(self, needed_bytes: int, keep: set[str]) -> None:
         """Remove partial files and, as far as the bound asks for it, copies that are not wanted."""
-        for partial in self._folder.glob("*/*.partial"):
-            partial.unlink()
+        for folder in self._folder.glob("*"):
+            sweep(folder, alone=True)
         files = self._files()
         used = sum(stat.st_size for stat in files.values())
         spare = sorted(files.keys() - keep, key=lambda name: files[name].st_mtime)
@@ -222,26 +216,20 @@ class ShardCache:
         begin = time.perf_counter()
         target = self._folder / wanted.file
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_suffix(".partial")
-        for attempt in range(1, COPY_TRIES + 1):
-            try:
+        with publishing(target) as partial:
+            for attempt in range(1, COPY_TRIES + 1):
                 digest = self._copy(wanted.store.path / f"{wanted.shard.name}.tokens", partial)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-            if digest == wanted.shard.xxh3:
-                break
-            log.warning("cache: shard %s of %s: copy %d hashes wrongly", wanted.shard.name, wanted.store.path, attempt)
-        else:
-            partial.unlink()
-            _explain_damage(wanted)
-        os.replace(partial, target)
-        _fsync_folder(target.parent)
+                if digest == wanted.shard.xxh3:
+                    break
+                name, source = wanted.shard.name, wanted.store.path
+                log.warning("cache: shard %s of %s: copy %d hashes wrongly", name, source, attempt)
+            else:
+                _explain_damage(wanted)
         self._staged_bytes += wanted.shard.bytes
         self._staged_s += time.perf_counter() - begin
 
     def _copy(self, source: Path, partial: Path) -> str:
-        """Copy and fsync; the xxh3 of what was copied."""
+        """The xxh3 of what was copied."""
         running = xxhash.xxh3_64()
         with open(source, "rb", buffering=0) as reader, open(partial, "wb", buffering=0) as writer:
             while chunk := reader.read(_CHUNK_BYTES):
@@ -251,7 +239,6 @@ class ShardCache:
                 view = memoryview(chunk)
                 while view:
                     view = view[writer.write(view) :]
-            os.fsync(writer.fileno())
         return running.hexdigest()
 
 
@@ -260,11 +247,3 @@ def _explain_damage(wanted: Wanted) -> None:
     with ShardFile(wanted.store.path, wanted.shard, wanted.store) as file:
         file.verify()
     raise DamagedShard(f"{file.path}: {COPY_TRIES} copies hash wrongly, though the file itself verifies")
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

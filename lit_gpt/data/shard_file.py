@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -166,22 +165,6 @@ def frame(tokens: npt.NDArray[Any], documents: int, vocabulary: Vocabulary) -> l
     hashes = np.array(blocks, "<u8").tobytes()
     seal = _SEAL.pack(xxhash.xxh3_64_intdigest(header), xxhash.xxh3_64_intdigest(hashes), _END_MAGIC)
     return [header, data, hashes + seal]
-
-
-def publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file so that it is either absent (or as before) or whole, also after a crash of the machine."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _header(tokens: int, documents: int, vocabulary: Vocabulary) -> bytes:

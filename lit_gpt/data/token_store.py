@@ -38,12 +38,12 @@ from lit_gpt.data.shard_file import (
     ShardFile,
     Vocabulary,
     frame,
-    publish,
 )
+from lit_gpt.files import publish
 
 __all__ = [
     "BLOCK_BYTES", "HEADER_BYTES", "MANIFEST", "SHARD_TOKENS", "DamagedShard", "Shard", "ShardFile", "ShardWriter",
-    "TokenStore", "Vocabulary", "document_ends", "documents", "publish", "shard_name", "write_manifest", "write_store",
+    "TokenStore", "Vocabulary", "document_ends", "documents", "shard_name", "write_manifest", "write_store",
 ]  # fmt: skip
 
 MANIFEST_VERSION = 1

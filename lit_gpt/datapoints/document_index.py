@@ -9,7 +9,6 @@ Costs: some 0.1 s and 8 MB a shard of 64 Mi tokens, once; then a question maps t
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import TokenStore, documents
+from lit_gpt.files import publishing, sweep
 
 
 class Location(NamedTuple):
@@ -80,11 +80,15 @@ class DocumentIndex:
         hashes = np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in table["id"].to_pylist()], np.uint64)
         places = np.argsort(hashes, kind="stable").astype(np.int32)
         table = table.append_column("hash", pa.array(hashes[places])).append_column("place", pa.array(places))
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            if not self._loaded:  # the first question: one look into the folder is enough
+                sweep(path.parent)
+            with (
+                publishing(path) as partial,
+                pa.OSFile(str(partial), "wb") as file,
+                pa.ipc.new_file(file, table.schema) as writer,
+            ):
                 writer.write_table(table)
         except OSError as error:
             raise BadInput(f"cannot index documents in {path.parent} ({error}): give --index_dir") from None
-        os.replace(partial, path)

@@ -15,7 +15,6 @@ Costs: some 100 bytes and 10 us a step; opening hashes the log once.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from lit_gpt.cli import BadInput
+from lit_gpt.files import Lock, LockHeld, publish, sweep
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +137,10 @@ class DatapointLog:
         slot_facts = json.loads(json.dumps(slot_facts))  # as they will be read back
         folder.mkdir(parents=True, exist_ok=True)
         check_facts(folder, slot_facts, allow_changed_data=allow_changed_data)
+        lock = _lock(folder)
         descriptor = os.open(folder / STEPS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            _lock(descriptor, folder)
+            sweep(folder, alone=True)
             attempts = read_attempts(folder)
             running = xxhash.xxh3_64()
             begin_bytes, matches = _hash_and_compare(descriptor, running, parent)
@@ -157,11 +158,13 @@ class DatapointLog:
             _write_attempts(folder, attempts)
         except BaseException:
             os.close(descriptor)
+            lock.close()
             raise
-        return cls(descriptor, attempts[-1], running)
+        return cls(lock, descriptor, attempts[-1], running)
 
-    def __init__(self, descriptor: int, attempt: Attempt, running: xxhash.xxh3_64) -> None:
+    def __init__(self, lock: Lock, descriptor: int, attempt: Attempt, running: xxhash.xxh3_64) -> None:
         self.attempt = attempt.attempt
+        self._lock = lock
         self._descriptor = descriptor
         self._bytes = attempt.begin_bytes
         self._running = running
@@ -195,6 +198,7 @@ class DatapointLog:
 
     def close(self) -> None:
         os.close(self._descriptor)
+        self._lock.close()
 
     def __enter__(self) -> DatapointLog:
         return self
@@ -205,14 +209,12 @@ class DatapointLog:
         self.close()
 
 
-def _lock(descriptor: int, folder: Path) -> None:
-    """One training process a run folder. A record lock ends with its process and is not inherited by children."""
+def _lock(folder: Path) -> Lock:
+    """One training process a run folder."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        return Lock(folder / STEPS_FILE)
+    except LockHeld:
         raise BadInput(f"another process trains in {folder.parent}: wait for it, or choose another --out_dir") from None
-    except OSError as error:
-        log.warning("%s: cannot be locked (%s): see to it that one job at a time trains here", folder, error.strerror)
 
 
 def _hash_and_compare(descriptor: int, running: xxhash.xxh3_64, parent: Mark | None) -> tuple[int, bool]:
@@ -247,14 +249,5 @@ def _write_attempts(folder: Path, attempts: list[Attempt]) -> None:
     entries = [
         {**attempt._asdict(), "parent": attempt.parent._asdict() if attempt.parent else None} for attempt in attempts
     ]
-    partial = folder / f"{RUN_FILE}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"format_version": FORMAT_VERSION, "attempts": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / RUN_FILE)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    content = {"format_version": FORMAT_VERSION, "attempts": entries}
+    publish(folder / RUN_FILE, [json.dumps(content, indent=1).encode()])

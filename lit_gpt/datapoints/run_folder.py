@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from lit_gpt.cli import BadInput
+from lit_gpt.files import publish, sweep, whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,10 @@ def write_settings(path: Path, settings: Mapping[str, Any], resolved: Mapping[st
     """settings.yaml, resolved.json and environment.json; `resume` is left out: it says how a start began, not what
     the run is."""
     asked = {name: value for name, value in settings.items() if name != "resume"}
-    (path / "settings.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
-    (path / RESOLVED).write_text(json.dumps(resolved, indent=1))
-    (path / "environment.json").write_text(json.dumps(environment(), indent=1))
+    sweep(path)
+    publish(path / "settings.yaml", [yaml.safe_dump(asked, sort_keys=False).encode()])
+    publish(path / RESOLVED, [json.dumps(resolved, indent=1).encode()])
+    publish(path / "environment.json", [json.dumps(environment(), indent=1).encode()])
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, str]]:
@@ -69,9 +71,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, str
     """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        whole = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [row for row in whole if last_step is None or int(row["step"]) <= last_step]
+    return [row for row in csv.DictReader(whole_lines(path)) if last_step is None or int(row["step"]) <= last_step]
 
 
 def environment() -> dict[str, Any]:

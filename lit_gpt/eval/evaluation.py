@@ -20,8 +20,9 @@ from lit_gpt.cli import BadInput
 from lit_gpt.data.loader import Batch, PackedDataset
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export.hf_folder import HFWeights, read_json
+from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_weights import config_from_hf, to_lit
+from lit_gpt.files import read_json
 from lit_gpt.model.gpt import GPT
 from lit_gpt.train.validation import Validation, validate
 

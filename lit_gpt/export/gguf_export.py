@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +25,11 @@ import tokenizers
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export.hf_folder import HFWeights, fsync, read_json
+from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS
 from lit_gpt.export.hf_weights import llama_fields, rope_base
 from lit_gpt.export.parity import GERMAN_TEXT
+from lit_gpt.files import publishing_new, read_json
 
 log = logging.getLogger(__name__)
 
@@ -50,27 +50,19 @@ English contraction ('Test), and combining marks, if the vocabulary has a token 
 def write_gguf(folder: Path, destination: Path, kind: str) -> None:
     """Write `destination` from a folder that create.sh wrote; BadInput and no file where that is not possible."""
     gguf = _package()
-    if destination.exists():
-        raise BadInput(f"{destination} exists already: name another destination, or remove it first")
     fields = llama_fields(read_json(folder / "config.json"))
     tokenizer, weights = Tokenizer.from_folder(folder), HFWeights(folder)
-    partial = destination.with_name(f".{destination.name}.partial")
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        writer = gguf.GGUFWriter(partial, "llama")
-        try:
-            _add_fields(writer, fields, destination.stem, gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-            _add_vocabulary(writer, gguf, folder, tokenizer, fields["vocab_size"])
-            _write_weights(writer, gguf, fields, weights, gguf.GGMLQuantizationType[kind.upper()])
-        finally:
-            writer.close()
-        fsync(partial)
-        partial.rename(destination)
+        with publishing_new(destination, folder=False) as partial:
+            writer = gguf.GGUFWriter(partial, "llama")
+            try:
+                _add_fields(writer, fields, destination.stem, gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+                _add_vocabulary(writer, gguf, folder, tokenizer, fields["vocab_size"])
+                _write_weights(writer, gguf, fields, weights, gguf.GGMLQuantizationType[kind.upper()])
+            finally:
+                writer.close()
     except OSError as error:
         raise BadInput(f"cannot write {destination}: {error.strerror}") from None
-    finally:
-        if partial.exists():
-            os.unlink(partial)
 
 
 def _package() -> ModuleType:

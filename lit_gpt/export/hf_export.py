@@ -21,11 +21,12 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.token_store import MANIFEST, ShardFile, TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export.hf_folder import HFWeights, publishing, require_hashes, write_json, write_weights
+from lit_gpt.export.hf_folder import HFWeights, require_hashes, write_weights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
 from lit_gpt.export.hf_weights import SHAPE_FIELDS, hf_config, hf_generation_config, hf_shapes, to_hf
 from lit_gpt.export.model_card import Card, write_card
 from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Twin, compare, our_logits, their_logits
+from lit_gpt.files import publishing_new, write_json
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def export(
     def rounded() -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor.to(form.dtype)) for name, tensor in model_tensors(checkpoint))
 
-    with publishing(destination) as folder:
+    with publishing_new(destination, folder=True) as folder:
         _write_facts(folder, config, tokenizer, form)
         write_tokenizer(tokenizer, folder, block_size=config.block_size, add_bos=add_bos)
         require_same_ids(tokenizer, twin.encoder(folder), (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=add_bos)

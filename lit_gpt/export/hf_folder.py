@@ -1,4 +1,4 @@
-"""A Hugging Face model folder on disk: written as a stream, read weight by weight, published whole or not at all.
+"""The weights of a Hugging Face model folder: written as a stream, read one by one.
 
 Safetensors is an 8-byte header length, a JSON header, then the bytes of all tensors. Since every shape is known before
 the first weight arrives, the headers are written first and each weight goes straight to its place: the memory of one
@@ -8,14 +8,11 @@ a folder is ever executed.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,79 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt.cli import BadInput
+from lit_gpt.files import read_json, write_json
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _HEADER_ALIGNMENT_BYTES = 8
 """safetensors pads its header with spaces to this, so that the data can be mapped as whole numbers."""
-
-
-@contextmanager
-def publishing(destination: Path) -> Iterator[Path]:
-    """A new folder beside `destination` to write into: it becomes `destination` at the end, or goes at any failure.
-
-    The lock tells a writer that still lives from what a killed one left behind, which is swept.
-    """
-    partial = destination.with_name(f".{destination.name}.partial")
-    if destination.exists():
-        raise BadInput(f"{destination} exists already: name another destination, or remove it first")
-    made_parents = [parent for parent in destination.parents if not parent.exists()]
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise BadInput(f"cannot write {destination}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{partial} is being written by another process") from None
-        try:
-            _empty(partial)
-            yield partial
-            for path in (*partial.iterdir(), partial):
-                fsync(path)
-            if destination.exists():
-                raise BadInput(f"{destination} appeared meanwhile: nothing was published")
-            partial.rename(destination)
-        except BaseException:  # a failure of any kind, Ctrl-C too, leaves nothing
-            shutil.rmtree(partial)
-            for parent in made_parents:
-                if not any(parent.iterdir()):
-                    parent.rmdir()
-            raise
-        fsync(destination.parent)
-    finally:
-        os.close(lock)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; BadInput that names the file where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} holds no JSON object")
-    return value
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

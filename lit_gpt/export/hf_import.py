@@ -17,10 +17,11 @@ from torch import Tensor
 from lit_gpt.checkpoint.checkpoint import write_initial
 from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import FILES, Tokenizer
-from lit_gpt.export.hf_folder import HFWeights, read_json
+from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids
 from lit_gpt.export.hf_weights import config_from_hf, to_lit
 from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Twin, compare, our_logits, their_logits
+from lit_gpt.files import read_json
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export.hf_folder import write_json
+from lit_gpt.files import write_json
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """The class of transformers 4 and 5 that takes tokenizer.json as it stands."""

@@ -20,10 +20,10 @@ from lit_gpt.checkpoint.checkpoint import RUN, Checkpoint, DamagedCheckpoint, ne
 from lit_gpt.checkpoint.history import left_behind
 from lit_gpt.cli import BadInput
 from lit_gpt.export.hf_export import Form, config_facts, export, open_tokenizer, require_shape
-from lit_gpt.export.hf_folder import read_json
 from lit_gpt.export.hub_repository import MAIN, HubRepository
 from lit_gpt.export.model_card import tells_of
 from lit_gpt.export.parity import Twin
+from lit_gpt.files import read_json
 
 log = logging.getLogger(__name__)
 

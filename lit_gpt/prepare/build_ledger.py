@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_gpt.cli import BadInput
-from lit_gpt.data.token_store import publish
+from lit_gpt.files import publish
 from lit_gpt.prepare.token_runs import Columns, RunSummary, file_and_line
-
-REJECTS = "rejects.jsonl"
 
 
 class ListedReject(NamedTuple):

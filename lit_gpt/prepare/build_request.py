@@ -6,16 +6,16 @@ never written by two builds, nor by builds of different requests.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lit_gpt.cli import BadInput
-from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS, publish
+from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS
+from lit_gpt.files import Lock, LockHeld, publish, sweep
 from lit_gpt.prepare.document_source import Fields, SourceFile
 
 BUILDER_VERSION = 1
@@ -23,6 +23,7 @@ BUILDER_VERSION = 1
 WORK = "build"
 """Folder in the destination that holds all work in progress."""
 SUMMARY = "summary.json"
+REJECTS = "rejects.jsonl"
 DEFAULT_FIELDS = Fields()
 
 log = logging.getLogger(__name__)
@@ -104,23 +105,30 @@ def _refuse_other(destination: Path, what: str, leftover: Path, old: dict[str, A
         )
 
 
-def claim(destination: Path, request: dict[str, Any]) -> IO[str]:
-    """Make or find the build folder of `request`; the returned open file keeps other builds out."""
+def claim(destination: Path, request: dict[str, Any]) -> Lock:
+    """Make or find the build folder of `request`; the returned lock keeps other builds out."""
     folder = destination / WORK
+    parts = [folder / name for name in ("runs", "pieces", "shards")]
     try:
-        for name in ("runs", "pieces", "shards"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115 (held by the caller until the build ends)
+        for part in parts:
+            part.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder / "lock")
+    except LockHeld:
+        raise BadInput(f"another build is running in {destination}") from None
     except OSError as error:
         raise BadInput(f"cannot write to --destination_path {destination}: {error.strerror}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"another build is running in {destination}") from None
-    stored = folder / "request.json"
-    if stored.exists():
-        _refuse_other(destination, "an unfinished build", folder, json.loads(stored.read_bytes()), request)
-        log.info("going on with the unfinished build in %s", destination)
-    else:
-        publish(stored, [json.dumps(request).encode()])
+        for part in (*parts, folder):
+            sweep(part, alone=True)
+        for name in (SUMMARY, REJECTS):
+            sweep(destination, name, alone=True)
+        stored = folder / "request.json"
+        if stored.exists():
+            _refuse_other(destination, "an unfinished build", folder, json.loads(stored.read_bytes()), request)
+            log.info("going on with the unfinished build in %s", destination)
+        else:
+            publish(stored, [json.dumps(request).encode()])
+    except BaseException:
+        lock.close()
+        raise
     return lock

@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_gpt.cli import BadInput
-from lit_gpt.data.token_store import Shard, Vocabulary, publish, write_manifest
+from lit_gpt.data.token_store import Shard, Vocabulary, write_manifest
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.prepare.build_ledger import REJECTS, Ledger, length_statistics, make_ledger, write_rejects
-from lit_gpt.prepare.build_request import SUMMARY, WORK, BuildSettings, claim, find_finished, make_request
+from lit_gpt.files import publish, sweep
+from lit_gpt.prepare.build_ledger import Ledger, length_statistics, make_ledger, write_rejects
+from lit_gpt.prepare.build_request import REJECTS, SUMMARY, WORK, BuildSettings, claim, find_finished, make_request
 from lit_gpt.prepare.build_workers import PieceReport, ShardWork, TokeniseSettings, TokeniseWork, vocabulary_of
 from lit_gpt.prepare.document_source import Piece, SourceFile, check_source, find_sources, read_pieces
 from lit_gpt.prepare.shard_plan import SplitPlan, plan_shards, split_threshold
@@ -238,8 +239,7 @@ class _Build:
     def _finish(self, plan: SplitPlan, shards: list[Shard]) -> dict[str, Any]:
         """Publish the manifest of one split; returns its part of the summary."""
         folder = self.destination / plan.split
-        for partial in folder.glob("*.partial"):
-            partial.unlink()
+        sweep(folder, alone=True)
         knobs = ("seed", "val_fraction", "shard_tokens", "keep_order", "add_bos")
         store = write_manifest(
             folder,

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lit_gpt.data.shard_file import publish
+from lit_gpt.files import publish
 
 Columns = npt.NDArray[np.uint64]
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.datapoints.run_folder import read_metrics
+from lit_gpt.files import publish, publishing, sweep, whole_lines
 from lit_gpt.train.sampling import Sample
 from lit_gpt.train.settings import TrackerSettings
 from lit_gpt.train.wandb_run import WandbRun
@@ -33,20 +34,18 @@ class Trackers:
     ) -> None:
         """run_settings: all of the run's, for Weights & Biases."""
         path = run_dir / "metrics.csv"
-        lines: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                lines = [row for row in csv.DictReader(file) if _is_whole(row)]
+        lines = read_metrics(path)
         kept = [row for row in lines if int(row["step"]) <= resume_step]
-        temporary = path.with_suffix(".csv.new")
-        with temporary.open("w", newline="") as file:
+        self._samples = run_dir / "samples.jsonl"
+        for written in (path, self._samples):
+            sweep(run_dir, written.name, alone=True)
+            written.with_name(f"{written.name}.new").unlink(missing_ok=True)  # of an earlier version
+        with publishing(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
-        os.replace(temporary, path)
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._samples = run_dir / "samples.jsonl"
         if self._samples.exists():
             _keep_samples(self._samples, resume_step)
         self._board = None
@@ -91,14 +90,6 @@ class Trackers:
             self._wandb.close()
 
 
-def _is_whole(row: dict[str, str]) -> bool:
-    """False for a line that a kill cut short: DictReader fills what is missing with None."""
-    return row["val_bits_per_byte"] is not None and row["step"].isdigit()
-
-
 def _keep_samples(path: Path, resume_step: int) -> None:
     """Drop the samples after `resume_step`, and a last line that a kill cut short."""
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
-    temporary = path.with_suffix(".jsonl.new")
-    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= resume_step), encoding="utf-8")
-    os.replace(temporary, path)
+    publish(path, [line.encode() for line in whole_lines(path) if json.loads(line)["step"] <= resume_step])

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_gpt.files import publish
+
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb-id"
@@ -34,7 +36,7 @@ class WandbRun:
         id_file = run_dir / ID_FILE
         self._sent_step = sent_step if id_file.exists() else 0
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            publish(id_file, [secrets.token_hex(4).encode()])
         self._timeout_s, self._run_dir = timeout_s, run_dir
         options = dict(
             project=project, name=name or run_dir.resolve().name, id=id_file.read_text(), config=dict(config)

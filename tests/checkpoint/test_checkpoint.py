@@ -25,7 +25,7 @@ from lit_gpt.checkpoint.checkpoint import (
     checkpoint_name,
     load,
     model_tensors,
-    publish,
+    seal,
     verified,
     write_initial,
 )
@@ -184,7 +184,7 @@ def test_a_pickle_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: py
     path = run_dir / checkpoint_name(30)
     torch.save({"model": Malicious()}, path / "state.pth")
     (path / "MANIFEST.json").unlink()
-    publish(path, run_dir / checkpoint_name(31), facts(31) | {"model": TINY.__dict__})
+    seal(path, run_dir / checkpoint_name(31), facts(31) | {"model": TINY.__dict__})
     with pytest.raises(DamagedCheckpoint, match=r"it was not run: .*[Ww]eights.only"):
         verified(run_dir / checkpoint_name(31))
     assert not (tmp_path / "executed").exists()
@@ -195,7 +195,7 @@ def published_anew(path: Path) -> Path:
     kept = json.loads((path / "run.json").read_text())
     (path / "MANIFEST.json").unlink()
     aside = path.rename(path.with_name("aside"))
-    publish(aside, path, kept)
+    seal(aside, path, kept)
     return path
 
 

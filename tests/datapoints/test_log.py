@@ -16,6 +16,7 @@ import xxhash
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.log import DatapointLog, Mark, check_facts
 from lit_gpt.datapoints.run_record import RunRecord
+from tests.support.no_locks import NO_LOCKS, without_locks
 
 FACTS = {"datasets": ["a1"], "seed": 1, "block_size": 16, "packing": "window", "global_batch_size": 8}
 
@@ -139,17 +140,25 @@ for step in range(1, 10**9):
 """
 
 
-def start_writer(folder: Path) -> subprocess.Popen:
+def start_writer(folder: Path, before: str) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}
+        [sys.executable, "-c", before + WRITER, str(folder)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": root},
     )
     assert process.stdout.readline() == b"ready\n"
     return process
 
 
-def test_a_killed_writer_loses_no_step_and_blocks_nobody(folder: Path) -> None:
-    process = start_writer(folder)
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_killed_writer_loses_no_step_and_blocks_nobody(
+    folder: Path, locks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the file system has no locks."""
+    if not locks:
+        without_locks(monkeypatch)
+    process = start_writer(folder, "" if locks else NO_LOCKS)
     with pytest.raises(BadInput, match="another process trains in"):
         DatapointLog.open(folder, {"seed": 1})
     time.sleep(0.05)

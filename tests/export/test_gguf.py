@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export.hf_folder import HFWeights, write_json, write_weights
+from lit_gpt.export.hf_folder import HFWeights, write_weights
 from lit_gpt.export.hf_tokenizer import write_tokenizer
 from lit_gpt.export.hf_weights import hf_config, hf_generation_config, hf_shapes, to_hf
 from lit_gpt.export.parity import GERMAN_TEXT
+from lit_gpt.files import write_json
 from lit_gpt.model.gpt import GPT, initialize
 from scripts import convert_gguf, train_tokenizer
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_gpt.cli import BadInput
-from lit_gpt.export.hf_folder import HFWeights, plan_shards, publishing, require_hashes, write_weights
+from lit_gpt.export.hf_folder import HFWeights, plan_shards, require_hashes, write_weights
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -120,54 +117,3 @@ def test_damaged_absent_and_incomplete_weights_are_named(tmp_path: Path) -> None
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(BadInput, match="weight 'a' holds NaN or infinity"):
         HFWeights(tmp_path).read("a")
-
-
-def test_publication_is_whole_or_leaves_nothing(tmp_path: Path) -> None:
-    destination = tmp_path / "new" / "parent" / "model"
-    with pytest.raises(ZeroDivisionError), publishing(destination) as folder:
-        (folder / "x").write_text(f"{1 / 0}")
-    assert list(tmp_path.iterdir()) == []
-    with publishing(destination) as folder:
-        (folder / "x").write_text("2")
-        assert not destination.exists()
-    assert (destination / "x").read_text() == "2"
-    assert [path.name for path in destination.parent.iterdir()] == ["model"]
-    with pytest.raises(BadInput, match="exists already"), publishing(destination):
-        pass
-
-
-def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
-    killed = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
-from pathlib import Path
-from lit_gpt.export.hf_folder import publishing
-with publishing(Path({str(tmp_path / "model")!r})) as folder:
-    (folder / "old").write_text("1")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
-    assert [path.name for path in tmp_path.iterdir()] == [".model.partial"]
-    with publishing(tmp_path / "model") as folder:
-        (folder / "new").write_text("2")
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_two_writers_of_one_destination(tmp_path: Path) -> None:
-    (tmp_path / ".model.partial").mkdir()
-    lock = os.open(tmp_path / ".model.partial", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(BadInput, match="being written by another process"), publishing(tmp_path / "model"):
-        pass
-    assert (tmp_path / ".model.partial").is_dir()
-    os.close(lock)
-
-
-def test_an_unwritable_destination_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(BadInput, match=r"cannot write .*file/model: Not a directory"),
-        publishing(tmp_path / "file/model"),
-    ):
-        pass

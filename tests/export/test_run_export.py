@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt.checkpoint.checkpoint import checkpoint_name, publish
+from lit_gpt.checkpoint.checkpoint import checkpoint_name, seal
 from lit_gpt.cli import BadInput
 from lit_gpt.export import hf_export
 from lit_gpt.export.run_export import revision_name
@@ -195,7 +195,7 @@ def test_a_step_that_was_trained_anew_is_not_taken_for_the_one_before(
     trained["model"]["lm_head.weight"].mul_(1.5)
     torch.save(trained, path / "state.pth")
     (path / "MANIFEST.json").unlink()
-    publish(path, path.with_name("new"), json.loads((path / "run.json").read_text()))
+    seal(path, path.with_name("new"), json.loads((path / "run.json").read_text()))
     path.with_name("new").rename(path)
 
     refused = create_all(run, tmp_path, address)

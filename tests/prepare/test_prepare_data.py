@@ -446,6 +446,18 @@ def test_same_bytes_after_kills_at_every_stage(tokenizer: Path, tmp_path: Path) 
     assert data_of(out) == data_of(tmp_path / "whole")
 
 
+def test_files_that_a_killed_builder_was_writing_are_swept(tokenizer: Path, tmp_path: Path) -> None:
+    """Those of today and of earlier versions; in pieces/ a number once was read from every name."""
+    source, out = tmp_path / "a.jsonl", tmp_path / "data"
+    source.write_bytes(lines_of(made_up(20_000)))
+    assert kill_when(start(*arguments(source, tokenizer, out)), lambda: (out / "build/request.json").exists())
+    for name in ("build/pieces/0.partial", "build/pieces/.0.host-1.partial", ".summary.json.host-1.partial"):
+        (out / name).write_bytes(b"1")
+    run(*arguments(source, tokenizer, out))
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["lengths.png", "rejects.jsonl", "summary.json", "train", "val"]
+
+
 def test_killed_worker_ends_the_build_with_a_reason(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(lines_of(made_up(25_000)))

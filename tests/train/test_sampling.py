@@ -110,6 +110,24 @@ def test_logits_of_one_position_are_those_of_the_whole() -> None:
     assert full_rows(3, 32).tolist() == [0, 32, 64] + 61 * [96]
 
 
+def test_a_resume_keeps_every_whole_line_and_no_other(tmp_path: Path) -> None:
+    """A text may hold what Unicode calls the end of a line; a line that was cut is whole in no column."""
+    for step in (1, 2, 3):
+        trackers = Trackers(tmp_path, step - 1, TrackerSettings(tensorboard=False), {})
+        trackers.log({"step": step, "loss": 1.5, "val_bits_per_byte": 2.25})
+        trackers.log_samples(step, [Sample("a", f"{step}\u2028b\x85c", 2, False)])
+        trackers.close()
+    whole = (tmp_path / "metrics.csv").read_bytes()
+    (tmp_path / "metrics.csv").write_bytes(whole[:-3])  # 2.2 for 2.25: as many columns as a whole line
+    for left_over in ("metrics.csv.new", "samples.jsonl.new", ".metrics.csv.host-1.partial"):
+        (tmp_path / left_over).touch()
+    Trackers(tmp_path, 3, TrackerSettings(tensorboard=False), {}).close()
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2"]
+    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["text"] for line in lines[:-1]] == [f"{step}\u2028b\x85c" for step in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "samples.jsonl"]
+
+
 def test_the_models_own_end_is_kept(tmp_path: Path) -> None:
     trackers = Trackers(tmp_path, 0, TrackerSettings(tensorboard=False), {})
     trackers.log_samples(3, [Sample("a", "ä\nb", 2, True)])
