@@ -18,7 +18,8 @@ import torch
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from scripts import datapoints, prepare_data
 from tests.support.kept import RECIPE
-from tests.support.training import ROOT, environment, full_state, seen_rows
+from tests.support.programs import ROOT, environment
+from tests.support.training import full_state, seen_rows
 
 KEPT = ROOT / "tests" / "golden" / "kept_run.tar.xz"
 TRAINING = "pretrain/tinyllama_fabric.py"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.support.training import ROOT, environment
+from tests.support.programs import ROOT, environment
 
 CODE = """
 import sys
 from lit_gpt.launch.fabric import Fabric
-print(sorted({"lightning.pytorch", "scipy", "matplotlib", "transformers", "torchmetrics.functional"} & set(sys.modules)))
+REST = {"lightning.pytorch", "scipy", "matplotlib", "transformers", "torchmetrics.functional"}
+print(sorted(REST & set(sys.modules)))
 from lightning import Trainer
 import lightning, lightning.fabric, torchmetrics
 print(Trainer.__module__, lightning.Fabric is Fabric, issubclass(torchmetrics.MeanMetric, torchmetrics.Metric))

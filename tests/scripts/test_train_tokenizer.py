@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 
 import lit_gpt.data.tokenizer
 from lit_gpt.data.tokenizer import Tokenizer
+from tests.support.programs import ROOT, run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
     "Der",
     "Bär",
@@ -41,10 +39,7 @@ TRICKY = [
 
 
 def run(*argv: object, code: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts/train_tokenizer.py"), *map(str, argv)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = run_program([sys.executable, ROOT / "scripts/train_tokenizer.py", *argv])
     assert done.returncode == code, done.stderr
     return done.stderr
 

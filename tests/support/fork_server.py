@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import builtins
 import gc
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -24,7 +24,10 @@ from types import ModuleType
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("jsonargparse", "yaml", "pandas", "torch.utils.tensorboard", "transformers.models.auto", "transformers.models.llama")
+PACKAGES = (
+    "jsonargparse", "yaml", "pandas", "torch.utils.tensorboard", "transformers.models.auto",
+    "transformers.models.llama",
+)  # fmt: skip
 """Beside what the modules of lit_gpt import. pandas comes with pyarrow's first table where it is installed."""
 LARGEST_REQUEST_BYTES = 1 << 20
 
