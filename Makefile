@@ -1,8 +1,8 @@
 # Each target sets up everything that it needs: only make and Python 3.10, 3.11 or 3.12 must be there.
 #   make demo    German text -> tokenizer -> training, killed and resumed -> Hugging Face model, with proofs, on the CPU
-#   make test    every test that this machine can run, on all its cores: some 12 minutes on two
-#   make test-fast   what one runs while writing: no test that is slow, has several processes or needs a GPU
-#   make test-slow   the tests marked `long`: hundreds of kills, long fuzzing
+#   make test    the tests that this machine can run, on all its cores
+#   make test-fast   for while you write: no slow test, no test of several processes, no GPU
+#   make test-slow   the long ones: hundreds of kills, long fuzzing
 #   make check   ruff, formatting, mypy, layers and repository rules
 #   make format  puts the code into ruff's form
 # PYTHON=python3.12 picks the interpreter that makes the environment.

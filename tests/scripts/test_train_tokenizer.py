@@ -61,10 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "out"
 
 
-def test_any_text_comes_back(folder: Path) -> None:
+@pytest.mark.parametrize("examples", [300, pytest.param(100_000, marks=pytest.mark.long)])
+def test_any_text_comes_back(folder: Path, examples: int) -> None:
     tokenizer = Tokenizer.from_folder(folder)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(st.text(st.characters(exclude_categories=["Cs"])))
     def comes_back(text: str) -> None:
         ids = tokenizer.encode(text)
@@ -76,10 +77,11 @@ def test_any_text_comes_back(folder: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_parts_are_exact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("examples", [200, pytest.param(100_000, marks=pytest.mark.long)])
+def test_parts_are_exact(folder: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     tokenizer = Tokenizer.from_folder(folder)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(st.text(st.sampled_from("ab \n\r\tüß1.")), st.integers(1, 9))
     def same_ids(text: str, size: int) -> None:
         monkeypatch.setattr(lit_gpt.data.tokenizer, "PART_CHARACTERS", 1 << 30)

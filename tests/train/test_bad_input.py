@@ -118,6 +118,7 @@ def test_training(mistake: str, store: Path, tmp_path: Path) -> None:
     assert_refused(done, *words)
 
 
+@pytest.mark.slow
 def test_launchers_world_differs_from_the_settings(store: Path, tmp_path: Path) -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}
     srun = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}

@@ -165,6 +165,7 @@ def test_a_signal_saves_and_stops(store: Path, tmp_path: Path, number: signal.Si
     assert (tmp_path / f"iter-{int(last):08d}-ckpt.pth" / "MANIFEST.json").is_file()
 
 
+@pytest.mark.slow
 def test_deterministic_runs_agree(store: Path, tmp_path: Path) -> None:
     """With compiled blocks and two threads, where sums could be cut up differently."""
     for name in ("1", "2"):
