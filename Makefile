@@ -1,14 +1,17 @@
 # Each target sets up everything that it needs: only make and Python 3.10, 3.11 or 3.12 must be there.
 #   make demo    German text -> tokenizer -> training, killed and resumed -> Hugging Face model, with proofs, on the CPU
-#   make test    every test that this machine can run
+#   make test    the tests that this machine can run, on all its cores
+#   make test-fast   for while you write: no slow test, no test of several processes, no GPU
+#   make test-slow   the long ones: hundreds of kills, long fuzzing
 #   make check   ruff, formatting, mypy, layers and repository rules
 #   make format  puts the code into ruff's form
 # PYTHON=python3.12 picks the interpreter that makes the environment.
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n auto --no-loadscope-reorder
 
-.PHONY: setup demo test check format
+.PHONY: setup demo test test-fast test-slow check format
 
 setup: .venv/ready
 
@@ -24,7 +27,13 @@ demo: setup
 	$(BIN)/python scripts/demo.py
 
 test: setup
-	$(BIN)/python -m pytest --timeout 600
+	$(PYTEST) --timeout 600
+
+test-fast: setup
+	$(PYTEST) --timeout 60 -m "not distributed and not gpu and not slow and not long"
+
+test-slow: setup
+	$(PYTEST) -m long
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,11 @@
-"""Fixtures that every tier of tests shares."""
+"""Fixtures that every tier of tests shares, and how tests are spread over processes (pytest-xdist)."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,47 @@ from tests.support.german_run import make_german_run
 from tests.support.training import make_store
 
 ROOT = Path(__file__).resolve().parents[1]
+BYTES_A_WORKER = 5 << 30
+"""Room for a worker and for the four ranks that a test may start."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """-n auto: a worker a core, as far as memory goes."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_A_WORKER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A file's tests stay in one worker, so that its fixtures are built once; so do all tests of the one GPU."""
+    from xdist.scheduler import LoadFileScheduling  # not needed where pytest runs in one process
+
+    class FileScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "gpu" if file.startswith("tests/gpu/") else file
+
+    return FileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with most slow tests first: a worker that began one last would end long after the others."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def _once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """What make(folder) returns, made by the first worker that asks; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with (folder.with_suffix(".lock")).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = folder.with_suffix(".made")
+        if not result.exists():
+            folder.mkdir()  # fails where another worker's attempt failed: its test has the reason
+            result.write_text(str(make(folder)))
+        return Path(result.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +69,10 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small made store with the splits train and val; tests only read it."""
-    return make_store(tmp_path_factory.mktemp("store"))
+    return _once(tmp_path_factory, "store", make_store)
 
 
 @pytest.fixture(scope="session")
 def german_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder that tests/support/german_run.py makes; tests only read it."""
-    return make_german_run(tmp_path_factory.mktemp("german"))
+    return _once(tmp_path_factory, "german", make_german_run)

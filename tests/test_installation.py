@@ -15,7 +15,8 @@ import pytest
 
 from lit_gpt.cli import EXIT_OK
 from scripts.fetch_german_text import from_grammar
-from tests.support.training import command, environment
+from tests.support.programs import environment
+from tests.support.training import command
 from tests.test_layering import rooms
 
 ROOT = Path(__file__).resolve().parents[1]

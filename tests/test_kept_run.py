@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from scripts import datapoints, prepare_data
 from tests.support.kept import RECIPE
-from tests.support.training import ROOT, environment, full_state, seen_rows
+from tests.support.programs import ROOT, run_program
+from tests.support.training import full_state, seen_rows
 
 KEPT = ROOT / "tests" / "golden" / "kept_run.tar.xz"
 TRAINING = "pretrain/tinyllama_fabric.py"
@@ -34,8 +34,7 @@ def kept(tmp_path: Path) -> Path:
 def run(kept: Path, program: str, **flags: object) -> None:
     """A program of today, with the kept run's folder as working directory."""
     words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, str(ROOT / "tests/support/kept.py"), str(ROOT / program), *words]
-    done = subprocess.run(command, cwd=kept, env=environment(), capture_output=True, text=True, timeout=300)
+    done = run_program([sys.executable, ROOT / "tests/support/kept.py", ROOT / program, *words], cwd=kept)
     assert done.returncode == 0, done.stderr
 
 
@@ -58,6 +57,7 @@ def test_the_store_has_the_same_bytes_today(kept: Path) -> None:
         assert files(kept / "again" / split) == files(kept / "data" / split)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_checkpoints(kept: Path) -> None:
     """From step 8, with the losses and the rows that followed then; from step 4, of two ranks; and past the end."""
     run(kept, TRAINING, **RECIPE, out_dir="again", resume="run/iter-00000008-ckpt.pth")

@@ -19,18 +19,19 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
-from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch._inductor import config as inductor_config
 
 from lit_gpt.cli import EXIT_BAD_INPUT, BadInput
+from lit_gpt.launch.fabric import (
+    ClusterEnvironment,
+    Fabric,
+    LightningEnvironment,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lit_gpt.launch.job import host
 from lit_gpt.launch.settings import LaunchSettings
 

@@ -7,12 +7,12 @@ unit, over a mesh that the sharding strategy names.
 from __future__ import annotations
 
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_gpt.config import Config
+from lit_gpt.launch.fabric import Fabric
 from lit_gpt.launch.world import World
 from lit_gpt.model.activation_checkpointing import checkpoint_activations
 from lit_gpt.model.float8 import use_float8

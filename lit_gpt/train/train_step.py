@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lit_gpt.data.loader import Batch
+from lit_gpt.launch.fabric import Fabric
 from lit_gpt.train.optimizer import AdamW, gradient_norm, learning_rate
 from lit_gpt.train.settings import StepSettings
 from lit_gpt.train.sharding import sync_gradients

@@ -13,17 +13,14 @@ import torch
 from lit_gpt.bench.bench_attention import REFERENCE_ROWS, RESULTS, Call, reference, relative
 from lit_gpt.data.loader import full_rows
 from lit_gpt.model.attention import BACKENDS
-from tests.support.training import environment
+from tests.support.programs import run_program
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "benchmark_attention.py"
 ROWS, TOKENS = 3, 64
 
 
 def benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, PROGRAM, "--accelerator", "cpu", "--repetitions", "1", "--rows", "3", *flags],
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    return run_program([sys.executable, PROGRAM, "--accelerator", "cpu", "--repetitions", "1", "--rows", "3", *flags])
 
 
 def test_a_line_for_each_layout_and_backend() -> None:

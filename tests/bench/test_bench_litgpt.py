@@ -12,7 +12,7 @@ import torch
 
 from lit_gpt.bench.bench_litgpt import shape_of
 from lit_gpt.config import REGISTRY
-from tests.support.training import environment
+from tests.support.programs import environment
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "benchmark_litgpt.py"
 SMALL = ("--size", "debug", "--rows", "2", "--steps", "2", "--warmup", "1", "--accelerator", "cpu")

@@ -19,16 +19,15 @@ from lit_gpt.cli import BadInput
 from lit_gpt.data.loader import Batch
 from lit_gpt.train.settings import StepSettings, step_range
 from lit_gpt.train.train_step import TrainStep
-from tests.support.training import environment, train
+from tests.support.programs import run_program
+from tests.support.training import train
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "benchmark_step.py"
 
 
 def benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
     small = ("--size", "debug", "--accelerator", "cpu", "--steps", "2", "--warmup", "1")
-    return subprocess.run(
-        [sys.executable, PROGRAM, *small, *flags], env=environment(), capture_output=True, text=True, timeout=300
-    )
+    return run_program([sys.executable, PROGRAM, *small, *flags])
 
 
 def test_a_line_for_the_step() -> None:

@@ -314,8 +314,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize("delay_ms", [0, 3, 7, 11, 17, 23, 31])
-def test_killed_while_saving(tmp_path: Path, delay_ms: int) -> None:
+@pytest.mark.parametrize(
+    "delay_ms", [0, 3, 7, 11, 17, 23, 31, *(pytest.param(ms / 4, marks=pytest.mark.long) for ms in range(200))]
+)
+def test_killed_while_saving(tmp_path: Path, delay_ms: float) -> None:
     """SIGKILL at some moment of endless saving: the newest published checkpoint is whole, and what is left is swept."""
     code = SAVING.format(paths=[str(Path(__file__).parents[2])], run_dir=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.log import FOLDER, DatapointLog, Mark
 from lit_gpt.train.rollback import last_good
 from tests.checkpoint.test_checkpoint import facts, model_and_optimizer, save
-from tests.support.training import command, environment, metrics, train
+from tests.support.programs import environment, run_program
+from tests.support.training import command, metrics, train
 from tests.train.test_step_guard import FAULTY
 
 
@@ -139,10 +139,10 @@ def test_the_program_goes_on_where_it_was_wound_back_to(store: Path, tmp_path: P
     """From step 4 of 12 with another learning rate; killed at step 6, before its first save; then --resume auto."""
     train(store, tmp_path, keep_last_checkpoints=0)
     changed = dict(learning_rate=1e-3, keep_last_checkpoints=2)
-    done = subprocess.run(
+    done = run_program(
         command(store, tmp_path, program=FAULTY, resume=tmp_path / checkpoint_name(4), **changed),
-        env=environment(FAULTS="6:0:kill"), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=environment(FAULTS="6:0:kill"),
+    )
     assert done.returncode == -signal.SIGKILL
     assert "not taken by --resume auto: iter-00000012-ckpt.pth, iter-00000008-ckpt.pth" in done.stderr
     log = train(store, tmp_path, resume="auto", **changed).stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.training import ROOT, environment
+from tests.support.programs import ROOT, environment
 
 TRAIN = ROOT / "cluster/exec/train_fabric.sh"
 CHAIN = ROOT / "cluster/exec/submit_chain.sh"

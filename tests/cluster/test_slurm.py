@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.training import ROOT, SMALL, command, environment, metrics, seen_rows, train
+from tests.support.programs import ROOT, environment
+from tests.support.training import SMALL, command, metrics, seen_rows, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -199,6 +199,7 @@ def test_other_packings_verify_and_find_every_document_twice(
             assert sum(part["length"] for part in first) == length  # epoch 1 lacks what no longer fills a step
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_give_the_same_digests(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", 40)
     steps = 2 * PackedDataset(store, BLOCK, 7).rows_per_epoch // BATCH
@@ -252,7 +253,8 @@ def train(store: TokenStore, folder: Path, pause_s: float, kill_after_s: float |
     assert process.wait() == (0 if kill_after_s is None else -9)
 
 
-def test_kills_at_random_steps_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("_", [0, *(pytest.param(number, marks=pytest.mark.long) for number in range(1, 40))])
+def test_kills_at_random_steps_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], _: int) -> None:
     store = make_store(tmp_path / "store", 240)  # 90 steps or so of 0.01 s: five lives of at most 0.15 s do not end it
     train(store, tmp_path / "unbroken", 0, None)
     for kill_after_s in np.random.default_rng().uniform(0, 0.15, 5).tolist():

@@ -17,7 +17,7 @@ import pytest
 from lit_gpt.train.memory_plan import step_memory
 from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.settings import StepSettings
-from tests.support.training import ROOT, environment
+from tests.support.programs import ROOT, environment
 
 pytestmark = pytest.mark.distributed
 

@@ -12,7 +12,8 @@ import pytest
 
 from lit_gpt.checkpoint.checkpoint import verified
 from lit_gpt.checkpoint.history import find
-from tests.support.training import command, environment, metrics, seen_rows, small_disk, train
+from tests.support.programs import environment
+from tests.support.training import command, metrics, seen_rows, small_disk, train
 
 pytestmark = pytest.mark.distributed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.train.settings import ShardingSettings
-from tests.support.training import command, environment, full_state, metrics, seen_rows, train
+from tests.support.programs import environment, run_program
+from tests.support.training import command, full_state, metrics, seen_rows, train
 from tests.train.test_step_guard import FAULTY
 
 pytestmark = pytest.mark.distributed
@@ -139,9 +139,9 @@ def test_a_bad_number_on_one_rank_is_skipped_by_all(store: Path, tmp_path: Path,
     )
     for devices, listed in ((1, faults.replace(":1:", ":0:")), (2, faults)):
         run = tmp_path / str(devices)
-        done = subprocess.run(
+        done = run_program(
             command(store, run, program=FAULTY, devices=devices, sharding_strategy=strategy, **settings),
-            env=environment(FAULTS=listed), capture_output=True, text=True, timeout=300,
+            env=environment(FAULTS=listed), fresh=devices != 1,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         with RunRecord(run / "datapoints") as record:

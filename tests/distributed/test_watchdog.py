@@ -15,7 +15,8 @@ import pytest
 
 from lit_gpt.launch.settings import WatchdogSettings
 from lit_gpt.launch.watchdog import Heartbeat, limit_s, poll_s, verdict
-from tests.support.training import SECRETS, assert_no_secret, command, environment, metrics
+from tests.support.programs import environment
+from tests.support.training import SECRETS, assert_no_secret, command, metrics
 
 pytestmark = pytest.mark.distributed
 

@@ -22,7 +22,8 @@ from lit_gpt.data.token_store import write_store
 from lit_gpt.train.memory_plan import peak_bytes
 from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.settings import StepSettings
-from tests.support.training import EOS, command, documents, environment
+from tests.support.programs import environment
+from tests.support.training import EOS, command, documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

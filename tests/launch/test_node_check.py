@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_gpt.launch.node_check import GpuState, Measured, judge, measure_disk, parse_gpu
-from tests.support.training import ROOT, environment
+from tests.support.programs import ROOT, environment
 
 GOOD = Measured(
     who="rank 0 on n1", host="n1", gpu="H100, 80 GiB", gpu_state=GpuState(0, []), matmul_flops=700e12,

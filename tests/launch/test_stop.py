@@ -15,7 +15,8 @@ import pytest
 from lit_gpt.launch.settings import StopSettings
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
-from tests.support.training import ROOT, command, environment, metrics, train
+from tests.support.programs import ROOT, environment
+from tests.support.training import command, metrics, train
 
 ENDLESS = dict(max_steps=100_000, max_epochs=100_000, save_interval_steps=100_000, eval_interval_steps=100_000)
 

@@ -415,6 +415,7 @@ def kill_when(process: subprocess.Popen[str], seen: Callable[[], bool]) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_same_bytes_after_kills_at_every_stage(tokenizer: Path, tmp_path: Path) -> None:
     """Killed when the first run, a later run, the first shard, the last manifest appear; then left to finish."""
     source = tmp_path / "a.jsonl"

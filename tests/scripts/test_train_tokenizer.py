@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 
 import lit_gpt.data.tokenizer
 from lit_gpt.data.tokenizer import Tokenizer
+from tests.support.programs import ROOT, run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
     "Der",
     "Bär",
@@ -41,10 +39,7 @@ TRICKY = [
 
 
 def run(*argv: object, code: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts/train_tokenizer.py"), *map(str, argv)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = run_program([sys.executable, ROOT / "scripts/train_tokenizer.py", *argv])
     assert done.returncode == code, done.stderr
     return done.stderr
 
@@ -66,10 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "out"
 
 
-def test_any_text_comes_back(folder: Path) -> None:
+@pytest.mark.parametrize("examples", [300, pytest.param(100_000, marks=pytest.mark.long)])
+def test_any_text_comes_back(folder: Path, examples: int) -> None:
     tokenizer = Tokenizer.from_folder(folder)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(st.text(st.characters(exclude_categories=["Cs"])))
     def comes_back(text: str) -> None:
         ids = tokenizer.encode(text)
@@ -81,10 +77,11 @@ def test_any_text_comes_back(folder: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_parts_are_exact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("examples", [200, pytest.param(100_000, marks=pytest.mark.long)])
+def test_parts_are_exact(folder: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     tokenizer = Tokenizer.from_folder(folder)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(st.text(st.sampled_from("ab \n\r\tüß1.")), st.integers(1, 9))
     def same_ids(text: str, size: int) -> None:
         monkeypatch.setattr(lit_gpt.data.tokenizer, "PART_CHARACTERS", 1 << 30)

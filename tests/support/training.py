@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,8 @@ import pytest
 import torch
 
 from lit_gpt.data.token_store import write_store
+from tests.support.programs import ROOT, run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain" / "tinyllama_fabric.py"
 SMALL = dict(
     model_name="debug", block_size=64, global_batch_size=8, micro_batch_size=4, max_steps=12, learning_rate=3e-3,
@@ -54,12 +53,6 @@ def command(store: Path, out_dir: Path, *, program: Path = PROGRAM, **settings: 
     values = dict(SMALL, train_data_dir=store / "train", val_data_dir=store / "val", out_dir=out_dir) | settings
     flags = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
     return [sys.executable, str(program), *flags]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """One thread a process, and no launcher of the machine that the tests run on."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k != "MODEL_NAME"}
-    return {**clean, "OMP_NUM_THREADS": "1", **extra}
 
 
 @contextmanager
@@ -114,9 +107,7 @@ def assert_no_secret(folder: Path, *logs: str) -> None:
 
 def train(store: Path, out_dir: Path, *, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run the program to its end and check its exit code."""
-    done = subprocess.run(
-        command(store, out_dir, **settings), env=environment(), capture_output=True, text=True, timeout=300
-    )
+    done = run_program(command(store, out_dir, **settings), fresh=settings.get("devices", 1) != 1)
     assert done.returncode == expect, done.stderr
     return done
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.training import ROOT, command, environment, train
+from tests.support.programs import ROOT, environment, run_program
+from tests.support.training import command, train
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +114,11 @@ TRAINING: dict[str, tuple[Callable[[Path, Path], dict[str, object]], list[str]]]
 def test_training(mistake: str, store: Path, tmp_path: Path) -> None:
     make, words = TRAINING[mistake]
     settings = {"out_dir": tmp_path / "out", **make(store, tmp_path)}
-    done = subprocess.run(
-        command(store, **settings), env=environment(), capture_output=True, text=True, timeout=120  # type: ignore[arg-type]
-    )  # fmt: skip
+    done = run_program(command(store, **settings))  # type: ignore[arg-type]
     assert_refused(done, *words)
 
 
+@pytest.mark.slow
 def test_launchers_world_differs_from_the_settings(store: Path, tmp_path: Path) -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}
     srun = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
@@ -136,16 +137,13 @@ def test_launchers_world_differs_from_the_settings(store: Path, tmp_path: Path) 
         ({**srun, "SLURM_NTASKS": "3", "SLURM_NNODES": "2"}, ["--ntasks-per-node"]),
         ({**srun, "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, ["--ntasks-per-node=2"]),
     ):
-        done = subprocess.run(
-            command(store, tmp_path, devices=2, num_nodes=3), env=environment(**extra), capture_output=True, text=True,
-            timeout=120,
-        )  # fmt: skip
+        done = run_program(command(store, tmp_path, devices=2, num_nodes=3), env=environment(**extra))
         assert_refused(done, *words)
 
 
 def resume(store: Path, run: Path, **settings: object) -> subprocess.CompletedProcess[str]:
     values = {"max_steps": 4, "warmup_steps": 1, "resume": "auto", **settings}
-    return subprocess.run(command(store, run, **values), env=environment(), capture_output=True, text=True, timeout=120)
+    return run_program(command(store, run, **values), fresh=values.get("devices", 1) != 1)
 
 
 def test_resume_refuses(store: Path, finished: Path, tmp_path: Path) -> None:
@@ -171,9 +169,7 @@ def test_two_processes_tell_it_once(store: Path, finished: Path, tmp_path: Path)
 
 def test_nothing_was_left_behind(store: Path, tmp_path: Path) -> None:
     """A refused start has made no run folder that a later one would trip over."""
-    done = subprocess.run(
-        command(store, tmp_path / "out", model_name="nonsense"), env=environment(), capture_output=True, text=True
-    )
+    done = run_program(command(store, tmp_path / "out", model_name="nonsense"))
     assert done.returncode == 2
     assert not (tmp_path / "out").exists()
 
@@ -182,5 +178,4 @@ def test_programs_tell_a_missing_argument() -> None:
     for program in sorted((ROOT / "scripts").glob("*.py")):
         if program.name == "demo.py" or program.name.startswith("benchmark_"):  # need no argument
             continue
-        done = subprocess.run([command(Path(), Path())[0], str(program)], capture_output=True, text=True, timeout=120)
-        assert_refused(done)
+        assert_refused(run_program([sys.executable, program], fresh=True))

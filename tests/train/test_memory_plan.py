@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,8 @@ from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.run_plan import lines, plan
 from lit_gpt.train.settings import Settings, StepSettings
 from tests.support import quack_stand_in
-from tests.support.training import command, environment
+from tests.support.programs import run_program
+from tests.support.training import command
 
 DEBUG = StepSettings(model_name="debug", micro_batch_size=8, global_batch_size=8, mlp="torch", compile=True)
 MEASURED = [  # GiB on one H100, torch 2.11, fa4, compiled (docs/benchmarks.md)
@@ -220,12 +220,12 @@ def test_the_largest_micro_batch() -> None:
 def test_the_program_plans_without_data_or_devices(store: Path, tmp_path: Path) -> None:
     """More processes than this machine has; the flag alone, and nothing is written."""
     arguments = command(store, tmp_path / "out", accelerator=None, devices=64, global_batch_size=256, val_data_dir=None)
-    done = subprocess.run([*arguments, "--plan"], env=environment(), capture_output=True, text=True, timeout=120)
+    done = run_program([*arguments, "--plan"])
     assert done.returncode == 0, done.stderr
     assert "64 processes (1 nodes x 64), FULL_SHARD: a copy of the weights on 64" in done.stdout
     assert "epochs" in done.stdout
     assert not (tmp_path / "out").exists()
     nothing = command(store, tmp_path / "out", train_data_dir=None, val_data_dir=None)
-    done = subprocess.run([*nothing, "--plan"], env=environment(), capture_output=True, text=True, timeout=120)
+    done = run_program([*nothing, "--plan"])
     assert done.returncode == 0, done.stderr
     assert "epochs" not in done.stdout

@@ -25,7 +25,8 @@ from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.train.rollback import Rollbacks
 from lit_gpt.train.settings import SpikeSettings
 from lit_gpt.train.step_guard import SkippedStep, Verdict
-from tests.support.training import ROOT, command, environment, full_state, metrics, train
+from tests.support.programs import ROOT, environment, run_program
+from tests.support.training import command, full_state, metrics, train
 from tests.train.test_step_guard import FAULTY, faulty
 
 ROLLBACK = dict(spike_policy="rollback", spike_factor=5, spike_window_steps=4, rollback_steps=2)
@@ -46,10 +47,7 @@ def deviations(run: Path) -> list[tuple[str, int, int, int]]:
 
 
 def datapoints(run: Path, *query: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts/datapoints.py"), *query, "--run_dir", str(run)],
-        env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    return run_program([sys.executable, ROOT / "scripts/datapoints.py", *query, "--run_dir", run])
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -104,10 +102,10 @@ def test_the_record_stays_true(rolled_back: tuple[Path, str], tmp_path: Path) ->
 
 def test_killed_after_the_rollback(store: Path, rolled_back: tuple[Path, str], tmp_path: Path) -> None:
     """Killed at step 6 the second time, before any save; the resume meets no fault, and leaves the rows out as well."""
-    done = subprocess.run(
+    done = run_program(
         command(store, tmp_path, program=FAULTY, keep_last_checkpoints=0, **ROLLBACK),
-        env=environment(FAULTS=f"{SPIKE} slot56:kill"), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=environment(FAULTS=f"{SPIKE} slot56:kill"),
+    )
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob("iter-*")] == ["iter-00000004-ckpt.pth"]
     train(store, tmp_path, resume="auto", keep_last_checkpoints=0, **ROLLBACK)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ import torch
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.train.settings import SpikeSettings
 from lit_gpt.train.step_guard import StepGuard, Verdict
-from tests.support.training import command, environment, full_state, metrics, seen_rows, train
+from tests.support.programs import environment, run_program
+from tests.support.training import command, full_state, metrics, seen_rows, train
 
 FAULTY = Path(__file__).parents[1] / "support" / "faulty_training.py"
 INF, NAN = float("inf"), float("nan")
@@ -25,9 +25,9 @@ def judged(guard: StepGuard, norms: list[float]) -> list[Verdict]:
 
 def faulty(store: Path, out: Path, faults: str, *, expect: int = 0, **settings: object) -> str:
     """Run the training program with faults; what it logged."""
-    done = subprocess.run(
-        command(store, out, program=FAULTY, keep_last_checkpoints=0, **settings),
-        env=environment(FAULTS=faults), capture_output=True, text=True, timeout=300,
+    done = run_program(
+        command(store, out, program=FAULTY, keep_last_checkpoints=0, **settings), env=environment(FAULTS=faults),
+        fresh=settings.get("devices", 1) != 1,
     )  # fmt: skip
     assert done.returncode == expect, done.stderr
     assert "Traceback" not in done.stderr

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.training import SECRETS, assert_no_secret, command, environment, make_store, metrics, train
+from tests.support.programs import environment, run_program
+from tests.support.training import SECRETS, assert_no_secret, command, make_store, metrics, train
 
 internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
@@ -68,10 +69,9 @@ def test_training_does_not_depend_on_the_server(
     url = {"down": closed_port(), "no DNS": "http://no-such-host.invalid"}.get(fault, refusing_server)
     home = tmp_path / "home"  # a key in the home folder of whoever runs the tests must not count
     home.mkdir()
-    done = subprocess.run(
+    done = run_program(
         command(store, tmp_path / "run", wandb="online", wandb_timeout_s=3, tensorboard="true"),
-        env=environment(WANDB_BASE_URL=url, HOME=str(home), **SECRETS), capture_output=True, text=True, timeout=240,
-        stdin=subprocess.DEVNULL,
+        env=environment(WANDB_BASE_URL=url, HOME=str(home), **SECRETS), fresh=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if " WARNING " in line]
@@ -150,10 +150,9 @@ def test_a_crash_names_the_rank_and_leaks_no_key(tmp_path: Path) -> None:
         data = bytearray(shard.read_bytes())
         data[-3000:-2000] = b"\xff" * 1000
         shard.write_bytes(data)
-    done = subprocess.run(
-        command(store, tmp_path / "run", eval_interval_steps=1000, wandb="offline"), env=environment(**SECRETS),
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = run_program(
+        command(store, tmp_path / "run", eval_interval_steps=1000, wandb="offline"), env=environment(**SECRETS)
+    )
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert f"rank 0 on {socket.gethostname()} failed at step " in last

@@ -17,7 +17,8 @@ import yaml
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints import run_folder
-from tests.support.training import command, environment, full_state, make_store, metrics, seen_rows, train
+from tests.support.programs import environment, run_program
+from tests.support.training import command, full_state, make_store, metrics, seen_rows, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "golden_loss_debug_fp32.json"
 
@@ -75,7 +76,8 @@ def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
     (elsewhere / "settings.yaml").write_text((unbroken / "settings.yaml").read_text())
     (elsewhere / "resolved.json").write_text(json.dumps({**resolved, "attention": "fa4"}))
     repeat = [*command(store, again)[:2], "--config", str(elsewhere / "settings.yaml"), "--out_dir", str(again)]
-    done = subprocess.run(repeat, env=environment(), check=True, capture_output=True, text=True)
+    done = run_program(repeat)
+    assert done.returncode == 0, done.stderr
     assert_equal_runs(again, unbroken)
     told = [line for line in done.stderr.splitlines() if "in the run that this one repeats" in line]
     assert [line.split(" WARNING ")[1] for line in told] == [
@@ -163,11 +165,12 @@ def test_a_signal_saves_and_stops(store: Path, tmp_path: Path, number: signal.Si
     assert (tmp_path / f"iter-{int(last):08d}-ckpt.pth" / "MANIFEST.json").is_file()
 
 
+@pytest.mark.slow
 def test_deterministic_runs_agree(store: Path, tmp_path: Path) -> None:
     """With compiled blocks and two threads, where sums could be cut up differently."""
     for name in ("1", "2"):
         flags = [*command(store, tmp_path / name, compile="true"), "--deterministic"]
-        done = subprocess.run(flags, env=environment(OMP_NUM_THREADS="2"), capture_output=True, text=True, timeout=300)
+        done = run_program(flags, env=environment(OMP_NUM_THREADS="2"), fresh=True)
         assert done.returncode == 0, done.stderr
     assert_equal_runs(tmp_path / "1", tmp_path / "2")
 

@@ -1,0 +1,25 @@
+"""Fabric is there without lightning's Trainer, which whoever asks for it gets all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.support.programs import ROOT, environment
+
+CODE = """
+import sys
+from lit_gpt.launch.fabric import Fabric
+REST = {"lightning.pytorch", "scipy", "matplotlib", "transformers", "torchmetrics.functional"}
+print(sorted(REST & set(sys.modules)))
+from lightning import Trainer
+import lightning, lightning.fabric, torchmetrics
+print(Trainer.__module__, lightning.Fabric is Fabric, issubclass(torchmetrics.MeanMetric, torchmetrics.Metric))
+"""
+
+
+def test_the_rest_of_lightning_is_loaded_only_when_asked_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["[]", "lightning.pytorch.trainer.trainer True True"]

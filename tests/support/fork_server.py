@@ -1,0 +1,97 @@
+"""Programs without the seconds of their imports: a process that has imported everything once forks one for each run.
+
+The child is the interpreter from there on: the program's file is run as `__main__` with its own arguments, folder,
+environment and files for stdin, stdout and stderr, and Python ends it as any other, with its exit code, handlers of
+atexit and tracebacks. The server has started no CUDA and no thread, else a fork would not be safe; but for pyarrow's
+allocator's, jemalloc's, which jemalloc itself starts anew in a child.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import importlib.util
+import json
+import logging
+import os
+import pkgutil
+import random
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    "jsonargparse", "yaml", "pandas", "torch.utils.tensorboard", "transformers.models.auto",
+    "transformers.models.llama",
+)  # fmt: skip
+"""Beside what the modules of lit_gpt import. pandas comes with pyarrow's first table where it is installed."""
+LARGEST_REQUEST_BYTES = 1 << 20
+
+
+def preload() -> None:
+    """Import what programs import, as a program does: logging has been set up by then (lit_gpt.cli.run_program)."""
+    handler = logging.NullHandler()  # lightning gives its loggers handlers of their own where the root has none
+    logging.getLogger().addHandler(handler)
+    import lit_gpt
+
+    modules = [module.name for module in pkgutil.walk_packages(lit_gpt.__path__, "lit_gpt.") if not module.ispkg]
+    for name in sorted(modules):
+        if ".bench." not in name and not name.endswith("_triton"):
+            importlib.import_module(name)
+    for name in PACKAGES:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    logging.getLogger().removeHandler(handler)
+
+
+def serve(descriptor: int) -> None:
+    """Answer requests until the other end is closed; returns only in a child, when its program has ended.
+
+    A request is one message: JSON of argv, cwd and env, with the three files. Answers: the child's process id, and
+    what os.waitpid says of its end.
+    """
+    connection = socket.socket(fileno=descriptor)
+    path = [entry for entry in sys.path if entry != str(ROOT) or entry in os.environ.get("PYTHONPATH", "").split(":")]
+    own = Path("/proc/self/comm").read_text().strip()
+    preload()
+    gc.collect()
+    gc.freeze()  # what is here now is no garbage of a child's
+    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")} - {own, "jemalloc_bg_thd"}
+    assert not threads, f"threads after the imports: {threads}; a fork would not be safe"
+    while True:
+        message, files, _, _ = socket.recv_fds(connection, LARGEST_REQUEST_BYTES, 3)
+        if not message:
+            sys.exit()
+        child = os.fork()
+        if child == 0:
+            connection.close()
+            request = json.loads(message)
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+                os.close(file)
+            run(request["argv"], request["cwd"], request["env"], path)
+        for file in files:
+            os.close(file)
+        connection.send(str(child).encode())
+        connection.send(str(os.waitpid(child, 0)[1]).encode())
+
+
+def run(argv: list[str], cwd: str, env: dict[str, str], path: list[str]) -> NoReturn:
+    """What the interpreter does for `python PROGRAM ...`; it ends with what the program ends with."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    tempfile.tempdir = None  # TMPDIR may be another
+    random.seed()
+    sys.argv = argv
+    sys.orig_argv = [sys.executable, *argv]
+    sys.path[:] = [str(Path(argv[0]).resolve().parent), *path]
+    main = ModuleType("__main__")
+    main.__dict__.update(__file__=argv[0], __builtins__=builtins)
+    sys.modules["__main__"] = main
+    exec(compile(Path(argv[0]).read_bytes(), argv[0], "exec"), main.__dict__)
+    sys.exit()

@@ -1,0 +1,101 @@
+"""How tests run a program to its end: in a fork of a process that has its imports, or in a fresh interpreter."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+READ_AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "TORCH", "PYTORCH", "CUDA", "CUBLAS", "TRITON", "HF_", "TOKENIZERS_")
+"""Beginnings of variables that a package may read when it is imported."""
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread a process, and no launcher of the machine that the tests run on."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k != "MODEL_NAME"}
+    return {**clean, "OMP_NUM_THREADS": "1", **extra}
+
+
+def run_program(
+    command: Sequence[object], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 300,
+    fresh: bool = False,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """`python PROGRAM [argument ...]` to its end, with what it wrote.
+
+    fresh: in an interpreter of its own, for tests of what happens while a program starts, and of several processes.
+    So runs also a program of another checkout, and one whose environment (default: environment()) a package may have
+    read when the server imported it.
+    """
+    python, program, *arguments = map(str, command)
+    assert python == sys.executable
+    values = dict(environment() if env is None else env)
+    if fresh or not Path(program).resolve().is_relative_to(ROOT) or _differs(values):
+        return subprocess.run(
+            [python, program, *arguments], env=values, cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    return _server().run([program, *arguments], values, cwd or Path.cwd(), timeout_s)
+
+
+def _differs(env: Mapping[str, str]) -> bool:
+    ours = environment()
+    return any(env.get(name) != ours.get(name) for name in {*env, *ours} if name.startswith(READ_AT_IMPORT))
+
+
+class _ForkServer:
+    """The client's side of tests/support/fork_server.py; the server ends with this process."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.support import fork_server as f; f.serve"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"{code}({theirs.fileno()})"], env=environment(), pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, cwd=ROOT,
+        )  # fmt: skip
+        theirs.close()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.wait()
+
+    def run(
+        self, argv: list[str], env: dict[str, str], cwd: Path, timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        with open(os.devnull) as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env}).encode()
+            socket.send_fds(self._connection, [request], [stdin.fileno(), stdout.fileno(), stderr.fileno()])
+            child = int(self._answer())
+            timer = threading.Timer(timeout_s, os.kill, (child, signal.SIGKILL))
+            timer.start()
+            code = os.waitstatus_to_exitcode(int(self._answer()))
+            too_late = timer.finished.is_set()
+            timer.cancel()
+            texts = []
+            for file in (stdout, stderr):
+                file.seek(0)
+                texts.append(file.read().decode())
+        if too_late:
+            raise subprocess.TimeoutExpired(argv, timeout_s, *texts)
+        return subprocess.CompletedProcess([sys.executable, *argv], code, *texts)
+
+    def _answer(self) -> bytes:
+        answer = self._connection.recv(64)
+        assert answer, f"the fork server ended with {self._process.wait()}; its stderr stands above"
+        return answer
+
+
+@functools.cache
+def _server() -> _ForkServer:
+    """One for the tests of this process."""
+    return _ForkServer()
