@@ -21,51 +21,57 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_GAVE_UP = 3
-"""Training stopped itself: too many updates in a row could not be done. The state is saved."""
+"""Training stopped itself: too many updates in a row were skipped, or too many rollbacks. The state is saved."""
 EXIT_NOT_SAVED = 74
 """EX_IOERR of sysexits.h: the run ended, but its last checkpoint could not be saved; earlier ones are whole."""
 EXIT_REQUEUE = 75
-"""EX_TEMPFAIL of sysexits.h: the work is saved, run me again."""
+"""EX_TEMPFAIL of sysexits.h: the state is saved, and the run wants to be started again."""
 
 
 class BadInput(ValueError):
-    """A mistake of the user's, told in one line: what is wrong, where, and what would be right."""
+    """A user's mistake; the message is one line: what is wrong, where, and what would be right."""
 
 
 @dataclass(frozen=True)
 class SettingsSlice:
-    """Settings that one part of a program reads. A program's settings inherit from the slices that it needs.
+    """Settings that one part of a program reads; a program's settings inherit from all slices that it needs.
 
-    A slice that refuses values overrides `check` and calls super().check() first, so that the sum checks each part.
+    A slice that refuses values overrides `check` and calls super().check() first, so every slice is checked.
     """
 
     def check(self) -> None:
-        """Refuse values out of their range, or that contradict each other; raises BadInput."""
+        """Raise BadInput for values that are out of range or contradict each other."""
 
     def require_at_least(self, least: int, *names: str) -> None:
-        """Refuse values below `least`; None, which stands for a default, passes."""
-        self._require(names, lambda value: value >= least, f"must be at least {least}")
+        """Refuse settings below `least`; None, which stands for a default, passes."""
+        require_at_least(self, least, *names)
 
     def require_above(self, bound: float, *names: str) -> None:
-        """Refuse values that are not above `bound`; None passes."""
-        self._require(names, lambda value: value > bound, f"must be above {bound}")
+        """Refuse settings that are not above `bound`; None passes."""
+        _require(self, names, lambda value: value > bound, f"must be above {bound}")
 
     def require_not_negative(self, *names: str) -> None:
-        """Refuse values below 0, and NaN."""
-        self._require(names, lambda value: value >= 0, "must not be negative")
+        """Refuse settings below 0, and NaN; None passes."""
+        _require(self, names, lambda value: value >= 0, "must not be negative")
 
-    def _require(self, names: Sequence[str], holds: Callable[[Any], bool], range_: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise BadInput(f"--{name} {value}: {range_}")
+
+def require_at_least(values: object, least: float, *names: str) -> None:
+    """Raise BadInput if a named attribute of `values` (settings or parsed arguments) is below `least`; None passes."""
+    _require(values, names, lambda value: value >= least, f"must be at least {least}")
+
+
+def _require(values: object, names: Sequence[str], holds: Callable[[Any], bool], range_: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and not holds(value):
+            raise BadInput(f"--{name} {value}: {range_}")
 
 
 Slice = TypeVar("Slice", bound=SettingsSlice)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and which never abbreviates a flag."""
+    """An argparse parser that raises BadInput for what it cannot parse and accepts no abbreviated flag."""
 
     def __init__(self, description: str | None) -> None:
         summary = (description or "").strip()
@@ -96,13 +102,13 @@ def parse_settings(settings_type: type[Slice], argv: Sequence[str] | None, descr
 
 
 def _slices(settings_type: type[SettingsSlice]) -> list[type[SettingsSlice]]:
-    """The classes that hold a program's settings, each its own, in the order of its fields."""
+    """The classes that settings_type is the sum of, in the order of its fields."""
     parts = [part for part in reversed(settings_type.__mro__) if inspect.get_annotations(part)]
     return [part for part in parts if issubclass(part, SettingsSlice)]
 
 
 def config_files(argv: Sequence[str] | None = None) -> list[Path]:
-    """The YAML files that the command line names, in order; the command line was parsed before."""
+    """The YAML files that --config names, in order; the command line must have been parsed without an error."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[])
     files: list[Path] = parser.parse_known_args(argv)[0].config
@@ -110,7 +116,7 @@ def config_files(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:
-    """The arguments with `true` after each flag of a bool setting that stands alone."""
+    """The arguments, with `true` put after each bool flag that is given without a value."""
     switches = {f"--{field.name}" for field in fields(settings_type) if "bool" in str(field.type)}
     spelled: list[str] = []
     for argument, after in zip(argv, [*argv[1:], "--"], strict=True):
@@ -119,9 +125,9 @@ def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:
 
 
 def end_failed(where: str, error: Exception) -> NoReturn:
-    """End at once, with the traceback and below it the line that somebody reads first.
+    """End this process at once with EXIT_FAILURE, after the traceback and a last line that says what failed.
 
-    For one process of several: an orderly end would wait for others, which wait for this one.
+    For one process of several: an orderly end would wait for the others, which wait for this one.
     """
     traceback.print_exception(error)
     logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
@@ -138,7 +144,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     except BadInput as error:
         print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+    except BrokenPipeError:  # the program that reads our output (head, less) has ended
         sys.stderr.close()
         sys.exit(EXIT_OK)
     sys.exit(code or EXIT_OK)

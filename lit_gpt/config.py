@@ -14,35 +14,35 @@ from lit_gpt.cli import BadInput
 IGNORE_INDEX = -100
 """Target of a position that predicts nothing: the end of a document, and padding."""
 VOCABULARY_MULTIPLE = 64
-"""The embedding's rows are padded to a multiple of this, for the matrix units' tiles."""
+"""The vocabulary is padded to a multiple of this, which suits the tiles of GEMMs."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of one LLaMA model: RMSNorm before each part, rotary positions, SwiGLU, no bias, untied head."""
+    """Shape of one LLaMA model: pre-norm (RMSNorm), RoPE, SwiGLU, no biases, untied head."""
 
     name: str
-    """Registry name; a run's default folder is named after it."""
+    """Name in the registry; the default run folder is out/<name>."""
     n_layer: int
     """Blocks."""
     n_head: int
-    """Query heads a block."""
+    """Query heads of a block."""
     n_query_groups: int
-    """Key and value heads a block; each serves n_head / n_query_groups query heads."""
+    """Key-value heads of a block; each serves n_head / n_query_groups query heads."""
     n_embd: int
     """Width of the residual stream."""
     intermediate_size: int
-    """Width of the MLP between its two projections."""
+    """Width of the MLP's hidden layer."""
     block_size: int = 2048
-    """Tokens a row holds, and the longest context."""
+    """Tokens of a row, which is also the longest context."""
     vocab_size: int = 32_010
-    """Ids that the tokenizer can give (32,000 BPE pieces and 10 added tokens in the published one)."""
+    """Size of the tokenizer's vocabulary (the published one: 32,000 BPE tokens and 10 added ones)."""
     any_vocabulary: bool = False
-    """True: the model takes the vocabulary of whatever data it is given; False: other data is refused."""
+    """True: the model takes the vocabulary size of its data; False: data with another vocabulary size is refused."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """RMSNorm's epsilon, added to the mean square."""
     rope_base: float = 10_000.0
-    """Base of the rotary frequencies."""
+    """Base of RoPE's frequencies (theta)."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_query_groups", "n_embd", "intermediate_size", "block_size", "vocab_size"):
@@ -59,7 +59,7 @@ class Config:
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> Config:
-        """The registered shape `name` with fields replaced; an unknown name or field lists the valid ones."""
+        """The registered shape `name` with some fields replaced; raises BadInput for an unknown name or field."""
         if name not in REGISTRY:
             close = difflib.get_close_matches(name, REGISTRY, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -70,7 +70,7 @@ class Config:
         return replace(REGISTRY[name], **overrides)
 
     def with_vocabulary(self, vocab_size: int) -> Config:
-        """This shape for a tokenizer of `vocab_size` ids; a shape that is bound to its vocabulary refuses another."""
+        """This shape for data of `vocab_size` ids; raises BadInput if the model is bound to another vocabulary size."""
         if self.any_vocabulary:
             return replace(self, vocab_size=vocab_size)
         if vocab_size != self.vocab_size:
@@ -86,7 +86,7 @@ class Config:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head."""
+        """Rows of the embedding and of the output projection."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     @property
@@ -101,7 +101,7 @@ class Config:
         return qkv + self.n_embd**2 + 3 * self.n_embd * self.intermediate_size + 2 * self.n_embd
 
     def flops_per_token(self, *, with_embedding: bool) -> int:
-        """Floating-point operations of one token's forward and backward pass in a full row of block_size tokens.
+        """FLOPs of one token's forward and backward pass in a row of block_size tokens.
 
         6 N + 12 n_layer n_embd block_size, attention counted as if not causal: the rule of PaLM (arXiv:2204.02311,
         appendix B). N is all weights, or those without the embedding table, which multiplies nothing.

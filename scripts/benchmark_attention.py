@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 from lit_gpt.config import Config
 
 PUBLISHED = ("LLaMmlein_120M", "LLaMmlein_1B", "LLaMmlein_7B")
@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=50, help="measured calls")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
-    for name in ("rows", "repetitions"):
-        if getattr(arguments, name) < 1:
-            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    require_at_least(arguments, 1, "rows", "repetitions")
     configs = [Config.from_name(size) for size in arguments.size or ()]
     import torch
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 from lit_gpt.config import Config
 
 INSTALL = "pip install -e '.[bench]' && pip install --no-deps litgpt==0.5.13"
@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=6, help="steps before")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
-    for name in ("rows", "steps", "warmup"):
-        if getattr(arguments, name) < 1:
-            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    require_at_least(arguments, 1, "rows", "steps", "warmup")
     config = Config.from_name(arguments.size)
     if importlib.util.find_spec("litgpt") is None:
         raise BadInput(f"scripts/benchmark_litgpt.py needs litgpt, which is not installed: {INSTALL}")

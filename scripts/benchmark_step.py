@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 from lit_gpt.train.settings import StepSettings
 
 
@@ -40,9 +40,7 @@ def main() -> None:
     micro_batch = arguments.micro_batch or arguments.rows
     if arguments.rows < 1 or micro_batch < 1 or arguments.rows % micro_batch:
         raise BadInput(f"--micro_batch {micro_batch} does not divide --rows {arguments.rows}")
-    for name, least in (("steps", 1), ("warmup", 1)):
-        if getattr(arguments, name) < least:
-            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least {least}")
+    require_at_least(arguments, 1, "steps", "warmup")
     settings = StepSettings(
         model_name=arguments.size, global_batch_size=arguments.rows, micro_batch_size=micro_batch,
         precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, BadInput, Parser, run_program
+from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, Parser, require_at_least, run_program
 
 CHECKPOINT_BYTES_A_WEIGHT = 12
 """fp32: the weight and AdamW's two averages."""
@@ -29,9 +29,7 @@ def main() -> int:
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--devices", type=int, help="processes on this node, where no launcher starts them")
     arguments = parser.parse_args()
-    for name in ("checkpoints", "write_mb"):
-        if getattr(arguments, name) < 1:
-            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    require_at_least(arguments, 1, "checkpoints", "write_mb")
     from lit_gpt.config import Config
 
     weights = Config.from_name(arguments.model_name).parameters

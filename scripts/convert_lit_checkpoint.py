@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 
 if TYPE_CHECKING:
     from lit_gpt.export.hf_export import Form
@@ -90,9 +90,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput("--push_to and --watch go with --run_dir, not with --checkpoint")
     if arguments.push_to is None and (arguments.private or arguments.remove_uploaded):
         raise BadInput("--private and --remove_uploaded go with --push_to")
-    for name, least in (("attempts", 1), ("first_wait_s", 0), ("poll_s", 0.1)):
-        if not getattr(arguments, name) >= least:
-            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least {least}")
+    require_at_least(arguments, 1, "attempts")
+    require_at_least(arguments, 0, "first_wait_s")
+    require_at_least(arguments, 0.1, "poll_s")
     return arguments
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 
 if TYPE_CHECKING:
     from lit_gpt.eval.evaluation import Score
@@ -71,9 +71,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput("nothing to measure: give --val_data_dir, --tasks or both")
     if arguments.model is not None and not (arguments.model / "config.json").is_file():
         raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
-    for name in ("eval_max_rows", "limit", "batch_size"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise BadInput(f"--{name} {value}: must be at least 1")
+    require_at_least(arguments, 1, "eval_max_rows", "limit", "batch_size")
     for name in ("task_dir", "scratch_dir"):
         if (path := getattr(arguments, name)) is not None and not path.is_dir():
             raise BadInput(f"--{name} {path}: no such folder")

@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 from lit_gpt.files import publish, sweep
 
 PACKAGE = "debian-handbook"
@@ -286,8 +286,7 @@ def main() -> None:
     parser.add_argument("--source", choices=["auto", *SOURCES], default="auto", help="auto: the first that works")
     parser.add_argument("--max_documents", type=int, default=2000, help="documents at most")
     args = parser.parse_args()
-    if args.max_documents < 1:
-        raise BadInput(f"--max_documents {args.max_documents}: must be at least 1")
+    require_at_least(args, 1, "max_documents")
     documents, message = fetch(SOURCES if args.source == "auto" else [args.source], args.max_documents)
     try:
         args.destination_path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,9 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def generate(arguments: argparse.Namespace) -> str:
     if not (arguments.model / "config.json").is_file():
         raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
-    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
-        if (value := getattr(arguments, name)) < least:
-            raise BadInput(f"--{name} {value}: must be at least {least}")
+    require_at_least(arguments, 1, "max_new_tokens", "top_k")
+    require_at_least(arguments, 0, "temperature")
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_documents", type=int, default=10_000, help="documents read at most (default: 10000)")
     parser.add_argument("--seed", type=int, default=3407, help="of the choice (default: 3407)")
     arguments = parser.parse_args(argv)
-    for name in ("items", "max_documents"):
-        if getattr(arguments, name) < 1:
-            raise BadInput(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    require_at_least(arguments, 1, "items", "max_documents")
     if not re.fullmatch(r"[a-z]\w*", arguments.name):
         raise BadInput(f"--name {arguments.name}: must be lower-case letters, digits and _, a letter first")
     if (arguments.val_data_dir is None) != (arguments.tokenizer_path is None):
