@@ -42,14 +42,14 @@ def main() -> int:
     from lit_gpt.datapoints import run_folder
     from lit_gpt.launch.node_check import Measured, judge, measure
     from lit_gpt.launch.settings import LaunchSettings
-    from lit_gpt.launch.world import describe_rank, find_world, launch
+    from lit_gpt.launch.world import find_world, launch, rank_name
 
     settings = LaunchSettings(accelerator=arguments.accelerator, devices=arguments.devices)
     world = find_world(settings)
     run_folder.create(arguments.run_dir)
     fabric = launch(settings, world)
-    who = describe_rank(fabric.global_rank, fabric.device)
-    mine = measure(who, fabric.device, fabric.local_rank == 0, arguments.run_dir, arguments.write_mb << 20)
+    name = rank_name(fabric.global_rank, fabric.device)
+    mine = measure(name, fabric.device, fabric.local_rank == 0, arguments.run_dir, arguments.write_mb << 20)
     ranks: list[Measured] = [mine] * world.size
     if dist.is_initialized():
         dist.all_gather_object(ranks, mine)

@@ -1,1 +1,1 @@
-"""Processes, signals and nodes: how a run comes up, is asked to stop, and is ended when it hangs."""
+"""Processes, signals and nodes: how a run starts, is asked to stop, and is ended when it hangs."""

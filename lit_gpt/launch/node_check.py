@@ -1,8 +1,9 @@
-"""Is this machine, or this whole job, fit for a long run? Measured in a minute, judged against its own peers.
+"""Whether a node, or all nodes of a job, are fit for a long run; takes about a minute.
 
-Each rank measures its GPU, the first of each node the disk, all together the network and the clocks; rank 0 judges.
-What cannot be looked at (no GPU, one rank only, no nvidia-smi) is told as not checked, never as good. A GPU is compared
-with the median of all, as a slow one slows every step; rates of disk and network have no limit here, and are only told.
+Each rank measures its GPU, the first rank of each node the disk, all ranks together the network and the clocks; rank 0
+judges. What cannot be measured (no GPU, a single rank, no nvidia-smi) is reported as not checked, never as good. A GPU
+is compared with the median of all, because a slow one slows every step. Rates of disk and network are only reported:
+no limit fits all clusters.
 """
 
 from __future__ import annotations
@@ -22,55 +23,62 @@ import torch.distributed as dist
 
 PACKAGES = ("lightning", "jsonargparse", "numpy", "pyarrow", "xxhash", "tokenizers", "tensorboard")
 SLOW_GPU = 0.9
-"""Of the median rate: below, a GPU is unfit."""
+"""A GPU whose matmul rate is below this share of the median is unfit."""
 CLOCK_OFFSET_S = 1.0
-"""Between ranks, and between a node and its file system: logs and Slurm's end of the job need no more."""
+"""Largest offset between ranks, and between a node and its file system, that log times and Slurm's job end allow."""
 MATMUL_SIZE, MATMUL_REPEATS = 8192, 30
 ALL_REDUCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
-THROTTLED = {0x8: "slowed by hardware", 0x20: "hot", 0x40: "too hot", 0x80: "power brake"}
-"""Bits of NVML's reasons for a lower clock that a healthy GPU does not show."""
+THROTTLED = {
+    0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
+    0x80: "power brake slowdown",
+}  # fmt: skip
+"""NVML's reasons for a lower clock that a healthy GPU does not show, by bit."""
 
 
 class GpuState(NamedTuple):
-    """What nvidia-smi tells of one GPU."""
+    """What nvidia-smi says of one GPU."""
 
     uncorrected_ecc_errors: int
     """Since the driver was loaded."""
     throttled: list[str]
+    """Names from THROTTLED."""
 
 
 class Measured(NamedTuple):
     """One rank's numbers; None where it could not be measured."""
 
-    who: str
+    rank_name: str
     host: str
     gpu: str | None
     gpu_state: GpuState | None
     matmul_flops: float | None
     all_reduce_bytes_per_s: float | None
     write_bytes_per_s: float | None
-    """To the run folder, fsync included; by one rank a node."""
+    """To the run folder, fsync included; by the first rank of each node."""
     free_bytes: int
+    """In the run folder's file system."""
     clock_offset_s: float
-    """Against rank 0."""
+    """Of this rank's clock against rank 0's."""
     file_clock_offset_s: float | None
+    """Of the file system's clock against this rank's."""
     versions: dict[str, str]
+    """Package -> version, or why it does not load."""
 
 
 class Finding(NamedTuple):
-    """A line of the table; ok is None where it was not checked, or where there is nothing to judge."""
+    """A line of the table; ok is None if it was not checked, or has no limit."""
 
     what: str
     value: str
     ok: bool | None
 
 
-def measure(who: str, device: torch.device, first_of_node: bool, run_dir: Path, write_bytes: int) -> Measured:
-    """This rank's part; every rank calls it at the same time."""
+def measure(rank_name: str, device: torch.device, first_of_node: bool, run_dir: Path, write_bytes: int) -> Measured:
+    """This rank's numbers. A collective: every rank calls it."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     written = measure_disk(run_dir, write_bytes) if first_of_node else None
     return Measured(
-        who=who,
+        rank_name=rank_name,
         host=socket.gethostname(),
         gpu=f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" if gpu else None,
         gpu_state=query_gpu(str(gpu.uuid)) if gpu else None,
@@ -85,7 +93,7 @@ def measure(who: str, device: torch.device, first_of_node: bool, run_dir: Path, 
 
 
 def _matmul_flops(device: torch.device) -> float:
-    """bf16 matrix products, as training does most of the time."""
+    """FLOP/s of a bf16 matmul, which is what training spends most time on."""
     a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16)
     for _ in range(3):
         a @ a
@@ -98,22 +106,22 @@ def _matmul_flops(device: torch.device) -> float:
 
 
 def _all_reduce_rate(device: torch.device) -> float:
-    """Bytes a second that every link carries: 2 (n - 1) / n of the buffer, in a ring."""
+    """Bytes a second over each link of a ring, which carries 2 (n - 1) / n of the buffer: nccl-tests' bus bandwidth."""
     buffer = torch.ones(ALL_REDUCE_BYTES[device.type] // 4, device=device)
     repeats, world = 5, dist.get_world_size()
     for repeat in range(repeats + 1):
         dist.all_reduce(buffer)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if repeat == 0:  # connects
+        if repeat == 0:  # the first call also connects
             began = time.perf_counter()
     return 2 * (world - 1) / world * buffer.nbytes * repeats / (time.perf_counter() - began)
 
 
 def measure_disk(run_dir: Path, write_bytes: int) -> tuple[float, float]:
-    """(bytes a second until they are on disk, seconds by which the file system's clock is ahead of ours)."""
+    """(bytes written a second, fsync included; seconds by which the file system's clock is ahead of this machine's)."""
     path = run_dir / f".check-{socket.gethostname()}-{os.getpid()}"
-    chunk = os.urandom(min(write_bytes, 16 << 20))  # a file system that compresses must not look fast
+    chunk = os.urandom(min(write_bytes, 16 << 20))  # random, so that compression does not make a file system look fast
     try:
         began = time.perf_counter()
         with path.open("wb", buffering=0) as file:
@@ -129,7 +137,7 @@ def measure_disk(run_dir: Path, write_bytes: int) -> tuple[float, float]:
 
 
 def _clock_offset_s(rounds: int = 7) -> float:
-    """Against rank 0: the median over some barriers, which all ranks leave at nearly the same moment."""
+    """Of this rank against rank 0: the median over some barriers, which all ranks leave at nearly the same moment."""
     if not dist.is_initialized():
         return 0.0
     offsets = []
@@ -150,7 +158,7 @@ def _version(package: str) -> str:
 
 
 def query_gpu(uuid: str) -> GpuState | None:
-    """Memory errors and reasons for a low clock; None without nvidia-smi, or where it does not answer."""
+    """ECC errors and throttling; None if nvidia-smi is missing or does not answer."""
     fields = "ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.active"
     name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
     command = ["nvidia-smi", f"--id={name}", f"--query-gpu={fields}", "--format=csv,noheader"]
@@ -162,14 +170,14 @@ def query_gpu(uuid: str) -> GpuState | None:
 
 
 def parse_gpu(line: str) -> GpuState:
-    """A line such as "0, 0x0000000000000004"; a GPU without ECC says "[N/A]"."""
+    """Parse a line such as "0, 0x0000000000000004"; a GPU without ECC has "[N/A]" in the first place."""
     errors, reasons = (part.strip() for part in line.strip().split(","))
     bits = int(reasons, 16)
     return GpuState(int(errors) if errors.isdigit() else 0, [name for bit, name in THROTTLED.items() if bits & bit])
 
 
 def judge(ranks: list[Measured], needed_bytes: int) -> list[Finding]:
-    """The table's lines; fit is what has no line with ok=False."""
+    """The lines of the table; the nodes are fit if none has ok=False."""
     findings = [*_judge_gpus(ranks)]
     rates = [rank.all_reduce_bytes_per_s for rank in ranks if rank.all_reduce_bytes_per_s is not None]
     all_reduce = f"{min(rates) / 1e9:.2f} GB/s a link" if rates else "not checked: one process"
@@ -185,7 +193,7 @@ def judge(ranks: list[Measured], needed_bytes: int) -> list[Finding]:
     space = f"{free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB needed"
     findings.append(Finding("space for checkpoints", space, free >= needed_bytes))
     worst = max(ranks, key=lambda rank: abs(rank.clock_offset_s))
-    clocks = f"{worst.clock_offset_s:+.3f} s, {worst.who}" if len(ranks) > 1 else "not checked: one process"
+    clocks = f"{worst.clock_offset_s:+.3f} s, {worst.rank_name}" if len(ranks) > 1 else "not checked: one process"
     together = abs(worst.clock_offset_s) <= CLOCK_OFFSET_S if len(ranks) > 1 else None
     findings.append(Finding("clocks against rank 0", clocks, together))
     return findings + _judge_packages(ranks)
@@ -195,17 +203,17 @@ def _judge_gpus(ranks: list[Measured]) -> list[Finding]:
     rates = [rank.matmul_flops for rank in ranks if rank.matmul_flops is not None]
     if not rates:
         return [Finding("GPU", "not checked: no GPU is visible, or --accelerator cpu", None)]
-    findings, usual = [], statistics.median(rates)
+    findings, median = [], statistics.median(rates)
     for rank in ranks:
         flops = rank.matmul_flops or 0.0
-        value = f"{rank.gpu}: {flops / 1e12:.0f} bf16 TFLOP/s, {flops / usual:.0%} of the median"
-        findings.append(Finding(rank.who, value, flops >= SLOW_GPU * usual))
+        value = f"{rank.gpu}: {flops / 1e12:.0f} bf16 TFLOP/s, {flops / median:.0%} of the median"
+        findings.append(Finding(rank.rank_name, value, flops >= SLOW_GPU * median))
         if rank.gpu_state is None:
-            findings.append(Finding(rank.who, "memory errors and throttling not checked: no nvidia-smi", None))
+            findings.append(Finding(rank.rank_name, "memory errors and throttling not checked: no nvidia-smi", None))
             continue
         errors, throttled = rank.gpu_state
-        told = f"{errors} uncorrected memory errors, {', '.join(throttled) or 'not throttled'}"
-        findings.append(Finding(rank.who, told, not errors and not throttled))
+        health = f"{errors} uncorrected memory errors, {', '.join(throttled) or 'not throttled'}"
+        findings.append(Finding(rank.rank_name, health, not errors and not throttled))
     return findings
 
 

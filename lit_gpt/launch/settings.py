@@ -13,13 +13,13 @@ class LaunchSettings(SettingsSlice):
     """Processes: on which devices, how many."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Kind of device; auto takes CUDA where there is one."""
+    """Type of device; auto: CUDA if a GPU is visible, else the CPU."""
     devices: int | None = None
-    """Processes a node, one a device. Default: all GPUs of the node, or 1 on CPUs."""
+    """Processes on each node, one per device. Default: all GPUs of the node, or 1 on CPUs."""
     num_nodes: int = 1
     """Nodes of the run."""
     deterministic: bool = False
-    """Only kernels that give the same bits each time: exact repetition on GPUs too, at a price in speed."""
+    """Use only deterministic kernels: a repeated run gives the same bits on GPUs too, but each step is slower."""
 
     def check(self) -> None:
         super().check()
@@ -31,9 +31,10 @@ class StopSettings(SettingsSlice):
     """The end of a job: when a run saves and stops by itself."""
 
     time_limit_s: float | None = None
-    """Seconds after which the run saves and stops, counted from its start; a Slurm job also knows its own end."""
+    """Seconds from the program's start to the end of the job, before which the run saves and stops. Inside a Slurm job,
+    Slurm's own time limit counts too."""
     stop_margin_s: float = 60
-    """Seconds kept free before the job's end, beside twice the longest save and step."""
+    """Seconds kept free before the job's end, on top of twice the longest save and twice the longest step."""
 
     def check(self) -> None:
         super().check()
@@ -46,11 +47,12 @@ class WatchdogSettings(SettingsSlice):
     """The watchdog: when a step that does not end counts as a stall."""
 
     watchdog_factor: float = 10
-    """A step that takes this many times the usual ends the run with the stacks of all ranks; 0 turns that off."""
+    """A step that takes this many times the median of recent steps ends the run, after all ranks have written their
+    stacks; 0 turns the watchdog off."""
     watchdog_floor_s: float = 300
-    """Seconds that every step may take, whatever the usual is."""
+    """Seconds that every step may take, whatever the median is."""
     watchdog_long_s: float = 1800
-    """Seconds that the set-up, the first two steps (they compile), a validation or a save may take."""
+    """Seconds that set-up, each of the first two steps (they compile), a validation, a save or a rollback may take."""
 
     def check(self) -> None:
         super().check()

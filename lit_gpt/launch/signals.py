@@ -1,8 +1,8 @@
-"""Stop requests from outside: a flag that the training loop acts on at a step's edge.
+"""Stop signals: they set a flag, and the training loop acts on it between two steps.
 
-Saving inside a handler would hang in a collective or store half a step. So the signals are blocked, and a thread waits
-for them: no call of the main thread is interrupted, and whatever this process starts (compilers, trackers, git)
-inherits the block and so ignores a signal that reaches the whole process group. A second Ctrl-C does not wait.
+Saving inside a signal handler would hang in a collective or store half a step. So the signals are blocked, and a thread
+waits for them. No call of the main thread is interrupted. Child processes (compilers, trackers, git) inherit the
+block, so a signal to the whole process group does not end them. A second Ctrl-C interrupts the program at once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopFlag:
-    """Takes STOP_SIGNALS from its creation on; `received` is the name of the first that came."""
+    """Catches STOP_SIGNALS from its creation on; `received` is the name of the first."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.began = time.monotonic()
-        """When the program began: it makes its flag first of all."""
+        """Monotonic time when the program began: the flag is the first thing that it creates."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=self._listen, name="stop-signals", daemon=True).start()
 
@@ -39,7 +39,7 @@ class StopFlag:
 
 @contextmanager
 def starting_helpers() -> Iterator[None]:
-    """Processes that are started inside do not die of a stop signal before they call `ignore_stop_signals`."""
+    """Child processes started in this context survive a stop signal until they call `ignore_stop_signals`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -48,6 +48,6 @@ def starting_helpers() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """For a helper process: the signals reach the whole process group, and only its parent decides."""
+    """Called by a child process: stop signals reach the whole process group, and only the parent acts on them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,8 @@
-"""Whether a run should stop at the next step's edge: a signal came, or the job is about to end.
+"""Whether a run should stop after the current step: a signal came, or the job is about to end.
 
-The job's end is Slurm's (job.py) or --time_limit_s after the program's start, whichever is earlier. Time is kept free
-for twice the longest save and twice the longest step so far, and --stop_margin_s on top. Deadlines are kept on the
-monotonic clock, so a clock that is set does not move them.
+The job ends at Slurm's time (job.py) or --time_limit_s after the program's start, whichever is earlier. The run keeps
+free twice the longest save, twice the longest step so far, and --stop_margin_s. Deadlines are on the monotonic clock:
+setting the system's clock does not move them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Reason = Literal["signal", "time"]
 
 
 class StopRequest:
-    """One rank's view; the ranks agree on it once a step."""
+    """Whether this rank wants to stop; the ranks agree on it once a step (trainer.py)."""
 
     def __init__(self, flag: StopFlag, settings: StopSettings) -> None:
         self._flag = flag
@@ -34,55 +34,55 @@ class StopRequest:
             ends.append(time.monotonic() + left_s)
         self._ends_at = min(ends, default=float("inf"))
         self._save_s = self._step_s = 0.0
-        self._edge: float | None = None
+        self._step_began: float | None = None
         self._steps = 0
 
     @property
     def signal(self) -> str | None:
-        """The name of the first stop signal that came."""
+        """Name of the first stop signal; None before one comes."""
         return self._flag.received
 
     def remaining_s(self) -> float:
-        """Until the job ends; infinite where it does not."""
+        """Seconds until the job ends; infinite without a time limit."""
         return self._ends_at - time.monotonic()
 
     def needed_s(self) -> float:
-        """Seconds to be kept free for one more step, its save, and the end of the program."""
+        """Seconds that one more step, its save and the end of the program may take."""
         return self._margin_s + 2 * (self._save_s + self._step_s)
 
     def note_save(self, seconds: float) -> None:
-        """A save took `seconds`. Before the first save, the time that loading took is the estimate."""
+        """Record that a save took `seconds`; until the first save, the time that loading took is the estimate."""
         self._save_s = max(self._save_s, seconds)
-        self._edge = None  # the step that a save interrupts is not a measure
+        self._step_began = None  # a step that a save interrupts is not measured
 
     def out_of_time(self, longest_save_s: float) -> bool:
-        """Called at each step's edge: whether the next step and a save would not fit any more.
+        """Whether the next step and a save do not fit any more; the loop calls it once a step, at the same place.
 
-        longest_save_s: of the saves whose writing went on beside the training, which note_save does not see whole.
+        longest_save_s: from a save's call to its publication; note_save counts only what training waited for.
         """
         self._save_s = max(self._save_s, longest_save_s)
         now = time.monotonic()
         self._steps += 1
-        if self._edge is not None and self._steps > 2:  # the first step also compiles
-            self._step_s = max(self._step_s, now - self._edge)
-        self._edge = now
+        if self._step_began is not None and self._steps > 2:  # the first step also compiles
+            self._step_s = max(self._step_s, now - self._step_began)
+        self._step_began = now
         return self.remaining_s() <= self.needed_s()
 
     def refuse_too_short_a_job(self) -> None:
-        """A job that has to stop before its first step would be requeued for ever; raises BadInput."""
+        """Raise BadInput if the job would have to stop before its first step: it would be requeued for ever."""
         if self.remaining_s() <= self.needed_s():
             raise BadInput(
                 f"the job ends in {max(self.remaining_s(), 0):.0f} s, of which {self.needed_s():.0f} s are kept free "
                 "to save: no step fits. Ask for more time (sbatch --time, --time_limit_s) or lower --stop_margin_s"
             )
 
-    def tell_early(self) -> int:
-        """A signal came before the first step; returns the program's exit code."""
+    def log_early_stop(self) -> int:
+        """Log that a signal came before the first step; returns the program's exit code."""
         log.info("stopped by a signal (%s) before the first step: nothing new to save", self._sender())
         return exit_code_after_stop()
 
-    def tell(self, reason: Reason, step: int) -> int:
-        """The ranks stopped after this step, and saved it; returns the program's exit code."""
+    def log_stop(self, reason: Reason, step: int) -> int:
+        """Log that the ranks stopped after update number `step` and saved it; returns the program's exit code."""
         if reason == "signal":
             log.info("stopped by a signal (%s) after step %d, saved", self._sender(), step)
         else:

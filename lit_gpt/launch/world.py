@@ -1,8 +1,8 @@
 """From settings to processes and devices, through Fabric; with job.py the only reader of os.environ.
 
 The launcher's world (srun, torchrun, or none) is compared with the settings before any process starts, because a
-mismatch would otherwise hang until the job's time limit. How a model is spread over the processes is the caller's
-(train/sharding.py), handed over as a function.
+mismatch would otherwise hang until the job's time limit. The function that shards a model comes from the caller
+(train/sharding.py).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from lit_gpt.launch.settings import LaunchSettings
 Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A collective that takes longer means a dead rank."""
+"""After this a collective fails: some rank is dead."""
 RECORDED_COLLECTIVES = 2000
-"""Of each rank, in the ring buffer of PyTorch's flight recorder."""
+"""Newest collectives of each rank that PyTorch's flight recorder keeps."""
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
-"""Workspaces with which cuBLAS gives the same bits each time, as its documentation has it; the first is the faster."""
+"""Workspaces with which cuBLAS is deterministic, by its documentation; the first is faster."""
 
 
 class World(NamedTuple):
-    """Who takes part in a run."""
+    """The processes of a run."""
 
     accelerator: str
     """cpu or cuda."""
@@ -63,14 +63,14 @@ class World(NamedTuple):
 
 
 def default_run_dir(model_name: str) -> str:
-    """The run folder when none is given: $MODEL_NAME, as the cluster scripts set it, else out/<model_name>."""
+    """The run folder without --out_dir: $MODEL_NAME if set, else out/<model_name>."""
     return os.environ.get("MODEL_NAME") or os.path.join("out", model_name)
 
 
 def on_rank_zero(fabric: Fabric, call: Callable[[], Result], *, share: bool = False) -> Result | None:
-    """The result of `call`, made on rank 0 alone: None elsewhere, or with share=True the same on all ranks.
+    """Make `call` on rank 0 alone; returns its result there and None elsewhere, with share=True the same on all ranks.
 
-    A BadInput ends every rank; only rank 0 tells it.
+    A collective: every rank calls it. A BadInput of the call ends every rank with exit code 2; rank 0 raises it.
     """
     result, error = None, None
     if fabric.is_global_zero:
@@ -108,7 +108,7 @@ def find_world(settings: LaunchSettings) -> World:
 
 
 def _launcher(settings: LaunchSettings) -> tuple[ClusterEnvironment, int, int | None]:
-    """(environment, nodes, processes a node or None where we start them ourselves)."""
+    """(environment, nodes, processes on each node), the last None if this program starts them; raises BadInput."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         per_node = int(env["LOCAL_WORLD_SIZE"])
@@ -128,37 +128,37 @@ def _launcher(settings: LaunchSettings) -> tuple[ClusterEnvironment, int, int | 
 
 
 def be_deterministic() -> None:
-    """From here on only kernels that give the same bits each time; raises BadInput if the environment forbids it."""
+    """Allow only deterministic kernels from here on; raises BadInput if the environment forbids it."""
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # read when CUDA starts
     if workspace not in CUBLAS_WORKSPACES:
         raise BadInput(
             f"--deterministic with CUBLAS_WORKSPACE_CONFIG={workspace} in the environment: unset it. "
             f"Valid: {', '.join(CUBLAS_WORKSPACES)}"
         )
-    inductor_config.deterministic = True  # no kernel is chosen by a stopwatch
+    inductor_config.deterministic = True  # no autotuning, which chooses a kernel by its time
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # written before read
 
 
 def starts_alone(world: World) -> bool:
-    """This process has no peers yet: it is the only one, or the one that starts the others in `launch`."""
+    """Whether no other rank exists yet: this process is the only one, or will start the others in `launch`."""
     return world.size == 1 or not world.environment.creates_processes_externally
 
 
 def launch(
     settings: LaunchSettings, world: World, shard: Callable[[nn.Module], nn.Module] = lambda model: model
 ) -> Fabric:
-    """A launched Fabric: from here on this code runs in world.size processes.
+    """A launched Fabric: when it returns, the program runs in world.size processes. Raises BadInput for a taken port.
 
-    shard: spreads a model over the processes; Fabric.setup_module calls it where there are several.
+    shard: shards a model over the processes; Fabric.setup_module calls it if there are several.
     """
     if settings.deterministic:
         be_deterministic()
     if world.size > 1:
         _refuse_taken_port(world)
-    # the launcher was found and checked above, also where srun is installed and not used
+    # find_world has checked the launcher, also where srun is installed and not used
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
-    for name in ("lightning.fabric", "lightning.pytorch"):  # their banner of ranks, a line from each
+    for name in ("lightning.fabric", "lightning.pytorch"):  # each rank would log a line
         logging.getLogger(name).setLevel(logging.WARNING)
     if world.size == 1:
         device = torch.device("cuda", 0) if world.accelerator == "cuda" else torch.device("cpu")
@@ -168,7 +168,7 @@ def launch(
             lambda model, _: shard(model),
             data_parallel_size=world.size,
             tensor_parallel_size=1,
-            # gloo carries what ranks agree on from host memory, without waiting for the GPU
+            # gloo: what ranks agree on lies in host memory, and must not wait for the GPU
             process_group_backend="cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
         )
@@ -186,10 +186,10 @@ def launch(
 
 
 def _refuse_taken_port(world: World) -> None:
-    """Two jobs that meet on a port would wait for each other's ranks; raises BadInput before ours are asked to come."""
+    """Raise BadInput if another job uses the port where the ranks meet: the jobs would wait for each other's ranks."""
     in_slurm = isinstance(world.environment, SLURMEnvironment)
-    opens_it = world.environment.global_rank() == 0 if in_slurm else starts_alone(world)
-    if not opens_it or "MASTER_PORT" not in os.environ:  # without the variable a free one is chosen
+    opens_port = world.environment.global_rank() == 0 if in_slurm else starts_alone(world)
+    if not opens_port or "MASTER_PORT" not in os.environ:  # without the variable a free port is chosen
         return
     port = world.environment.main_port
     try:
@@ -202,9 +202,9 @@ def _refuse_taken_port(world: World) -> None:
 
 
 def record_collectives(folder: Path) -> None:
-    """Let NCCL's flight recorder run, and write to `folder` when a collective runs into COLLECTIVE_TIMEOUT.
+    """Turn on NCCL's flight recorder, which writes to `folder` when a collective exceeds COLLECTIVE_TIMEOUT.
 
-    Before `launch`. What is set in the environment wins; the names are those of torch 2.10 to 2.14.
+    Call it before `launch`. Variables that are set already win; their names hold for torch 2.10 to 2.14.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -212,14 +212,14 @@ def record_collectives(folder: Path) -> None:
 
 
 def dump_collectives(folder: Path, rank: int) -> None:
-    """Write the flight recorder's buffer now, as `torchfrtrace` reads it; nothing to write without NCCL."""
+    """Write the flight recorder's buffer now, in `torchfrtrace`'s format; does nothing without NCCL."""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None and dist.is_initialized() and "nccl" in dist.get_backend_config():
         (folder / f"nccl-rank-{rank}").write_bytes(dump())
 
 
-def describe_rank(rank: int, device: torch.device) -> str:
-    """Which process on which hardware, for the people who have to find it: rank, host, node of the job, GPU."""
+def rank_name(rank: int, device: torch.device) -> str:
+    """A rank's name in messages: its number, host, node of the job and GPU, for people who have to find it."""
     gpu = ""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -227,9 +227,9 @@ def describe_rank(rank: int, device: torch.device) -> str:
     return f"rank {rank} on {host()}{gpu}"
 
 
-def any_rank(yes: bool) -> bool:
-    """Whether it is true on some rank; every rank calls it."""
-    number = torch.tensor(int(yes))
+def any_rank(condition: bool) -> bool:
+    """Whether `condition` is true on some rank. A collective: every rank calls it."""
+    count = torch.tensor(int(condition))
     if dist.is_initialized():
-        dist.all_reduce(number)
-    return number.item() > 0
+        dist.all_reduce(count)
+    return count.item() > 0

@@ -31,9 +31,9 @@ from lit_gpt.launch.watchdog import Watchdog
 from lit_gpt.launch.world import (
     Fabric,
     any_rank,
-    describe_rank,
     launch,
     on_rank_zero,
+    rank_name,
     record_collectives,
     starts_alone,
 )
@@ -77,13 +77,13 @@ def train(settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | No
     stop = StopRequest(stop_flag, settings)
     inputs = open_inputs(settings)
     if starts_alone(inputs.world) and stop.signal:
-        return stop.tell_early()
+        return stop.log_early_stop()
     record_collectives(inputs.run_dir / "watchdog")
     fabric = launch(settings, inputs.world, lambda model: shard(model, settings, inputs.world))
-    who, trainer = describe_rank(fabric.global_rank, fabric.device), None
+    who, trainer = rank_name(fabric.global_rank, fabric.device), None
     try:
         if any_rank(stop.signal is not None):
-            return stop.tell_early()
+            return stop.log_early_stop()
         trainer = Trainer(settings, repeated, inputs, fabric, stop, who)
         return trainer.run()
     except BadInput:
@@ -149,7 +149,7 @@ class Trainer:
         if self.state.step < settings.max_steps:
             on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
-            return self.stop.tell_early()
+            return self.stop.log_early_stop()
         log.info("training from step %d to %d in %s", self.state.step, settings.max_steps, self.inputs.run_dir)
         self.saver.log_room()
         with collected_by_hand(), ProgressBar(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
@@ -248,7 +248,7 @@ class Trainer:
             log.error("gave up after step %d, saved: %s", self.state.step, self._gave_up)
             return EXIT_GAVE_UP
         if stopped:
-            return self.stop.tell(stopped, self.state.step)
+            return self.stop.log_stop(stopped, self.state.step)
         if self.state.step < self.settings.max_steps:
             log.warning(
                 "the data ended after step %d of %d (%d epochs): --max_epochs allows more",

@@ -14,7 +14,7 @@ from typing import IO
 import pytest
 
 from lit_gpt.launch.settings import WatchdogSettings
-from lit_gpt.launch.watchdog import Heartbeat, limit_s, poll_s, verdict
+from lit_gpt.launch.watchdog import Heartbeat, find_fault, limit_s, poll_s
 from tests.support.programs import environment
 from tests.support.training import SECRETS, assert_no_secret, command, metrics
 
@@ -114,17 +114,19 @@ for started_from in (10, 10, 20):
 def test_limits() -> None:
     settings = WatchdogSettings(watchdog_factor=10, watchdog_floor_s=300, watchdog_long_s=1800)
     assert poll_s(settings) == 15
-    assert limit_s(settings, "update", steps_done=100, usual_s=2.0) == 300
-    assert limit_s(settings, "update", steps_done=100, usual_s=60.0) == 600
-    assert limit_s(settings, "update", steps_done=1, usual_s=60.0) == 1800
-    assert limit_s(settings, "save", steps_done=100, usual_s=2.0) == 1800
+    assert limit_s(settings, "update", steps_done=100, median_s=2.0) == 300
+    assert limit_s(settings, "update", steps_done=100, median_s=60.0) == 600
+    assert limit_s(settings, "update", steps_done=1, median_s=60.0) == 1800
+    assert limit_s(settings, "save", steps_done=100, median_s=2.0) == 1800
 
 
-def test_verdict() -> None:
+def test_find_fault() -> None:
     """Silence counts most, then an earlier step, then not having come to where the ranks wait."""
     a, b = Heartbeat(0, "rank 0 on n1", 7, "agree", 0.1), Heartbeat(1, "rank 1 on n2", 7, "data", 0.2)
-    assert verdict([a, b._replace(silent_s=60.0)], 30).startswith("at fault: rank 1 on n2, silent for 60 s at 'data'")
-    assert verdict([a, b], 30).startswith("at fault: rank 1 on n2, at 'data' of step 8")
-    assert verdict([a, b._replace(step=6)], 30).startswith("at fault: rank 1 on n2, at 'data' of step 7")
+    assert find_fault([a, b._replace(silent_s=60.0)], 30).startswith(
+        "at fault: rank 1 on n2, silent for 60 s at 'data'"
+    )
+    assert find_fault([a, b], 30).startswith("at fault: rank 1 on n2, at 'data' of step 8")
+    assert find_fault([a, b._replace(step=6)], 30).startswith("at fault: rank 1 on n2, at 'data' of step 7")
     everybody = [a._replace(place="update"), b._replace(place="update")]
-    assert verdict(everybody, 30).startswith("all ranks hang at the same place")
+    assert find_fault(everybody, 30).startswith("all ranks hang at the same place")

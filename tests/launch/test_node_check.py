@@ -12,11 +12,11 @@ from lit_gpt.launch.node_check import GpuState, Measured, judge, measure_disk, p
 from tests.support.programs import ROOT, environment
 
 GOOD = Measured(
-    who="rank 0 on n1", host="n1", gpu="H100, 80 GiB", gpu_state=GpuState(0, []), matmul_flops=700e12,
+    rank_name="rank 0 on n1", host="n1", gpu="H100, 80 GiB", gpu_state=GpuState(0, []), matmul_flops=700e12,
     all_reduce_bytes_per_s=2e11, write_bytes_per_s=1e9, free_bytes=10**12, clock_offset_s=0.0, file_clock_offset_s=0.01,
     versions={"torch": "2.13.0"},
 )  # fmt: skip
-PEER = GOOD._replace(who="rank 1 on n2", host="n2", clock_offset_s=0.02, write_bytes_per_s=None)
+PEER = GOOD._replace(rank_name="rank 1 on n2", host="n2", clock_offset_s=0.02, write_bytes_per_s=None)
 
 
 def check(run_dir: Path, *flags: object) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def test_a_mistake_is_exit_code_2(tmp_path: Path) -> None:
         ({}, []),
         ({"matmul_flops": 560e12}, ["rank 1 on n2"]),  # 89% of the median of 700 and 560, 630
         ({"gpu_state": GpuState(1, [])}, ["rank 1 on n2"]),
-        ({"gpu_state": GpuState(0, ["too hot"])}, ["rank 1 on n2"]),
+        ({"gpu_state": GpuState(0, ["hardware thermal slowdown"])}, ["rank 1 on n2"]),
         ({"gpu_state": None}, []),
         ({"clock_offset_s": -3.0}, ["clocks against rank 0"]),
         ({"free_bytes": 10**9}, ["space for checkpoints"]),
@@ -75,7 +75,7 @@ def test_what_is_bad(changed: dict[str, object], bad: list[str]) -> None:
 
 def test_gpu_states() -> None:
     assert parse_gpu("0, 0x0000000000000004\n") == GpuState(0, [])  # held at the power cap: usual under load
-    assert parse_gpu("3, 0x0000000000000048\n") == GpuState(3, ["slowed by hardware", "too hot"])
+    assert parse_gpu("3, 0x0000000000000048\n") == GpuState(3, ["hardware slowdown", "hardware thermal slowdown"])
     assert parse_gpu("[N/A], 0x0000000000000000\n") == GpuState(0, [])
 
 
