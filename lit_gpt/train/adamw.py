@@ -1,13 +1,13 @@
-"""AdamW (arXiv:1711.05101) that also clips, or leaves all as it is, where it reads and writes weights anyway.
+"""AdamW (arXiv:1711.05101) whose update kernel also clips the gradients, or skips the update.
 
-Weights of fp32 take PyTorch's fused kernel. Weights of bf16 take stochastic rounding, up or down with the chances that
+fp32 weights use PyTorch's fused kernel. bf16 weights use stochastic rounding, up or down with the probabilities that
 keep the mean (arXiv:2010.06192). Rounding to nearest would lose every update below half an ulp of its weight, and with
 it most of a warm-up and all weight decay (docs/benchmarks.md). Second moments are rounded in the same way: with beta2
-near 1 their updates, too, are below half an ulp.
+near 1, their updates are below half an ulp too.
 
-The random bits are a hash of the weight's number, the number of its updates, and the element's index in the whole
-weight. So a repeated run, a resumed run and a run on another number of processes round alike, without a generator's
-state to save.
+The random bits are a hash of the weight's number, the number of updates, and the element's index in the unsharded
+weight. So a repeated run, a resumed run and a run on another number of processes round alike, and there is no random
+generator whose state would have to be saved.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from torch.distributed.tensor import DTensor
 
 
 class AdamW(torch.optim.AdamW):
-    """One fused kernel a group."""
+    """PyTorch's fused AdamW: one kernel for each parameter group."""
 
     grad_scale: Tensor | None = None
-    """The kernel divides gradients by it: a pass over them less than scaling them beforehand."""
+    """The kernel divides gradients by it, which saves a pass over them. Set during a step only."""
     found_inf: Tensor | None = None
-    """Where it is 1, weights, moments and their count of updates stay, whatever the gradients hold."""
+    """If it is 1, the kernel changes neither weights nor moments nor the count of updates. Set during a step only."""
 
     @torch.no_grad()
     def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
-        """Update by gradients of global 2-norm `norm`, scaled down to max_norm (0: never); not at all where skip is 1.
+        """Update by the gradients, scaled down to global 2-norm max_norm (0: no clipping); no update if skip is 1.
 
-        norm and skip are scalars on the device, the same on every rank: the host decides nothing and waits for nothing.
+        norm (the gradients' global 2-norm) and skip: scalars on the device, so that the host need not wait; the same on
+        every rank.
         """
         self.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
         self.found_inf = skip
@@ -41,9 +42,9 @@ class AdamW(torch.optim.AdamW):
 
 
 class RoundingAdamW(AdamW):
-    """For weights and moments of bf16, in PyTorch's state.
+    """For bf16 weights and moments; the optimizer state has PyTorch's keys.
 
-    Compiled, one kernel a weight, made once for each of the half dozen sizes that a model's weights have.
+    compiled: one kernel for each weight, compiled once for each of the half dozen shapes of a model's weights.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, compiled: bool, **settings: Any) -> None:
@@ -54,7 +55,7 @@ class RoundingAdamW(AdamW):
         self._starts: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    @torch.profiler.record_function("Optimizer.step#RoundingAdamW")  # as PyTorch's own say it to the profiler
+    @torch.profiler.record_function("Optimizer.step#RoundingAdamW")  # a profiler event as PyTorch's optimizers have it
     def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
         clip = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(skip)
         weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
@@ -63,8 +64,8 @@ class RoundingAdamW(AdamW):
                 moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
                 self.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
         counts = [self.state[weight]["step"] for weight in weights]
-        torch._foreach_add_(counts, [1 - skip] * len(counts))  # one tensor instead of the list: the host would wait
-        count = counts[0]  # one for all, which are updated together
+        torch._foreach_add_(counts, [1 - skip] * len(counts))  # a list of tensors: with a number, the host would wait
+        count = counts[0]  # the same for all weights
         draw = _hash(count.int())
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -73,12 +74,12 @@ class RoundingAdamW(AdamW):
             for weight in group["params"]:
                 if weight.grad is not None:
                     state = self.state[weight]
-                    parts = [_part(x) for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
+                    shards = [_local_shard(x) for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
                     scalars = self._start(weight), draw, clip, rate, correction, keep, skip
-                    self._update(*parts, *scalars, betas=group["betas"], eps=group["eps"])
+                    self._update(*shards, *scalars, betas=group["betas"], eps=group["eps"])
 
     def _start(self, weight: Tensor) -> Tensor:
-        """Where the random bits of this rank's first element of the weight begin; int32 on the device."""
+        """Hash input of this rank's first element of the weight; int32 scalar on the device."""
         if weight not in self._starts:
             number = torch.full((), len(self._starts), dtype=torch.int32, device=weight.device)
             self._starts[weight] = _hash(_hash(number) + 1) + _first_element(weight)
@@ -101,11 +102,11 @@ def rounding_update(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Update in place weight, mean and square (n,) bf16 by gradient * clip, unless skip is 1.
+    """Update weight, mean and square (n,) bf16 in place by gradient * clip, unless skip is 1.
 
-    Scalars are on the device, so that one compilation serves all steps. start, draw: int32, where the weight's random
-    bits begin, and what this update adds to that. rate: the learning rate over the first moment's bias correction.
-    correction: 1 over the root of the second's. keep: the share of a weight that weight decay leaves.
+    Scalars are on the device, so that one compilation serves all steps. start, draw: int32; their sum is the hash input
+    of the first element. rate: the learning rate divided by the first moment's bias correction. correction: 1 divided
+    by the square root of the second moment's. keep: the share of a weight that weight decay leaves.
     """
     w, g, m, v = (x.float() for x in (weight, gradient, mean, square))
     g = g * clip
@@ -120,13 +121,13 @@ def rounding_update(
 
 
 def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
-    """x fp32 to bf16: up with a chance of its distance, in ulps, from the lower neighbour. Uses 16 bits of `random`."""
+    """x fp32 to bf16: up with the probability x - lower neighbour, in ulps. random: int32; the low 16 bits count."""
     return ((x.view(torch.int32) + (random & 0xFFFF)) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Of int32, as int32: each bit of x changes each bit of it half of the time (the constants: Chris Wellons's
-    "lowbias32", https://nullprogram.com/blog/2018/07/31/)."""
+    """int32 to int32: each input bit flips each output bit with probability 1/2 (Chris Wellons's "lowbias32",
+    https://nullprogram.com/blog/2018/07/31/)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
         x = (x ^ _shifted(x, shift)) * factor
     return x ^ _shifted(x, 16)
@@ -137,13 +138,13 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def _part(x: Tensor) -> Tensor:
-    """This rank's part, flat."""
+def _local_shard(x: Tensor) -> Tensor:
+    """This rank's shard, flat."""
     return (x.to_local() if isinstance(x, DTensor) else x).detach().view(-1)
 
 
 def _first_element(weight: Tensor) -> int:
-    """Where in the whole weight this rank's part begins; FSDP shards by rows, as torch.chunk cuts."""
+    """Index of this rank's first element in the unsharded weight; FSDP shards by rows, as torch.chunk does."""
     if not isinstance(weight, DTensor):
         return 0
     rows, row = weight.shape[0], weight[0:1].numel()

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept out of the training step: a full collection there would stall every rank."""
+"""Keeps Python's garbage collector out of the training step: one rank's full collection would stall all ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collected_by_hand() -> Iterator[None]:
-    """The collector does not run by itself; what is alive now it leaves out when `gc.collect` is called."""
+def manual_collection() -> Iterator[None]:
+    """Turn automatic collection off; `gc.collect` collects only objects made from now on."""
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -1,24 +1,23 @@
-"""Device memory of a training step, by part, as a function of shape, settings and number of processes. No GPU needed.
+"""Device memory of a training step, by part: a function of shape, settings and number of processes. No GPU needed.
 
-The settings are resolved (resolve.py): for a device, or as on a Hopper GPU with every package.
-
-Counted is what PyTorch has allocated at the fullest of three moments, in a step after the first: at the end of the
-forward pass, when the backward pass enters the last block, and at the update. What a block keeps for its backward
-pass is what torch.compile's partitioner keeps of it (tests/train/test_memory_plan.py compares), a token and block:
+The settings are resolved (resolve.py). Counted is what PyTorch has allocated at three moments of a step after the
+first: at the end of the forward pass, when the backward pass enters the last block, and at the update. A block keeps
+for its backward pass what torch.compile's partitioner saves (tests/train/test_memory_plan.py compares), numbers for
+each token:
 
     inputs of the GEMMs and norms: residual, norm, attention's output, projection, norm: 5 C; MLP: I
     rotated queries and keys: C + G D;  output of the qkv GEMM, of which the values are a view: C + 2 G D
     gate and up: 2 I;  log-sum-exp of attention: H in fp32;  1 / RMS of both norms: 2 in fp32
 
-and, on one device with fp32 weights, each matrix once more in bf16. Quack and float8 recompute SwiGLU's result: I less.
-Of the norms' outputs float8 keeps nothing (rowwise), or them and attention's output in 8 bits (tensorwise). With
-activation checkpointing (activation_checkpointing.py) `full` keeps C, `selective` the results of GEMMs and attention;
-what a block recomputes counts once, in the backward pass. The loss (loss.py) holds logits
-of CHUNK_TOKENS tokens and their gradient, and the gradients of its input and weight until the backward pass.
+and, on one device with fp32 weights, a bf16 copy of each matrix. Quack and float8 recompute SwiGLU's output: I less.
+Rowwise float8 keeps no output of the norms; tensorwise float8 keeps these and attention's output in 8 bits. With
+activation checkpointing (activation_checkpointing.py), `full` keeps C, and `selective` keeps the outputs of GEMMs and
+attention; what a block recomputes counts once, in the backward pass. The loss (loss.py) holds the logits of
+CHUNK_TOKENS tokens and their gradient, and until the backward pass the gradients of its input and weight.
 
-Over several processes (FSDP2): a rank holds its share of weights, gradients and optimizer; whole are the outer unit
-(embedding, head), the block in use, the one fetched ahead and the buffer it comes in, or every block where weights
-stay between forward and backward. Gradients that micro-batches accumulate are whole and fp32 on every rank.
+With several processes (FSDP2), a rank holds its shard of weights, gradients and optimizer state. Unsharded are the
+outer unit (embedding, head), the block in use, the block that is prefetched and its all-gather buffer; or all blocks,
+if weights stay between forward and backward. Gradients that micro-batches accumulate are unsharded fp32 on every rank.
 
 Not counted: CUDA's context and NCCL's buffers (1 to 2 GiB outside PyTorch), fragmentation (a few percent), and the
 masks of attention backends that need one (fp32).
@@ -37,7 +36,7 @@ from lit_gpt.train.settings import StepSettings
 # V padded vocabulary, L blocks.
 
 USABLE_SHARE = 0.95
-"""Of a GPU's memory; the rest is lost to fragmentation."""
+"""Share of a GPU's memory that a plan may fill; the rest is lost to fragmentation."""
 
 
 class Memory(NamedTuple):
@@ -45,11 +44,11 @@ class Memory(NamedTuple):
 
     moment: str
     weights: int
-    """This rank's share, as the optimizer sees them."""
+    """This rank's shard, as the optimizer sees it."""
     gradients: int
     optimizer: int
     compute_weights: int
-    """Weights beside the share: copies in the computation's type, and all-gathered units with their buffers."""
+    """Weights beside the shard: copies in the compute dtype, and all-gathered units with their buffers."""
     activations: int
     loss: int
     """Logits of one chunk and the gradients that the fused loss holds."""
@@ -60,27 +59,30 @@ class Memory(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """What the moments are made of."""
+    """What all three moments depend on."""
 
     tokens: int
-    element: int
-    """Bytes of a number in the computation."""
-    stored: int
-    """Bytes of a number in weights, gradients and moments."""
+    """Of a micro-batch."""
+    compute_bytes: int
+    """Of a number in the compute dtype."""
+    stored_bytes: int
+    """Of a number in weights, gradients and Adam's moments."""
     shards: int
-    alone: bool
+    single: bool
+    """One process, which shards nothing."""
     accumulates: bool
+    """A step has several micro-batches."""
 
 
 def step_memory(config: Config, settings: StepSettings, world_size: int, shards: int) -> tuple[Memory, Memory, Memory]:
-    """The three moments on one of world_size processes, `shards` of which share one copy of the weights."""
+    """The three moments on one of world_size ranks; `shards` ranks share one copy of the weights."""
     micro_batches = settings.global_batch_size // (settings.micro_batch_size * world_size)
     sizes = _Sizes(
         tokens=settings.micro_batch_size * config.block_size,
-        element=_element(settings),
-        stored=2 if settings.precision == "bf16-true" else 4,
+        compute_bytes=_compute_bytes(settings),
+        stored_bytes=2 if settings.precision == "bf16-true" else 4,
         shards=shards,
-        alone=world_size == 1,
+        single=world_size == 1,
         accumulates=micro_batches > 1,
     )
     return (
@@ -96,71 +98,71 @@ def peak_bytes(config: Config, settings: StepSettings, world_size: int, shards: 
 
 
 def largest_gathered_unit(config: Config, settings: ModelSettings) -> int:
-    """Bytes of the largest part that several processes hold whole in the computation's type: a block, or the rest."""
+    """Bytes of the largest FSDP unit in the compute dtype: a block, or the outer unit."""
     outer = config.parameters - config.n_layer * config.block_parameters
-    return max(outer, config.block_parameters) * _element(settings)
+    return max(outer, config.block_parameters) * _compute_bytes(settings)
 
 
 def kept_bytes_per_token(config: Config, settings: ModelSettings) -> int:
-    """What one block keeps of each token for its backward pass."""
+    """Bytes of activations that one block keeps of each token for its backward pass."""
     if settings.activation_checkpointing == "full":
-        return config.n_embd * _element(settings)
+        return config.n_embd * _compute_bytes(settings)
     width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
     if settings.activation_checkpointing == "selective":
-        return (4 * width + 2 * keys + 2 * hidden) * _element(settings) + config.n_head * 4
+        return (4 * width + 2 * keys + 2 * hidden) * _compute_bytes(settings) + config.n_head * 4
     return _all_bytes_per_token(config, settings)
 
 
 def _all_bytes_per_token(config: Config, settings: ModelSettings) -> int:
-    """What a block's backward pass needs of each token."""
+    """Bytes of activations that a block's backward pass needs of each token."""
     width, keys, hidden = config.n_embd, config.n_query_groups * config.head_size, config.intermediate_size
     numbers = 7 * width + 3 * keys + 3 * hidden
-    if _makes_inner_anew(settings):
+    if _recomputes_swiglu(settings):
         numbers -= hidden
     if settings.float8 == "rowwise":
         numbers -= 2 * width
     if settings.float8 == "tensorwise":
-        return (numbers - 2 * width) * _element(settings) + 3 * width + (config.n_head + 2) * 4
-    return numbers * _element(settings) + (config.n_head + 2) * 4
+        return (numbers - 2 * width) * _compute_bytes(settings) + 3 * width + (config.n_head + 2) * 4
+    return numbers * _compute_bytes(settings) + (config.n_head + 2) * 4
 
 
-def _makes_inner_anew(settings: ModelSettings) -> bool:
-    """Whether the MLP's inner product is computed again beside its gradient."""
+def _recomputes_swiglu(settings: ModelSettings) -> bool:
+    """Whether the backward pass recomputes SwiGLU's output."""
     return settings.float8 != "none" or settings.mlp == "quack"
 
 
-def _element(settings: ModelSettings) -> int:
-    """Bytes of a number in the computation."""
+def _compute_bytes(settings: ModelSettings) -> int:
+    """Bytes of a number in the compute dtype."""
     return 4 if settings.precision == "32-true" else 2
 
 
 def _end_of_forward(config: Config, settings: StepSettings, sizes: _Sizes) -> Memory:
-    element, vocabulary = sizes.element, config.padded_vocab_size
+    compute_bytes, vocabulary = sizes.compute_bytes, config.padded_vocab_size
     head = vocabulary * config.n_embd
     chunk = min(sizes.tokens, CHUNK_TOKENS) * vocabulary
-    # logits, their gradient, and from the second chunk on that of the last one; uncompiled, fp32 steps between them
-    last, between = (element if sizes.tokens > CHUNK_TOKENS else 0), (0 if settings.compile else 17)
-    logits = chunk * (element + last + (between or element))
-    head_copy = element * head if sizes.alone and sizes.stored != element else 0
-    residual = element * sizes.tokens * config.n_embd
+    # logits, their gradient, and from the second chunk on the gradient of the one before; uncompiled: fp32 temporaries
+    before, temporary = (compute_bytes if sizes.tokens > CHUNK_TOKENS else 0), (0 if settings.compile else 17)
+    logits = chunk * (compute_bytes + before + (temporary or compute_bytes))
+    head_copy = compute_bytes * head if sizes.single and sizes.stored_bytes != compute_bytes else 0
+    residual = compute_bytes * sizes.tokens * config.n_embd
     return _memory(
         "forward",
         config,
         sizes,
         gradients=_accumulated(config, sizes),
         compute_weights=_weights_in_use(config, settings, sizes, in_backward=False) + head_copy,
-        activations=_kept(config, settings, sizes) + residual,  # the last norm's output
+        activations=_kept(config, settings, sizes) + residual,  # output of the last norm
         loss=logits + residual + 4 * head,  # gradients of input and weight
     )
 
 
 def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) -> Memory:
-    """The loss's gradients are handed on; the block holds those of its MLP: residual, act, gate and up."""
-    element = sizes.element
-    working = (2 * config.n_embd + 3 * config.intermediate_size) * element * sizes.tokens
+    """The loss's gradients are gone; the block holds its MLP's: of the residual, SwiGLU's output, gate and up."""
+    compute_bytes = sizes.compute_bytes
+    working = (2 * config.n_embd + 3 * config.intermediate_size) * compute_bytes * sizes.tokens
     recomputed = (_all_bytes_per_token(config, settings) - kept_bytes_per_token(config, settings)) * sizes.tokens
-    head_gradient = config.padded_vocab_size * config.n_embd * (sizes.stored if sizes.alone else element)
-    block_gradients = config.block_parameters * (sizes.stored if sizes.alone else element + 4)  # reduced in fp32
+    head_gradient = config.padded_vocab_size * config.n_embd * (sizes.stored_bytes if sizes.single else compute_bytes)
+    block_gradients = config.block_parameters * (sizes.stored_bytes if sizes.single else compute_bytes + 4)  # fp32 sum
     return _memory(
         "backward",
         config,
@@ -173,14 +175,14 @@ def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) 
 
 
 def _update(config: Config, sizes: _Sizes) -> Memory:
-    """All gradients are there; over several processes the outer unit's reduction is under way."""
+    """All gradients are there; with several processes the outer unit's reduce-scatter is still running."""
     outer = config.parameters - config.n_layer * config.block_parameters
-    reduction = 0 if sizes.alone else outer * (2 * sizes.element + 4)  # weights, gradients, and these in fp32
+    reduction = 0 if sizes.single else outer * (2 * sizes.compute_bytes + 4)  # weights, gradients, and these in fp32
     return _memory(
         "update",
         config,
         sizes,
-        gradients=sizes.stored * config.parameters // sizes.shards,
+        gradients=sizes.stored_bytes * config.parameters // sizes.shards,
         compute_weights=reduction,
         activations=0,
         loss=0,
@@ -190,7 +192,7 @@ def _update(config: Config, sizes: _Sizes) -> Memory:
 def _memory(
     moment: str, config: Config, sizes: _Sizes, *, gradients: int, compute_weights: int, activations: int, loss: int
 ) -> Memory:
-    share = sizes.stored * config.parameters // sizes.shards
+    share = sizes.stored_bytes * config.parameters // sizes.shards
     return Memory(moment, share, gradients, 2 * share, compute_weights, activations, loss)
 
 
@@ -198,23 +200,23 @@ def _accumulated(config: Config, sizes: _Sizes) -> int:
     """Gradients of earlier micro-batches."""
     if not sizes.accumulates:
         return 0
-    return config.parameters * (sizes.stored if sizes.alone else 4)
+    return config.parameters * (sizes.stored_bytes if sizes.single else 4)
 
 
 def _weights_in_use(config: Config, settings: StepSettings, sizes: _Sizes, *, in_backward: bool) -> int:
-    block, blocks = config.block_parameters * sizes.element, config.n_layer
-    if sizes.alone:
-        if sizes.stored == sizes.element or settings.float8 != "none":  # 8-bit casts are not kept
+    block, blocks = config.block_parameters * sizes.compute_bytes, config.n_layer
+    if sizes.single:
+        if sizes.stored_bytes == sizes.compute_bytes or settings.float8 != "none":  # 8-bit casts are not kept
             return 0
         if settings.activation_checkpointing != "none":  # the casts are recomputed
             return block if in_backward else 0
         return blocks * block
-    outer = (config.parameters - blocks * config.block_parameters) * sizes.element
+    outer = (config.parameters - blocks * config.block_parameters) * sizes.compute_bytes
     whole_blocks = blocks if settings.keeps_weights_whole else min(2, blocks)
-    return outer + (whole_blocks + 1) * block  # one more: the buffer of the all-gather
+    return outer + (whole_blocks + 1) * block  # + 1: the all-gather buffer
 
 
 def _kept(config: Config, settings: ModelSettings, sizes: _Sizes) -> int:
-    """What all blocks keep, the input of the last norm, and the rotary angles."""
-    outside = sizes.element * config.n_embd + 4 * config.head_size
+    """Activations that all blocks keep, the input of the last norm, and RoPE's cos and sin."""
+    outside = sizes.compute_bytes * config.n_embd + 4 * config.head_size
     return (config.n_layer * kept_bytes_per_token(config, settings) + outside) * sizes.tokens

@@ -1,4 +1,4 @@
-"""The optimizer's parts: parameter groups, the learning rate as a pure function of the step, and the gradient norm."""
+"""The run's optimizer: parameter groups, the learning rate as a pure function of the step, and the gradient norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_gpt.train.settings import OptimizerSettings
 
 
 def learning_rate(step: int, settings: OptimizerSettings) -> float:
-    """Learning rate of update number `step`, counted from 0: linear warm-up, then the schedule that settings name."""
+    """Learning rate of update number `step`, counted from 0: linear warm-up, then settings.lr_schedule."""
     peak, last = settings.learning_rate, settings.max_steps - 1
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
@@ -31,7 +31,7 @@ def learning_rate(step: int, settings: OptimizerSettings) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups for AdamW: matrices decay, vectors (the norms) do not."""
+    """Two groups for AdamW: matrices have weight decay, vectors (the norms' weights) have none."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
@@ -39,9 +39,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, compiled: bool) -> AdamW:
-    """The run's optimizer; the training loop sets the learning rate each step.
+    """AdamW for the dtype of the model's weights; TrainStep sets the learning rate at each step.
 
-    compiled: its kernels by torch.compile, where they are our own (weights of bf16).
+    compiled: whether torch.compile compiles the update of bf16 weights; fp32 weights use PyTorch's kernel.
     """
     groups = parameter_groups(model, settings.weight_decay)
     adam: dict[str, Any] = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
@@ -52,6 +52,6 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, compiled: b
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Global 2-norm of all gradients over all ranks, a scalar on the device; not finite if any gradient is not."""
+    """2-norm of all gradients over all ranks, as a scalar on the device; not finite if any gradient is not."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

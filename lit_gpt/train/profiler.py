@@ -1,10 +1,10 @@
-"""torch.profiler over some steps of a run, on request: a trace, a table of kernels, a snapshot of GPU memory.
+"""Profiles some steps of a run by torch.profiler: a trace, a table of kernels, a snapshot of GPU memory.
 
     <run folder>/profile/steps-A-B.trace.json.gz    for chrome://tracing or ui.perfetto.dev
     <run folder>/profile/steps-A-B.kernels.txt      time by operator and kernel
     <run folder>/profile/steps-A-B.memory.pickle    for pytorch.org/memory_viz; on GPUs
 
-Steps that are profiled are slower.
+Costs: profiled steps are slower.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TABLE_ROWS = 50
 
 
 class StepProfiler:
-    """Told of each step's edge, it profiles the asked ones; does nothing where `steps` is None."""
+    """Profiles the steps "A:B" (settings.profile_steps); does nothing if `steps` is None."""
 
     def __init__(self, steps: str | None, run_dir: Path, device: torch.device) -> None:
         self._first, self._end = step_range(steps) if steps else (-1, -1)
@@ -32,8 +32,8 @@ class StepProfiler:
         self._device = device
         self._running: profile | None = None
 
-    def edge(self, step: int) -> None:
-        """`step` is about to begin: step - 1 updates are done."""
+    def before_step(self, step: int) -> None:
+        """Called before update number `step`, from 1: starts or stops the profile if it is due."""
         if step == self._first:
             self._start()
         elif self._running is not None and step == self._end:
@@ -48,7 +48,7 @@ class StepProfiler:
         self._running.start()
 
     def stop(self) -> None:
-        """End the profile, also before its last step, and write what there is."""
+        """End a running profile, also before its last step, and write its files."""
         running, self._running = self._running, None
         if running is None:
             return

@@ -1,4 +1,4 @@
-"""What a person sees of a running training: a progress bar on a terminal, plain lines in a log file."""
+"""What a running training shows: a progress bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """Shows steps done and each line of metrics; a context manager. Only the rank with enabled=True shows anything."""
+    """A context manager that shows the steps done and the newest line of metrics, on the rank with enabled=True."""
 
     def __init__(self, max_steps: int, step: int, *, enabled: bool) -> None:
         self._enabled = enabled
@@ -33,7 +33,7 @@ class ProgressBar:
             self._task = self._bar.add_task("train", total=max_steps, completed=step, line="")
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """A line of metrics."""
+        """Show a line of metrics."""
         if not self._enabled:
             return
         line = f"loss {row['loss']:.4f} | {row['tokens_per_s']:,.0f} tokens/s | grad norm {row['grad_norm']:.3f}"

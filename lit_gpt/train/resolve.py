@@ -1,8 +1,8 @@
-"""What `auto` and None in the settings stand for, decided once: the settings that run, with nothing left open.
+"""Resolves the settings: decides once what `auto` and None stand for on this machine.
 
-The rest of the run reads the resolved settings and decides nothing again. What was resolved is logged, written to
-resolved.json beside settings.yaml and kept in every checkpoint, so that a repeat or a resume on a machine where
-something resolves otherwise can say so.
+The rest of the run reads the resolved settings and decides nothing again. The choices are logged, written to
+resolved.json beside settings.yaml and kept in every checkpoint, so a repeat or a resume on another machine can say
+which choices differ there.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Step = TypeVar("Step", bound=StepSettings)
 CHOICES = (
     "accelerator", "num_nodes", "devices", "attention", "mlp", "compile", "float8", "state_dict_type", "async_save",
 )  # fmt: skip
-"""Settings that resolved.json holds, as they run."""
+"""The settings that resolved.json holds, resolved."""
 KERNEL_PACKAGES = {
     "torch": "torch", "fa4": "flash-attn-4", "fa3": "flash-attn-3", "fa2": "flash-attn", "xformers": "xformers",
     "quack": "quack-kernels", "rowwise": "torchao", "compile": "triton",
 }  # fmt: skip
-"""Choice -> the package that computes it."""
+"""Choice -> package whose kernels it runs."""
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:
-    """The type that matmuls and attention compute in."""
+    """The dtype of matmuls and attention."""
     return torch.float32 if settings.precision == "32-true" else torch.bfloat16
 
 
 def resolve_step(settings: Step, config: Config, world: World, device: torch.device) -> Step:
-    """`settings` for steps of a model of `config`'s shape on this device; raises BadInput for what cannot run there.
+    """`settings`, resolved for training steps of a `config` on this device; raises BadInput for what cannot run there.
 
-    Deterministic mode, which rules out some kernels, must have been set (`launch` does).
+    Deterministic mode rules out some kernels: it must be set before (`launch` does it).
     """
     dtype = compute_dtype(settings)
     mlp = "torch"
@@ -57,7 +57,7 @@ def resolve_step(settings: Step, config: Config, world: World, device: torch.dev
 
 
 def resolve(settings: Settings, config: Config, world: World, device: torch.device) -> Settings:
-    """`settings` for a run on `world`, of which this process has `device`; raises BadInput for what cannot run."""
+    """`settings`, resolved for a run on `world` and this process's device; raises BadInput as resolve_step does."""
     kind = settings.state_dict_type
     return replace(
         resolve_step(settings, config, world, device),
@@ -67,7 +67,7 @@ def resolve(settings: Settings, config: Config, world: World, device: torch.devi
 
 
 def resolve_for_plan(settings: Step) -> Step:
-    """`settings` as they resolve on a Hopper GPU that has every package, as far as memory depends on them."""
+    """`settings`, as far as memory depends on them, as they resolve on a Hopper GPU with every optional package."""
     mlp = settings.mlp
     if mlp == "auto":
         config = settings.config
@@ -76,8 +76,8 @@ def resolve_for_plan(settings: Step) -> Step:
     return replace(settings, mlp=mlp, compile=settings.compile is not False)
 
 
-def resolved_facts(settings: Settings) -> dict[str, Any]:
-    """What resolved.json holds of resolved `settings`: each choice, and the versions of the packages that compute."""
+def resolved_choices(settings: Settings) -> dict[str, Any]:
+    """What resolved.json holds: each choice of resolved `settings`, and the versions of the packages behind them."""
     chosen = {"torch", settings.attention, settings.mlp, settings.float8, *(["compile"] if settings.compile else [])}
     versions: dict[str, str | None] = {}
     for package in sorted(KERNEL_PACKAGES[choice] for choice in chosen & KERNEL_PACKAGES.keys()):
@@ -89,11 +89,11 @@ def resolved_facts(settings: Settings) -> dict[str, Any]:
 
 
 def log_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """A line for each choice that was resolved otherwise in the run, or the part of it, that this one repeats."""
+    """Log a line for each choice that differs between the run that this one repeats or resumes, and this one."""
     for name in CHOICES:
         if name in before and before[name] != now[name]:
             log.warning("%s: %s here, %s in the run that this one repeats or resumes", name, now[name], before[name])
     for package in sorted({*before.get("packages", {}), *now["packages"]}):
-        then, here = (facts.get("packages", {}).get(package) for facts in (before, now))
+        then, here = (choices.get("packages", {}).get(package) for choices in (before, now))
         if then != here:
             log.warning("package %s: %s here, %s in the run that this one repeats or resumes", package, here, then)

@@ -1,14 +1,14 @@
-"""Back to a checkpoint from before a spike of the gradient norm, and on without the rows that led to it.
+"""Go back to a checkpoint from before a spike of the gradient norm, and go on without the rows that led to it.
 
-A rollback is a resume within the process, from the newest whole checkpoint of the run's present lineage that is older
-than the spike. What it adds is a range of slots: the rows of the spike's step and of those just before it, which the
-order passes over from then on (a later epoch reads the same text again, at other slots). The spike itself never enters
-the weights: its update was skipped on the device.
+A rollback is a resume within the process, from the newest whole checkpoint of the run's own lineage that is older than
+the spike. In addition it leaves out a range of slots: the rows of the spike's step and of the steps just before it.
+(A later epoch reads the same text again, in other slots.) The spike itself never reaches the weights: its update was
+skipped on the device.
 
-Invariants: every rank holds the same ranges, one for each rollback of the run. They are on disk before the first step
-after a rollback (in the details of the datapoint log's new attempt), and in every checkpoint from then on, so a run
-that is killed at any moment goes on with them.
-Costs: nothing until a spike; then a checkpoint is verified and loaded, and the steps since it are done again.
+Invariants: every rank holds the same ranges, one for each rollback. They are on disk before the first step after a
+rollback (in the details of the datapoint log's new attempt) and in every later checkpoint, so a run that is killed at
+any moment goes on with them.
+Costs: nothing until a spike; then a checkpoint is verified and loaded, and the steps since it are repeated.
 """
 
 from __future__ import annotations
@@ -28,56 +28,59 @@ log = logging.getLogger(__name__)
 
 
 class Rollback(NamedTuple):
-    """A decision to go back."""
+    """How far to go back, and which slots to leave out."""
 
     spike_step: int
+    """Step of the first spike."""
     to: Checkpoint
-    begin: int
+    first_slot: int
     """First slot that is left out."""
-    end: int
+    end_slot: int
     """The slot after the last that is left out."""
 
 
 class Rollbacks:
-    """Those of one run, earlier parts included, and the policy for the next."""
+    """The rollbacks of one run, earlier attempts included, and whether there may be another."""
 
     def __init__(self, settings: SpikeSettings) -> None:
         self.left_out: list[tuple[int, int]] = []
-        """(first slot, slot after the last) of each rollback, by slot."""
+        """(first slot, slot after the last) of each rollback, in the order of slots."""
         self.exhausted = False
-        """A spike came after max_rollbacks of them."""
-        self._wanted = settings.spike_policy == "rollback"
-        self._most = settings.max_rollbacks
-        self._steps = settings.rollback_steps
+        """A spike came after max_rollbacks rollbacks."""
+        self._settings = settings
 
     def add(self, ranges: Iterable[Sequence[int]]) -> None:
-        """Take over ranges of earlier parts of the run, or of a new rollback; one that is known is no second one."""
-        self.left_out = sorted({*self.left_out, *((begin, end) for begin, end in ranges)})
+        """Add the ranges of earlier attempts or of a new rollback; a range that is there already counts once."""
+        self.left_out = sorted({*self.left_out, *((first_slot, end_slot) for first_slot, end_slot in ranges)})
 
     def spikes(self, skipped: Iterable[SkippedStep]) -> list[SkippedStep]:
-        """The steps from before which the run should go back; none where the cap is reached, see `exhausted`."""
-        found = [entry for entry in skipped if entry.reason == Verdict.SPIKE] if self._wanted else []
-        if found and len(self.left_out) >= self._most:
+        """The spikes to roll back from; none without the policy, or after max_rollbacks (then `exhausted` is set)."""
+        wanted = self._settings.spike_policy == "rollback"
+        found = [entry for entry in skipped if entry.verdict == Verdict.SPIKE] if wanted else []
+        if found and len(self.left_out) >= self._settings.max_rollbacks:
             self.exhausted = True
             return []
         return found
 
     def plan(self, spikes: Sequence[SkippedStep], to: Checkpoint) -> Rollback:
-        """Which rows are left out: up to the last spike's; none from before the checkpoint."""
+        """A rollback to `to`: leaves out the rows of rollback_steps steps up to the first spike, and on to the last.
+
+        Rows from before the checkpoint stay.
+        """
         first, last = spikes[0], spikes[-1]
-        begin = max(to.facts["slot"], first.first_slot - (self._steps - 1) * first.rows)
-        return Rollback(first.step, to, begin, last.first_slot + last.rows)
+        first_slot = max(to.facts["slot"], first.first_slot - (self._settings.rollback_steps - 1) * first.rows)
+        return Rollback(first.step, to, first_slot, last.first_slot + last.rows)
 
 
 def last_good(run_dir: Path, step: int) -> Checkpoint | None:
-    """The newest whole checkpoint from before step `step` that the run in `run_dir` has come through."""
+    """The newest whole checkpoint of the run's own lineage in `run_dir` from before step `step`."""
     for found in whole_newest_first(run_dir):
         if found.step < step and found.facts.get("datapoint_log"):  # an imported model has no optimizer's state
             return found
     return None
 
 
-def logged_ranges(run_dir: Path) -> list[list[int]]:
-    """The ranges that the newest attempt of the run in `run_dir` began with: a kill may have come before a save."""
+def logged_left_out(run_dir: Path) -> list[list[int]]:
+    """The ranges that the newest attempt began with; after a kill they may not be in any checkpoint yet."""
     attempts = read_attempts(run_dir / FOLDER)
     return attempts[-1].details.get("left_out", []) if attempts else []

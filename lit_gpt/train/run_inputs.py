@@ -1,11 +1,10 @@
-"""What a run is made of, found and checked before any process starts, model is built or file is written."""
+"""What a run is made of: found and checked before any process starts, any model is built or any file is written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lit_gpt.checkpoint.checkpoint import Checkpoint
 from lit_gpt.cli import BadInput
@@ -23,24 +22,24 @@ from lit_gpt.train.sampling import Prompts, open_prompts
 from lit_gpt.train.settings import Settings
 
 
-class Inputs(NamedTuple):
-    """What fits together: model, data, folder and processes."""
+class RunInputs(NamedTuple):
+    """Model shape, data, run folder and processes, which fit together."""
 
     config: Config
     train: tuple[TokenStore, ...]
     weights: list[float] | None
-    """Of the training sources; None: each by its size."""
+    """Of the training sources; None: each source weighs as much as its size."""
     val: TokenStore | None
     run_dir: Path
     world: World
     prompts: Prompts | None
-    """What the model continues at intervals, if asked for."""
+    """What samples continue; None without samples."""
 
 
-def open_inputs(settings: Settings) -> Inputs:
-    """Find and check all that a run needs; raises BadInput for whatever does not fit together.
+def open_inputs(settings: Settings) -> RunInputs:
+    """Find and check what a run needs; raises BadInput for what is missing or does not fit together.
 
-    The settings have passed Settings.check.
+    settings: as asked for; they have passed `check`.
     """
     world = find_world(settings)
     settings.shards(world.devices, world.size)  # refuses a group that does not divide the processes
@@ -54,35 +53,23 @@ def open_inputs(settings: Settings) -> Inputs:
     )
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
     run_folder.create(run_dir)
-    return Inputs(config, tuple(train), weights, val, run_dir, world, prompts)
-
-
-def run_facts(inputs: Inputs, settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's run.json says of the run, beside how far it is; paths are absolute.
-
-    settings: as asked for; resolved: what resolve.resolved_facts says of them.
-    """
-    tokenizer = settings.tokenizer_path
-    return {
-        "settings": asdict(settings),
-        "resolved": resolved,
-        "dataset_id": [store.dataset_id for store in inputs.train],
-        "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
-        "val_data_dir": str(inputs.val.path.resolve()) if inputs.val else None,
-        "tokenizer_path": str(Path(tokenizer).resolve()) if tokenizer else None,
-        "tokenizer_fingerprint": inputs.train[0].tokenizer_fingerprint,
-        "world_size": inputs.world.size,
-    }
+    return RunInputs(config, tuple(train), weights, val, run_dir, world, prompts)
 
 
 def open_datapoint_log(
-    inputs: Inputs,
-    settings: Settings,
+    inputs: RunInputs,
+    settings: DataSettings,
     dataset: PackedDataset,
     start: Checkpoint | None,
     left_out: Sequence[tuple[int, int]],
+    *,
+    allow_changed_data: bool,
 ) -> DatapointLog:
-    """The record of what each step sees, after `start`; refused if the data is not what the run began with."""
+    """The datapoint log of the steps after `start` (None: from the first).
+
+    left_out: the ranges of slots of all rollbacks. Raises BadInput if the data is not what the run began with, unless
+    allow_changed_data.
+    """
     slot_facts = {**dataset.slot_facts(), "global_batch_size": settings.global_batch_size}
     slot_facts["cross_document_attention"] = settings.cross_document_attention
     details = {
@@ -99,7 +86,7 @@ def open_datapoint_log(
         slot_facts,
         parent=Mark(**parent) if parent else None,
         details=details,
-        allow_changed_data=settings.allow_changed_data,
+        allow_changed_data=allow_changed_data,
     )
 
 
@@ -108,7 +95,7 @@ def _require_one_tokenizer(settings: DataSettings, stores: list[TokenStore]) -> 
     for store in stores[1:]:
         if store.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise BadInput(
-                f"{store.path} was made with another tokenizer than {first.path}: prepare both with the same"
+                f"{store.path} and {first.path} were made with different tokenizers: prepare both with the same"
             )
     if settings.tokenizer_path:
         fingerprint = Tokenizer.from_folder(settings.tokenizer_path).fingerprint
@@ -124,7 +111,7 @@ def open_cache(settings: DataSettings) -> ShardCache | None:
     return ShardCache(Path(settings.cache_dir), settings.cache_bytes) if settings.cache_dir else None
 
 
-def training_rows(inputs: Inputs, settings: DataSettings, cache: ShardCache | None) -> PackedDataset:
+def training_rows(inputs: RunInputs, settings: DataSettings, cache: ShardCache | None) -> PackedDataset:
     """The rows that the run trains on."""
     return PackedDataset(
         inputs.train,
@@ -139,8 +126,8 @@ def training_rows(inputs: Inputs, settings: DataSettings, cache: ShardCache | No
     )
 
 
-def validation_rows(inputs: Inputs, settings: DataSettings) -> PackedDataset | None:
-    """The rows that the run validates on: always windows, so that every token counts once, whatever training packs."""
+def validation_rows(inputs: RunInputs, settings: DataSettings) -> PackedDataset | None:
+    """The rows of the validation split, or None: always in the packing `window`, which counts every token once."""
     if inputs.val is None:
         return None
     return PackedDataset(

@@ -1,4 +1,4 @@
-"""What a run will need, told before it starts: memory of a GPU, tokens, time and disk. Needs no GPU, no processes."""
+"""What a run will need: GPU memory, tokens, time and disk. Computed before it starts, without GPU or processes."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ GIB = 2**30
 
 
 class Plan(NamedTuple):
-    """The figures of a run; `lines` tells them."""
+    """What a run will need; `lines` prints it."""
 
     config: Config
     settings: Settings
-    """Resolved, as on a Hopper GPU that has every package."""
+    """Resolved by resolve_for_plan."""
     world_size: int
     shards: int
-    """Processes that share one copy of the weights."""
+    """Ranks that one copy of the weights is sharded over."""
     memory: tuple[Memory, ...]
-    """Of one GPU: end of the forward pass, backward pass of the last block, update."""
+    """Of one GPU at three moments of a step (memory_plan.py)."""
     largest_micro_batch: int | None
-    """Rows of the largest micro-batch that fits and shares the step's rows evenly; None if none fits."""
-    inputs_per_step: int
-    """Tokens that the model reads, padding included."""
+    """Rows of the largest micro-batch that fits and divides a rank's rows of a step; None if none fits."""
+    input_tokens_per_step: int
+    """Tokens that the model reads in a step, padding included."""
     checkpoint_bytes: int
     checkpoints: int
-    """Most that lie on disk at once: those that stay, and the one being written."""
+    """Most checkpoints on disk at once: those that stay, and the one that is being written."""
     data_tokens: int | None
-    """Of the training data, if the settings name any."""
+    """Tokens of the training data; None if the settings name no data."""
 
     @property
-    def inputs(self) -> int:
-        return self.settings.max_steps * self.inputs_per_step
+    def input_tokens(self) -> int:
+        return self.settings.max_steps * self.input_tokens_per_step
 
 
 def plan(settings: Settings) -> Plan:
-    """The plan of a run with --devices x --num_nodes processes; raises BadInput for settings that cannot train."""
+    """The plan of a run with --devices x --num_nodes processes; raises BadInput for settings that cannot run."""
     settings = resolve_for_plan(settings)
     devices = settings.devices or 1
     world_size = devices * settings.num_nodes
@@ -63,7 +63,7 @@ def plan(settings: Settings) -> Plan:
         shards=shards,
         memory=step_memory(config, settings, world_size, shards),
         largest_micro_batch=_largest_micro_batch(config, settings, world_size, shards),
-        inputs_per_step=settings.global_batch_size * config.block_size,
+        input_tokens_per_step=settings.global_batch_size * config.block_size,
         checkpoint_bytes=3 * stored * config.parameters,  # weights and AdamW's two moments
         checkpoints=_checkpoints(settings),
         data_tokens=data_tokens,
@@ -82,14 +82,14 @@ def _largest_micro_batch(config: Config, settings: Settings, world_size: int, sh
 
 def _checkpoints(settings: Settings) -> int:
     written = -(-settings.max_steps // settings.save_interval_steps)
-    for_ever = 0
+    kept_for_ever = 0
     if settings.keep_every_steps:
-        for_ever = settings.max_steps // math.lcm(settings.save_interval_steps, settings.keep_every_steps)
-    return min(written, (settings.keep_last_checkpoints or written) + for_ever) + 1
+        kept_for_ever = settings.max_steps // math.lcm(settings.save_interval_steps, settings.keep_every_steps)
+    return min(written, (settings.keep_last_checkpoints or written) + kept_for_ever) + 1
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The plan as a person reads it."""
+    """The plan as text."""
     config, settings = plan.config, plan.settings
     yield f"{config.name}: {config.parameters:,} parameters, {config.block_size} tokens a row"
     yield (
@@ -98,7 +98,7 @@ def lines(plan: Plan) -> Iterator[str]:
         f"activation checkpointing {settings.activation_checkpointing}"
     )
     if settings.mlp == "quack":
-        yield "the MLP as on a Hopper GPU with quack; for others plan with --mlp torch, which keeps more"
+        yield "counted with --mlp quack, as on a Hopper GPU; elsewhere plan with --mlp torch, which needs more memory"
     yield ""
     yield from _memory_table(plan)
     if settings.precision == "32-true":
@@ -106,9 +106,9 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"not counted, for want of a measurement: attention's scores in fp32, some {scores / GIB:.2f} GiB"
     yield _fit(plan)
     yield ""
-    yield f"{settings.max_steps:,} steps of {plan.inputs_per_step:,} tokens: {plan.inputs:,} tokens"
+    yield f"{settings.max_steps:,} steps of {plan.input_tokens_per_step:,} tokens: {plan.input_tokens:,} tokens"
     if plan.data_tokens is not None:
-        yield f"the training data has {plan.data_tokens:,} tokens: {plan.inputs / plan.data_tokens:.2f} epochs"
+        yield f"the training data has {plan.data_tokens:,} tokens: {plan.input_tokens / plan.data_tokens:.2f} epochs"
     yield _time(plan)
     yield (
         f"a checkpoint is {plan.checkpoint_bytes / GIB:.2f} GiB; at most {plan.checkpoints} on disk: "
@@ -130,7 +130,7 @@ def _memory_table(plan: Plan) -> Iterator[str]:
 
 
 def _fit(plan: Plan) -> str:
-    gpu = f"{plan.settings.plan_gpu_gib:g} GiB (--plan_gpu_gib), of which {USABLE_SHARE:.0%} are counted on"
+    gpu = f"{USABLE_SHARE:.0%} of {plan.settings.plan_gpu_gib:g} GiB (--plan_gpu_gib; the rest: fragmentation)"
     if plan.largest_micro_batch is None:
         return (
             f"no micro-batch fits {gpu}: shard over more GPUs (FULL_SHARD), or --activation_checkpointing full, or "
@@ -142,7 +142,7 @@ def _fit(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     rate = plan.settings.plan_tokens_per_s
     if rate is None:
-        return "time: name a GPU's rate by --plan_tokens_per_s (docs/benchmarks.md has measured ones)"
-    seconds = plan.inputs / (rate * plan.world_size)
+        return "time: give a GPU's tokens/s by --plan_tokens_per_s (docs/benchmarks.md has measured rates)"
+    seconds = plan.input_tokens / (rate * plan.world_size)
     gpu_hours = seconds * plan.world_size / 3600
     return f"time at {rate:,.0f} tokens/s a GPU: {seconds / 86400:.2f} days, {gpu_hours:,.0f} GPU hours"

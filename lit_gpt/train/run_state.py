@@ -1,9 +1,9 @@
-"""What a run is at a step's edge: how far it is, the records of how it came there, the way to and from a checkpoint.
+"""The state of a run between two steps: how far it is, its records, and how it gets into and out of a checkpoint.
 
-Invariants: step, slot and targets are the same on every rank and go with the weights: they are set together from a
-checkpoint, at the start of the program (`start`) and where a run goes back (`roll_back`), by the same code. Rank 0
-alone has the records (datapoint log, trackers); each beginning opens them anew, as the next attempt.
-Costs: `step_done` is a line in the log; the rest waits for files.
+Invariants: step, slot and total_targets are the same on every rank and belong to the weights: the same code sets all of
+them from a checkpoint, at the program's start (`start`) and at a rollback (`roll_back`). Only rank 0 has the records
+(datapoint log, trackers); each start and each rollback opens them again, as a new attempt.
+Costs: `step_done` writes one line; the rest waits for files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.log import DatapointLog
 from lit_gpt.launch.world import Fabric, on_rank_zero
 from lit_gpt.train.resolve import log_differences
-from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_ranges
-from lit_gpt.train.run_inputs import Inputs, open_datapoint_log, run_facts
+from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_left_out
+from lit_gpt.train.run_inputs import RunInputs, open_datapoint_log
 from lit_gpt.train.settings import Settings
 from lit_gpt.train.step_guard import SkippedStep, StepGuard
 from lit_gpt.train.trackers import Trackers
@@ -33,84 +34,98 @@ log = logging.getLogger(__name__)
 
 
 class RunState:
-    """One rank's; `step` updates are done and `slot` rows consumed or left out, over all ranks and earlier parts."""
+    """One rank's view of the run: its numbers cover all ranks and all earlier attempts."""
 
     def __init__(
         self,
         asked: Settings,
         resolved: dict[str, Any],
         repeated: dict[str, Any] | None,
-        inputs: Inputs,
+        inputs: RunInputs,
         fabric: Fabric,
         dataset: PackedDataset,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         guard: StepGuard,
     ) -> None:
-        """asked: the settings before `auto` and None were resolved; resolved: what became of these (resolve.py);
-        repeated: the same of the run whose settings.yaml this one repeats, if it is a repeat."""
-        self.step = self.slot = self.targets = 0
+        """asked: the settings before they were resolved; resolved: the choices made (resolve.resolved_choices);
+        repeated: those of the run whose settings.yaml this run repeats, or None."""
+        self.step = 0
+        """Updates done."""
+        self.slot = 0
+        """Rows consumed or left out."""
+        self.total_targets = 0
+        """Valid targets trained on."""
         self.rollbacks = Rollbacks(asked)
         self.load_s = 0.0
         """Seconds that loading the last checkpoint took."""
         self.trackers: Trackers | None = None
         self.datapoints: DatapointLog | None = None
-        self._settings, self._resolved, self._repeated = asked, resolved, repeated
+        self._asked, self._resolved, self._repeated = asked, resolved, repeated
         self._inputs, self._fabric, self._dataset = inputs, fabric, dataset
         self._model, self._optimizer, self._guard = model, optimizer, guard
 
     def start(self) -> None:
-        """Begin where --resume says."""
+        """Start where --resume says; raises BadInput if that is not possible."""
         self._begin(self._find_start())
 
     def _find_start(self) -> Checkpoint | None:
-        """What --resume names; rank 0 finds and verifies it for all."""
-        resume, run_dir = self._settings.resume, self._inputs.run_dir
+        """The checkpoint that --resume names, found and verified by rank 0; None for a fresh start."""
+        resume, run_dir = self._asked.resume, self._inputs.run_dir
         if resume is None:
             on_rank_zero(self._fabric, lambda: history.refuse_used(run_dir))
             return None
-        found_and_ranges = on_rank_zero(
-            self._fabric, lambda: (history.find(resume, run_dir), logged_ranges(run_dir)), share=True
+        found_and_left_out = on_rank_zero(
+            self._fabric, lambda: (history.find(resume, run_dir), logged_left_out(run_dir)), share=True
         )
-        assert found_and_ranges is not None
-        found, ranges = found_and_ranges
+        assert found_and_left_out is not None
+        found, left_out = found_and_left_out
         if found is None:
             log.info("no checkpoint in %s: a fresh start", run_dir)
             return None
-        self.rollbacks.add([*found.facts.get("left_out", []), *ranges])
+        self.rollbacks.add([*found.facts.get("left_out", []), *left_out])
         return found
 
     def _begin(self, start: Checkpoint | None) -> None:
-        """Take over a checkpoint's state, and open the records of what follows it."""
-        settings = self._settings
+        """Load a checkpoint, if there is one, and open the records of the steps after it."""
         if start is not None:
             began = time.monotonic()
             checkpoint.load(start, self._model, self._optimizer)
             self.load_s = time.monotonic() - began
-            self.step, self.slot, self.targets = start.step, start.facts["slot"], start.facts["tokens"]
+            self.step, self.slot, self.total_targets = start.step, start.facts["slot"], start.facts["tokens"]
             if "step_guard" in start.facts:  # an imported model has none
                 self._guard.load(start.facts["step_guard"])
             log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
-            run_folder.log_changes(start.facts["settings"], asdict(settings))
+            run_folder.log_changes(start.facts["settings"], asdict(self._asked))
         before = start.facts.get("resolved") if start is not None else self._repeated
         if before is not None:
             log_differences(before, self._resolved)
         self.datapoints = on_rank_zero(
             self._fabric,
-            lambda: open_datapoint_log(self._inputs, settings, self._dataset, start, self.rollbacks.left_out),
+            lambda: open_datapoint_log(
+                self._inputs,
+                self._asked,
+                self._dataset,
+                start,
+                self.rollbacks.left_out,
+                allow_changed_data=self._asked.allow_changed_data,
+            ),
         )
         self.trackers = on_rank_zero(self._fabric, self._open_run_folder)
 
     def _open_run_folder(self) -> Trackers:
         history.tell_left_behind(self._inputs.run_dir)
-        settings = asdict(self._settings)
-        run_folder.write_settings(self._inputs.run_dir, settings, self._resolved)
-        return Trackers(self._inputs.run_dir, self.step, self._settings, settings)
+        asked = asdict(self._asked)
+        run_folder.write_settings(self._inputs.run_dir, asked, self._resolved)
+        return Trackers(self._inputs.run_dir, self.step, self._asked, asked)
 
     def step_done(self, data: Step, targets: int, digest: int) -> None:
-        """One more update, on `targets` of all ranks; it is written down, with the rows left out before it."""
+        """Count and record one more update.
+
+        targets, digest: of the step's rows, over all ranks.
+        """
         self.step += 1
-        self.targets += targets
+        self.total_targets += targets
         left_out = data.first_slot - self.slot
         if left_out:
             log.info("step %d: rows %d to %d are left out", self.step, self.slot, data.first_slot - 1)
@@ -120,24 +135,32 @@ class RunState:
             self.datapoints.append(self.step, data.first_slot, data.rows, targets, digest)
         self.slot = data.first_slot + data.rows
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint's run.json holds; the records that it speaks of are on disk when this returns."""
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What a checkpoint's run.json holds, paths absolute; the records that it names are on disk on return."""
+        inputs, tokenizer = self._inputs, self._asked.tokenizer_path
         mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
         device = self._fabric.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU process"
         return {
             "step": self.step,
             "slot": self.slot,
-            "tokens": self.targets,
+            "tokens": self.total_targets,
             "step_guard": self._guard.state(),
             "left_out": self.rollbacks.left_out,
-            **run_facts(self._inputs, self._settings, self._resolved),
+            "settings": asdict(self._asked),
+            "resolved": self._resolved,
+            "dataset_id": [store.dataset_id for store in inputs.train],
+            "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
+            "val_data_dir": str(inputs.val.path.resolve()) if inputs.val else None,
+            "tokenizer_path": str(Path(tokenizer).resolve()) if tokenizer else None,
+            "tokenizer_fingerprint": inputs.train[0].tokenizer_fingerprint,
+            "world_size": inputs.world.size,
             "datapoint_log": mark._asdict() if mark else None,
-            "environment": {**run_folder.environment(), "hardware": f"{self._inputs.world.size} x {name}"},
+            "environment": {**run_folder.environment(), "hardware": f"{inputs.world.size} x {name}"},
         }
 
     def plan_rollback(self, spikes: list[SkippedStep]) -> Rollback | None:
-        """How far to go back for these; None where no checkpoint allows it. No save may be running."""
+        """How far to go back for these spikes; None if there is no checkpoint to go back to. No save may be running."""
         first, run_dir = spikes[0].step, self._inputs.run_dir
         to = on_rank_zero(self._fabric, lambda: last_good(run_dir, first), share=True)
         if to is not None:
@@ -147,19 +170,19 @@ class RunState:
         return None
 
     def roll_back(self, rollback: Rollback) -> None:
-        """A resume within the process: what is after the checkpoint is left behind as if a crash had ended it."""
-        rows = rollback.end - rollback.begin
+        """Go back to the rollback's checkpoint; what came after it is left behind, as after a crash."""
+        rows = rollback.end_slot - rollback.first_slot
         if self._fabric.is_global_zero:
             log.warning(
                 "the spike at step %d: back from step %d to step %d, rows %d to %d will be left out",
-                rollback.spike_step, self.step, rollback.to.step, rollback.begin, rollback.end - 1,
+                rollback.spike_step, self.step, rollback.to.step, rollback.first_slot, rollback.end_slot - 1,
             )  # fmt: skip
         if self.datapoints is not None:
             self.datapoints.deviation(
-                "rollback", rollback.spike_step, to_step=rollback.to.step, first_slot=rollback.begin, rows=rows
+                "rollback", rollback.spike_step, to_step=rollback.to.step, first_slot=rollback.first_slot, rows=rows
             )
         self.close()
-        self.rollbacks.add([(rollback.begin, rollback.end)])
+        self.rollbacks.add([(rollback.first_slot, rollback.end_slot)])
         self._begin(rollback.to)
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Text that the running model writes: a look at what it learns, beside the loss.
+"""Samples: texts that the model writes during the training.
 
-Every rank runs the same forward passes, which is what sharded weights need; rank 0 draws and tells the others. Prompts
-fill the rows of a micro-batch of full length, so that compiled blocks meet the shapes that they know. Nothing of the
-training changes: no gradient, no state, a random generator of its own that depends on seed and step alone.
-Costs: `sample_tokens` forward passes of a micro-batch (no cache of keys and values), for each micro-batch of prompts.
+Every rank runs the same forward passes, as sharded weights need it; rank 0 draws the tokens and broadcasts them. Each
+prompt takes a row of a full micro-batch, whose shapes the compiled blocks know. The training is not changed: no
+gradients, no state, and a random generator that depends on seed and step alone.
+Costs: `sample_tokens` forward passes of a micro-batch (no KV cache) for each micro-batch of prompts.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ from lit_gpt.train.settings import SamplingSettings
 
 
 class Prompts(NamedTuple):
-    """What is continued."""
+    """Prompts and their tokens."""
 
     tokenizer: Tokenizer
     texts: list[str]
     ids: list[list[int]]
-    """Of each text, with the BOS that the training data has."""
+    """Tokens of each text, with a BOS if the training data has it."""
 
 
 class Sample(NamedTuple):
-    """What the model made of one prompt."""
+    """One prompt's continuation."""
 
     prompt: str
     text: str
     """The continuation alone."""
     tokens: int
+    """Tokens of the continuation."""
     ended: bool
-    """The model ended the document by itself."""
+    """The model ended the document (EOS)."""
 
 
 def open_prompts(
     settings: SamplingSettings, tokenizer_path: str | None, block_size: int, *, add_bos: bool
 ) -> Prompts | None:
-    """The settings' prompts, encoded; None where nothing is to be sampled, BadInput where a prompt does not fit."""
+    """The encoded prompts; None without samples. Raises BadInput for a prompt that is empty or does not fit."""
     if settings.sample_interval_steps == 0:
         return None
     if tokenizer_path is None:
@@ -79,9 +80,9 @@ def sample(
     step: int,
     device: torch.device,
 ) -> list[Sample]:
-    """A continuation of each prompt, the same on every rank; all ranks call it.
+    """A continuation of each prompt. A collective: every rank calls it and gets the same.
 
-    next_logits(tokens (B, T), cu_seqlens, at (B,)) gives the logits (B, V) behind the positions `at`.
+    next_logits(tokens (B, T) int64, cu_seqlens, at (B,)) gives the logits (B, V) of the token after position `at`.
     """
     generator = torch.Generator().manual_seed((seed << 32) + step)
     cu_seqlens = full_rows(rows, block_size).to(device)
@@ -98,9 +99,9 @@ def sample(
             drawn = _draw(logits[:, :vocab_size].float().cpu(), settings.sample_temperature, generator)
             if dist.is_initialized():
                 dist.broadcast(drawn, src=0)
-            going_on = ~ended
+            running = ~ended
             ended |= drawn == prompts.tokenizer.eos_id
-            written = going_on & ~ended
+            written = running & ~ended
             tokens[written, lengths[written]] = drawn[written]
             lengths += written
             if ended.all():
@@ -110,14 +111,14 @@ def sample(
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """(B,) ids: the likeliest, or drawn at `temperature`."""
+    """(B,) tokens: the likeliest, or drawn at `temperature`."""
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
 
 
 def _decoded(prompts: Prompts, start: int, tokens: Tensor, lengths: Tensor, ended: Tensor) -> Iterator[Sample]:
-    """Decoded together with the prompt, so that a letter of several tokens across the border stays whole."""
+    """Decode each text together with its prompt: a character may have tokens in both."""
     for row, number in enumerate(range(start, min(start + len(tokens), len(prompts.ids)))):
         prompt, ids = prompts.ids[number], tokens[row, : lengths[row]].tolist()
         before, whole = prompts.tokenizer.decode(prompt), prompts.tokenizer.decode(ids)

@@ -1,9 +1,9 @@
 """Settings of a training run: every knob, its unit and its default. No torch, so `--help` is instant.
 
-A room owns the slice that it reads (lit_gpt/<room>/settings.py); a run's settings are their sum, flat. A function names
-the narrowest slice that holds what it reads. Precedence: the defaults < YAML files (`--config`) < command line. `check`
-refuses what can be refused without looking at data, devices or checkpoints; the rest is refused by the module that
-owns it. What `auto` and None stand for is decided once, in train/resolve.py.
+A room owns the slice that it reads (lit_gpt/<room>/settings.py); a run's settings are the sum of the slices, flat. A
+function's signature names the narrowest slice that holds what it reads. Precedence: defaults < YAML files (`--config`)
+< command line. `check` refuses what can be refused without looking at data, devices or checkpoints; the module that
+looks at these refuses the rest. train/resolve.py decides once what `auto` and None stand for.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ class OptimizerSettings(SettingsSlice):
     """The optimizer and its schedule."""
 
     max_steps: int = 1_430_512
-    """Optimizer updates of the whole run, resumed parts included."""
+    """Optimizer updates of the whole run, over all its attempts."""
     learning_rate: float = 2.5e-4
     """Peak learning rate."""
     min_lr: float = 4e-6
-    """Learning rate at max_steps."""
+    """Learning rate at max_steps; constant never falls to it."""
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0 to learning_rate."""
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine to min_lr; wsd stays at the peak, then falls linearly over decay_steps; constant."""
+    """After warm-up: cosine falls to min_lr; wsd stays at the peak, then falls linearly to min_lr over the last
+    decay_steps; constant stays at the peak."""
     decay_steps: int = 0
-    """Steps of the final decay; wsd only."""
+    """Steps of the final decay; only for wsd."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay, on matrices only."""
+    """AdamW's decoupled weight decay; on matrices only."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient average."""
+    """AdamW's decay rate of the first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the squared-gradient average."""
+    """AdamW's decay rate of the second moment."""
     grad_clip: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    """Largest global gradient norm: gradients above it are scaled down to it; 0 turns clipping off."""
 
     def check(self) -> None:
         super().check()
@@ -56,7 +57,8 @@ class OptimizerSettings(SettingsSlice):
             )
         if (self.lr_schedule == "wsd") != (self.decay_steps > 0):
             raise BadInput(
-                f"--decay_steps {self.decay_steps} with --lr_schedule {self.lr_schedule}: wsd needs it, no other"
+                f"--decay_steps {self.decay_steps} with --lr_schedule {self.lr_schedule}: "
+                "only wsd has a final decay, of at least 1 step"
             )
         if self.warmup_steps + self.decay_steps > self.max_steps:
             raise BadInput(
@@ -69,38 +71,39 @@ class OptimizerSettings(SettingsSlice):
 
 @dataclass(frozen=True)
 class SpikeSettings(SettingsSlice):
-    """Updates that are skipped, and what follows a spike of the gradient norm."""
+    """Skipped updates, and what a spike of the gradient norm does."""
 
     max_skipped_steps: int = 10
-    """Steps in a row whose update may be skipped (loss or gradients not finite, or a spike) before the run saves and
-    stops with exit code 3."""
+    """After so many skipped updates in a row (loss or gradients not finite, or spikes) the run saves and stops with
+    exit code 3."""
     spike_policy: Literal["none", "skip", "rollback"] = "none"
-    """What happens at a gradient norm above spike_factor times the usual: nothing; the step's update is skipped; or the
-    run goes back to its last checkpoint and leaves out the rows that led there (without one yet: as skip)."""
+    """What a spike does. none: nothing; skip: the step's update is skipped; rollback: the run goes back to its last
+    checkpoint and leaves out the rows that led to the spike (before the first checkpoint: as skip)."""
     spike_factor: float = 10.0
-    """Times the median of recent norms above which a gradient norm is a spike."""
+    """A gradient norm above this many times the median of recent norms is a spike."""
     spike_window_steps: int = 128
-    """Applied updates that the median is of; nothing is a spike before half of them are done."""
+    """The median is taken over so many applied updates; nothing is a spike before half of them are done."""
     rollback_steps: int = 100
-    """Steps whose rows a rollback leaves out, the spike's the last of them; none from before the checkpoint."""
+    """Steps whose rows a rollback leaves out, the spike's step included; rows from before the checkpoint stay."""
     max_rollbacks: int = 10
-    """Rollbacks of the whole run; at the next spike it saves and stops with exit code 3."""
+    """Most rollbacks of the whole run; at the next spike it saves and stops with exit code 3."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "max_skipped_steps", "spike_window_steps", "rollback_steps", "max_rollbacks")
         if not self.spike_factor > 1:
-            raise BadInput(f"--spike_factor {self.spike_factor}: must be above 1, which is the usual norm")
+            raise BadInput(f"--spike_factor {self.spike_factor}: must be above 1, or half of all norms are spikes")
 
 
 @dataclass(frozen=True)
 class ShardingSettings(SettingsSlice):
-    """Sharding: how weights, gradients and optimizer state are spread over processes."""
+    """How weights, gradients and optimizer state are sharded over ranks."""
 
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
-    """How weights, gradients and optimizer state are spread over ranks; HYBRID_SHARD shards inside a group."""
+    """FSDP's strategies: SHARD_GRAD_OP keeps gathered weights between forward and backward, HYBRID_SHARD shards inside
+    groups of ranks, NO_SHARD replicates."""
     shard_group_size: int | None = None
-    """Processes that share one copy of the weights; HYBRID_SHARD only. Default: those of a node."""
+    """Ranks that one copy of the weights is sharded over; only for HYBRID_SHARD. Default: the ranks of a node."""
 
     @property
     def keeps_weights_whole(self) -> bool:
@@ -108,7 +111,10 @@ class ShardingSettings(SettingsSlice):
         return self.sharding_strategy in ("SHARD_GRAD_OP", "NO_SHARD")
 
     def shards(self, devices: int, world_size: int) -> int:
-        """Parts that one copy of the weights is cut into, of world_size processes with `devices` a node."""
+        """Number of ranks that one copy of the weights is sharded over; devices: ranks of a node.
+
+        Raises BadInput if the groups of HYBRID_SHARD do not divide world_size.
+        """
         if self.sharding_strategy == "NO_SHARD":
             return 1
         if self.sharding_strategy != "HYBRID_SHARD":
@@ -134,23 +140,24 @@ class TrackerSettings(SettingsSlice):
     """What is logged, and where to."""
 
     log_interval_steps: int = 10
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics; the last step always logs."""
     eval_interval_steps: int = 1000
     """Steps between validations; the last step always validates."""
     eval_max_rows: int | None = None
     """Rows of the validation split that a validation reads. Default: all."""
     profile_steps: str | None = None
-    """A:B traces steps A to B - 1 by torch.profiler into the run folder, rank 0's, with a snapshot of GPU memory."""
+    """A:B profiles steps A to B - 1 of rank 0 with torch.profiler; a trace, a table of kernels and a snapshot of GPU
+    memory go to the run folder."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder beside metrics.csv."""
     wandb: Literal["off", "online", "offline"] = "off"
-    """Weights & Biases beside metrics.csv; offline: into the run folder, to be uploaded later by `wandb sync`."""
+    """Send metrics to Weights & Biases too; offline: into the run folder, for `wandb sync` to upload later."""
     wandb_project: str = "llammlein"
-    """Project of Weights & Biases that the run appears in."""
+    """Weights & Biases project of the run."""
     wandb_name: str | None = None
-    """Name of the run there. Default: the run folder's name."""
+    """Weights & Biases name of the run. Default: the run folder's name."""
     wandb_timeout_s: int = 30
-    """Seconds that the start and the end of a run wait for the server of Weights & Biases."""
+    """Most seconds that the start, and the end, of a run wait for the Weights & Biases server."""
 
     def check(self) -> None:
         super().check()
@@ -161,36 +168,36 @@ class TrackerSettings(SettingsSlice):
 
 @dataclass(frozen=True)
 class SamplingSettings(SettingsSlice):
-    """Texts that the running model writes."""
+    """Samples: texts that the model writes during the training."""
 
     sample_interval_steps: int = 0
-    """Steps between texts that the model writes, to samples.jsonl and TensorBoard; 0 writes none."""
+    """Steps between samples, which go to samples.jsonl and TensorBoard; 0: none."""
     sample_prompts: list[str] = field(default_factory=lambda: ["Am Morgen", "Die Stadt Würzburg"])
-    """What the model continues."""
+    """Prompts; the model continues each of them."""
     sample_tokens: int = 64
-    """Tokens of a continuation at most; each costs a forward pass."""
+    """Most tokens of a sample; each costs a forward pass."""
     sample_temperature: float = 0.0
-    """0: always the likeliest token; above: drawn, the same text for the same seed, step and weights."""
+    """0: always the likeliest token; above 0: drawn, reproducibly for the same seed, step and weights."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "sample_tokens")
         self.require_not_negative("sample_interval_steps", "sample_temperature")
         if self.sample_interval_steps and not self.sample_prompts:
-            raise BadInput("--sample_interval_steps without --sample_prompts: name at least one beginning of a text")
+            raise BadInput("--sample_interval_steps without --sample_prompts: give at least one prompt")
 
 
 @dataclass(frozen=True)
 class PlanSettings(SettingsSlice):
-    """The plan: what a run will need, told before it starts."""
+    """The plan: what a run will need, computed before it starts."""
 
     plan: bool = False
-    """Print what the run will need (memory of a GPU, tokens, time, disk) and end; needs no GPU and no data. devices and
+    """Print what the run will need (GPU memory, tokens, time, disk) and exit; needs no GPU and no data. devices and
     num_nodes may exceed this machine's."""
     plan_gpu_gib: float = 78.5
-    """GiB of a GPU that PyTorch can have, for --plan: an 80-GiB H100's, without CUDA's own."""
+    """GiB of GPU memory that PyTorch can allocate, for --plan. Default: an 80 GiB H100's, less CUDA's own."""
     plan_tokens_per_s: float | None = None
-    """Tokens a second of one GPU from which --plan tells the run's time."""
+    """Tokens a second of one GPU, from which --plan computes the run's time."""
 
     def check(self) -> None:
         super().check()
@@ -199,7 +206,7 @@ class PlanSettings(SettingsSlice):
 
 @dataclass(frozen=True)
 class StepSettings(SpikeSettings, OptimizerSettings, ShardingSettings, LaunchSettings, DataSettings, ModelSettings):
-    """What a training step depends on; all that --plan and the benchmarks of a step need."""
+    """What a training step depends on; the benchmarks of a step need no more."""
 
 
 @dataclass(frozen=True)
@@ -213,17 +220,17 @@ class Settings(
     DatapointSettings,
     StepSettings,
 ):
-    """Settings of a run: the sum of what its rooms read."""
+    """Settings of a run: the sum of the slices of its rooms."""
 
     def check(self) -> None:
-        """Refuse values that contradict themselves or each other; raises BadInput naming the value and the range."""
+        """Raise BadInput for values that are out of range or contradict each other, naming the value and the range."""
         super().check()
         if not self.train_sources and not self.plan:
             raise BadInput("--train_data_dir is missing: the folder DIR/train that scripts/prepare_data.py wrote")
 
 
 def step_range(steps: str) -> tuple[int, int]:
-    """(A, B) of --profile_steps "A:B"; raises BadInput for anything but two whole numbers with A below B."""
+    """(A, B) of --profile_steps "A:B"; raises BadInput unless both are whole numbers and A is below B."""
     first, _, end = steps.partition(":")
     if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
         raise BadInput(f"--profile_steps {steps}: must be A:B with A below B, to trace steps A to B - 1")

@@ -1,7 +1,7 @@
-"""A run's model on its processes: built from settings, and spread over several of them by FSDP2.
+"""Builds a run's model from its settings, and shards it over several processes.
 
-One process: a plain module. Several: FSDP2 (`fully_shard`) inside Fabric's ModelParallelStrategy, each block its own
-unit, over a mesh that the sharding strategy names.
+One process: a plain module. Several: FSDP2 (`fully_shard`) inside Fabric's ModelParallelStrategy, each block a unit of
+its own, on the device mesh of the sharding strategy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lit_gpt.train.settings import ShardingSettings, StepSettings
 
 
 def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Module:
-    """The model on this rank's device with its initial weights: wrapped by Fabric, sharded over several ranks.
+    """The model with its initial weights on this rank's device: wrapped by Fabric, and sharded over several ranks.
 
-    The settings are resolved (resolve.py).
+    settings: resolved (resolve.py).
     """
     assert "auto" not in (settings.attention, settings.mlp)
     assert settings.compile is not None
@@ -37,7 +37,7 @@ def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Mo
         )
     if settings.precision == "bf16-true":
         model = model.bfloat16()
-    # This order keeps parameter names: float8, checkpointing, compilation, then sharding.
+    # In this order parameter names stay the same: float8, activation checkpointing, compilation, sharding.
     if settings.float8 != "none":
         use_float8(model.transformer.h, settings.float8, fabric.device)
     for block in model.transformer.h:
@@ -51,13 +51,13 @@ def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Mo
 
 
 def shard(model: nn.Module, settings: StepSettings, world: World) -> nn.Module:
-    """Each block and the model as FSDP2 units on `world`'s mesh, with its initial weights on this rank's device."""
+    """The model, each block and itself an FSDP2 unit on `world`'s mesh, with initial weights on this rank's device."""
     assert isinstance(model, GPT)
     mesh = _mesh(settings, world)
     policy = MixedPrecisionPolicy(
         param_dtype=None if settings.precision == "32-true" else torch.bfloat16,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # rotary cos and sin stay in fp32
+        cast_forward_inputs=False,  # RoPE's cos and sin stay fp32
     )
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, reshard_after_forward=not settings.keeps_weights_whole, mp_policy=policy)
@@ -70,13 +70,13 @@ def shard(model: nn.Module, settings: StepSettings, world: World) -> nn.Module:
 def _mesh(settings: ShardingSettings, world: World) -> DeviceMesh:
     shards = settings.shards(world.devices, world.size)
     if settings.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD"):
-        shape = (world.size // shards, shards)  # neighbouring ranks share a copy
+        shape = (world.size // shards, shards)  # neighbouring ranks shard one copy
         return init_device_mesh(world.accelerator, shape, mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(world.accelerator, (shards,), mesh_dim_names=("shard",))
 
 
 def sync_gradients(module: nn.Module, last: bool) -> None:
-    """Reduce gradients over ranks in the coming backward pass only if it is the step's last."""
+    """Let the next backward pass reduce gradients over ranks only if it is the step's last."""
     inner = getattr(module, "module", module)
     if isinstance(inner, FSDPModule):
         inner.set_requires_gradient_sync(last)

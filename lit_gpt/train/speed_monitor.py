@@ -1,8 +1,8 @@
 """How fast a run is: tokens/s, model FLOPs utilisation (MFU), and how long each step waited for data.
 
-A token counts if it is a valid target; padding and document ends do not. MFU follows PaLM (arXiv:2204.02311, appendix
-B): tokens/s times the model's FLOPs a token over the devices' peak, stated by both rules that the field uses:
-`mfu_palm` counts all weights, `mfu` leaves the embedding table out, which multiplies nothing.
+Only valid targets count as tokens: no padding, no ends of documents. MFU follows PaLM (arXiv:2204.02311, appendix B):
+tokens/s times the model's FLOPs a token, divided by the devices' peak. The field counts FLOPs by two rules: `mfu_palm`
+counts all weights, `mfu` leaves out the embedding table, which is only looked up.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ PEAK_BF16_FLOPS = {
     "RTX 3090": 71e12,
     "V100": 125e12,
 }
-"""Dense 16-bit FLOP/s of NVIDIA's datasheets; the first entry that the device's name contains counts."""
+"""Dense bf16 FLOP/s by NVIDIA's datasheets (V100: fp16), by a part of the device's name; the first match counts."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense 16-bit FLOP/s of one device; None if it is not in the table."""
+    """Peak dense bf16 FLOP/s of one device; None if it is not in PEAK_BF16_FLOPS."""
     return next((flops for name, flops in PEAK_BF16_FLOPS.items() if name in device_name), None)
 
 
 class Speed(NamedTuple):
-    """Averages since the last reading."""
+    """Averages since the last `read`."""
 
     tokens_per_s: float
     """Valid targets a second, over all ranks."""
     step_s: float
     """Seconds a step."""
     data_wait_s: float
-    """Of these, seconds that rank 0 waited for rows."""
+    """Seconds of step_s that rank 0 waited for rows."""
     mfu: float | None
-    """Share of the devices' peak by 6 (N - embedding) + 12 L d T; None on a device without a known peak."""
+    """Share of the devices' peak, with 6 (N - embedding) + 12 L C T FLOPs a token; None if the peak is not known."""
     mfu_palm: float | None
-    """The same by 6 N + 12 L d T."""
+    """The same with 6 N + 12 L C T FLOPs a token."""
     memory_gib: float
-    """Most device memory allocated since the last reading; 0 on CPUs."""
+    """Peak of allocated device memory since the last `read`; 0 on CPUs."""
     compiled_graphs: int
-    """Graphs that torch.compile has made in this process: a number that goes on rising is a recompilation."""
+    """Graphs that torch.compile has compiled in this process; a number that keeps rising means recompilations."""
 
 
 class SpeedMonitor:
-    """Counts steps, and reads the clock only when asked."""
+    """Counts steps; reads the clock only in `read` and `restart`."""
 
     def __init__(self, config: Config, devices: int, device: torch.device) -> None:
         self._config = config
@@ -82,7 +82,7 @@ class SpeedMonitor:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new average, so that a validation or a save stays out of the next one."""
+        """Begin new averages, which leave out what came before (a validation, a save)."""
         self._since = time.perf_counter()
         self._targets = self._steps = 0
         self._waited_s = 0.0
@@ -90,13 +90,13 @@ class SpeedMonitor:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def count(self, targets: int, data_wait_s: float) -> None:
-        """One step of `targets` valid targets over all ranks."""
+        """Count one step of `targets` valid targets over all ranks."""
         self._targets += targets
         self._steps += 1
         self._waited_s += data_wait_s
 
     def read(self) -> Speed:
-        """Averages since the last reading; at least one step must have been counted."""
+        """Averages since the last `read` or `restart`, of at least one step; then begins new ones."""
         elapsed = time.perf_counter() - self._since
         rate = self._targets / elapsed
         mfu, mfu_palm = (

@@ -1,12 +1,12 @@
-"""Whether an update may happen: a step whose gradients are not finite, or far above what is usual, changes nothing.
+"""Skips the update of a step whose gradient norm is not finite or is a spike: weights and optimizer state stay.
 
-Decided on the device from the global gradient norm, which is the same number on every rank, so ranks decide together
-without asking each other, and the host waits for nothing: it reads the verdicts when it logs or saves (`read`). A
-skipped step still counts: the schedule, the slot and the step go on, weights and optimizer stay.
+The device decides, from the global gradient norm. All ranks have the same norm, so they decide alike without
+communication, and the host does not wait: it reads the verdicts when it logs or saves (`read`). A skipped step still
+counts: step, slot and learning-rate schedule go on.
 
-A verdict is a function of the norms before it; these are the guard's state, which checkpoints hold: a resumed run
-decides as the unbroken one did.
-Costs: three kernels on one number a step; with a spike policy also the median of some hundred numbers.
+A verdict is a function of the norms before it. These are the guard's state and are saved in checkpoints, so a resumed
+run decides as an uninterrupted one does.
+Costs: three kernels on one number a step; with a spike policy also the median of spike_window_steps numbers.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ log = logging.getLogger(__name__)
 
 
 class Verdict(IntEnum):
-    """What became of a step's update."""
+    """Whether a step's update was applied, and if not, why."""
 
     APPLIED = 0
     NOT_FINITE = 1
-    """Loss or gradient of some rank was NaN or infinite."""
+    """Some rank's loss or gradient was NaN or infinite."""
     SPIKE = 2
     """The gradient norm was above spike_factor times the median of recent ones."""
 
 
 class SkippedStep(NamedTuple):
-    """A step whose update did not happen."""
+    """A step whose update was skipped; rows: of all ranks, from slot first_slot on."""
 
     step: int
     first_slot: int
     rows: int
-    reason: Verdict
+    verdict: Verdict
     grad_norm: float
 
 
@@ -54,39 +54,39 @@ class _Noted(NamedTuple):
 
 
 class StepGuard:
-    """Judges updates one after another; every rank has one, and all judge the same."""
+    """Judges updates one after another; each rank has its own, and all judge the same."""
 
     def __init__(self, settings: SpikeSettings, device: torch.device) -> None:
         self.skipped = 0
-        """Steps of the run whose update did not happen, as of the last reading."""
+        """Steps of the run whose update was skipped, as of the last `read`."""
         self.gave_up = False
-        """max_skipped_steps in a row were skipped, as of the last reading."""
+        """max_skipped_steps in a row were skipped, as of the last `read`."""
         self._in_a_row = 0
-        self._most_in_a_row = settings.max_skipped_steps
+        self._max_in_a_row = settings.max_skipped_steps
         self._noted: list[_Noted] = []
         self._factor = settings.spike_factor if settings.spike_policy != "none" else None
-        # Infinity stands for a norm that is not there yet: no norm is above the median before half of them are.
+        # Unfilled places hold infinity: until half of them are filled, the median is infinite, and no norm is a spike.
         self._recent = torch.full((settings.spike_window_steps,), math.inf, device=device)
 
     @torch.no_grad()
     def judge(self, grad_norm: Tensor) -> Tensor:
-        """The verdict on an update with this global gradient norm: int64 scalar on the device."""
+        """The Verdict on an update with this global gradient norm (a scalar), as an int64 scalar on the device."""
         finite = grad_norm.isfinite()
         verdict = torch.where(finite, Verdict.APPLIED, Verdict.NOT_FINITE)
         if self._factor is None:
             return verdict
         norm = grad_norm.float()
         verdict = torch.where(finite & (norm > self._factor * self._recent.median()), Verdict.SPIKE, verdict)
-        moved_on = torch.cat((self._recent[1:], norm.view(1)))
-        self._recent = torch.where(verdict == Verdict.APPLIED, moved_on, self._recent)
+        shifted = torch.cat((self._recent[1:], norm.view(1)))
+        self._recent = torch.where(verdict == Verdict.APPLIED, shifted, self._recent)
         return verdict
 
     def note(self, step: int, first_slot: int, rows: int, verdict: Tensor, grad_norm: Tensor) -> None:
-        """Remember what step `step` saw until its verdict is read."""
+        """Keep a step's numbers until its verdict is read."""
         self._noted.append(_Noted(step, first_slot, rows, verdict, grad_norm))
 
     def read(self) -> list[SkippedStep]:
-        """The steps skipped since the last reading; waits for the device."""
+        """The steps skipped since the last `read`; waits for the device."""
         noted, self._noted = self._noted, []
         if not noted:
             return []
@@ -97,7 +97,7 @@ class StepGuard:
                 self._in_a_row = 0
                 continue
             self._in_a_row += 1
-            self.gave_up |= self._in_a_row >= self._most_in_a_row
+            self.gave_up |= self._in_a_row >= self._max_in_a_row
             skipped.append(
                 SkippedStep(entry.step, entry.first_slot, entry.rows, Verdict(verdict), entry.grad_norm.item())
             )
@@ -105,10 +105,10 @@ class StepGuard:
         return skipped
 
     def record(self, datapoints: DatapointLog | None) -> list[SkippedStep]:
-        """`read`, told in the log and, on the rank that has one, in the record of what each step saw."""
+        """`read`, and write what was skipped to the log and, on rank 0, to the datapoint log."""
         found = self.read()
         for skipped in found:
-            reason = skipped.reason.name.lower()
+            reason = skipped.verdict.name.lower()
             log.warning(
                 "step %d: update skipped (%s, gradient norm %g, rows %d to %d)",
                 skipped.step, reason, skipped.grad_norm, skipped.first_slot, skipped.first_slot + skipped.rows - 1,
@@ -121,7 +121,7 @@ class StepGuard:
         return found
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, as plain JSON; everything noted must have been read."""
+        """What a checkpoint holds of the guard, as plain JSON; all verdicts must have been read."""
         assert not self._noted
         recent = [norm for norm in self._recent.tolist() if math.isfinite(norm)]
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "recent_norms": recent}

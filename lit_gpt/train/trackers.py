@@ -1,6 +1,6 @@
 """Where a run's numbers and samples go: metrics.csv and samples.jsonl; TensorBoard and Weights & Biases on request.
 
-One series over resumes: a resume at step s drops the lines after s, which the run is about to write again. Rank 0 only.
+A resumed run continues its files: a resume at step s drops the lines after s, which it will write again. Rank 0 only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ COLUMNS = (
     "mfu", "mfu_palm", "memory_gib", "compiled_graphs", "skipped_steps", "val_loss", "val_perplexity",
     "val_bits_per_byte",
 )  # fmt: skip
-"""step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: of the run;
-skipped_steps: steps of the run so far whose update was skipped."""
+"""step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: valid targets
+of the run so far; skipped_steps: steps of the run so far whose update was skipped."""
 
 
 class Trackers:
@@ -32,7 +32,7 @@ class Trackers:
     def __init__(
         self, run_dir: Path, resume_step: int, settings: TrackerSettings, run_settings: Mapping[str, Any]
     ) -> None:
-        """run_settings: all of the run's, for Weights & Biases."""
+        """run_settings: all settings of the run, for Weights & Biases; resume_step: last step whose lines stay."""
         path = run_dir / "metrics.csv"
         lines = read_metrics(path)
         kept = [row for row in lines if int(row["step"]) <= resume_step]
@@ -62,7 +62,7 @@ class Trackers:
             )  # fmt: skip
 
     def log(self, values: Mapping[str, float | int | None]) -> None:
-        """One line; columns that are missing or None stay empty. Flushed at once: a killed run keeps its lines."""
+        """Write one line; missing or None columns stay empty. Flushed at once, so a killed run keeps its lines."""
         present = {name: value for name, value in values.items() if value is not None}
         self._writer.writerow(present)
         self._file.flush()
@@ -74,7 +74,7 @@ class Trackers:
             self._wandb.log(int(values["step"] or 0), present)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """A line a sample."""
+        """Write one line for each sample."""
         with self._samples.open("a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")

@@ -1,7 +1,6 @@
-"""One optimizer update: forward, backward, clipping, AdamW. What the training loop and the step benchmark both run.
+"""One optimizer update: forward, backward, clipping, AdamW. The training loop and the step benchmark both run it.
 
-Nothing here waits for the GPU: the loss, the gradient norm and the verdict on the update stay on their device until
-somebody logs them.
+Nothing here waits for the GPU: loss, gradient norm and verdict stay on the device until the caller reads them.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from lit_gpt.train.step_guard import StepGuard
 
 
 class Update(NamedTuple):
-    """What an update leaves to be logged."""
+    """What an update gives to log."""
 
     loss_sum: Tensor
-    """This rank's summed loss in nats, fp32 scalar on the device."""
+    """This rank's loss in nats, summed over targets: fp32 scalar on the device."""
     grad_norm: Tensor
     """Global gradient norm before clipping, scalar on the device."""
     learning_rate: float
@@ -33,7 +32,7 @@ class Update(NamedTuple):
 
 
 class TrainStep:
-    """Updates `model` through `optimizer` by `settings`; the same call on every rank."""
+    """Updates `model` by `optimizer`. Every rank has one and makes the same calls."""
 
     def __init__(self, fabric: Fabric, model: nn.Module, optimizer: AdamW, settings: StepSettings) -> None:
         self._fabric = fabric
@@ -43,7 +42,7 @@ class TrainStep:
         self.guard = StepGuard(settings, fabric.device)
 
     def update(self, step: int, batches: Sequence[Batch], targets: int) -> Update:
-        """Update number `step`, from 0, on this rank's micro-batches; `targets` are the valid ones of all ranks."""
+        """Do update number `step`, from 0, on this rank's micro-batches; targets: the step's, over all ranks."""
         lr = learning_rate(step, self._settings)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -60,8 +59,11 @@ class TrainStep:
         return Update(loss_sum, grad_norm, lr, verdict)
 
     def _backward(self, batch: Batch, scale: float) -> Tensor:
-        """Gradients of one micro-batch, whose loss is returned. Its graph ends here, and with it what torch.compile
-        keeps on a node beyond the backward pass: of float8 the transposed inputs of three products a block."""
+        """Accumulate the gradients of one micro-batch; returns its summed loss.
+
+        On return the autograd graph is freed, and with it what torch.compile keeps on its nodes beyond the backward
+        pass: with float8, the transposed inputs of three GEMMs of each block.
+        """
         loss = self.loss(batch)
         # 0 * loss is 0, or NaN where the loss is not finite: then every gradient is NaN, on every rank.
         self._fabric.backward(loss * (scale + 0 * loss.detach()))

@@ -1,14 +1,13 @@
 """The training loop: settings in, a trained checkpoint out.
 
-Order of a run: everything that can be refused is refused before any process starts (`open_inputs`); then processes,
-model, optimizer, checkpoint (`Trainer`); then steps (`Trainer.run`). The state of a run is its step and its slot
-(run_state.py); whatever else it needs is a function of these and the settings, so a resumed run repeats an unbroken
-one. A run that goes back after a spike (rollback.py) leaves the steps and begins them again, as if resumed.
+Order of a run: whatever can be refused is refused before any process starts (`open_inputs`); then come processes,
+model, optimizer and checkpoint (`Trainer`), then the steps (`Trainer.run`). The state of a run is its step and its slot
+(run_state.py). All else is a function of these and the settings, so a resumed run repeats an uninterrupted one. A
+rollback after a spike (rollback.py) leaves the loop over steps and enters it again, as a resume does.
 
-What a step agrees on over ranks travels in one small all-reduce of integers on the host, before the backward pass: the
-number of valid targets (the loss's divisor), the digest of the rows, whether a rank was asked to stop or sees the end
-of its job, and whether a save in the background broke. The GPU is waited for only when a line of metrics or a
-checkpoint is due.
+Once a step, before the forward pass, the ranks agree by one all-reduce of a few integers on the host: the number of
+valid targets (the loss's divisor), the digest of the rows, whether any rank has a stop signal or is out of time, and
+whether a background save failed. The host waits for the GPU only when a line of metrics or a checkpoint is due.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from lit_gpt.launch.world import (
     record_collectives,
     starts_alone,
 )
-from lit_gpt.train.garbage import collected_by_hand
+from lit_gpt.train.garbage import manual_collection
 from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.progress import ProgressBar
-from lit_gpt.train.resolve import resolve, resolved_facts
+from lit_gpt.train.resolve import resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
-from lit_gpt.train.run_inputs import Inputs, open_cache, open_inputs, training_rows, validation_rows
+from lit_gpt.train.run_inputs import RunInputs, open_cache, open_inputs, training_rows, validation_rows
 from lit_gpt.train.run_state import RunState
 from lit_gpt.train.sampling import sample
 from lit_gpt.train.settings import Settings
@@ -60,19 +59,20 @@ class Agreed(NamedTuple):
     """What the ranks agreed on for one step."""
 
     targets: int
-    """Valid targets of the step."""
+    """Valid targets of the step, over all ranks."""
     digest: int
-    """Digest of the step's rows."""
+    """Digest of the step's rows: the sum over ranks, modulo 2^64."""
     stop: Reason | None
     """Why some rank wants to stop after this step."""
-    save_broke: bool
-    """Some rank's save in the background failed."""
+    save_broken: bool
+    """Some rank's background save failed."""
 
 
 def train(settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | None = None) -> int:
-    """Run to max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code.
+    """Train until max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code.
 
-    repeated: what the settings stood for in the run that this one repeats (run_folder.read_resolved).
+    settings: as asked for; they have passed `check`. repeated: resolved.json of the run whose settings.yaml this run
+    repeats, or None (run_folder.read_resolved). Raises BadInput; any other exception ends the process.
     """
     stop = StopRequest(stop_flag, settings)
     inputs = open_inputs(settings)
@@ -80,19 +80,19 @@ def train(settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | No
         return stop.log_early_stop()
     record_collectives(inputs.run_dir / "watchdog")
     fabric = launch(settings, inputs.world, lambda model: shard(model, settings, inputs.world))
-    who, trainer = rank_name(fabric.global_rank, fabric.device), None
+    name, trainer = rank_name(fabric.global_rank, fabric.device), None
     try:
         if any_rank(stop.signal is not None):
             return stop.log_early_stop()
-        trainer = Trainer(settings, repeated, inputs, fabric, stop, who)
+        trainer = Trainer(settings, repeated, inputs, fabric, stop, name)
         return trainer.run()
     except BadInput:
         raise
-    except Exception as error:  # noqa: BLE001 - told here, as it needs the rank's name; nothing goes on after it
+    except Exception as error:  # noqa: BLE001 - the process ends here, with the rank's name
         if trainer is not None:
-            trainer.watchdog.close()  # does not return where the failure follows from a stall that it is about to tell
+            trainer.watchdog.close()  # does not return if the failure follows from a stall, which the watchdog reports
             trainer.close()
-        end_failed(f"{who} failed at step {trainer.state.step + 1 if trainer else 0}", error)
+        end_failed(f"{name} failed at step {trainer.state.step + 1 if trainer else 0}", error)
     finally:
         if trainer is not None:
             trainer.close()
@@ -107,18 +107,19 @@ class Trainer:
         self,
         asked: Settings,
         repeated: dict[str, Any] | None,
-        inputs: Inputs,
+        inputs: RunInputs,
         fabric: Fabric,
         stop: StopRequest,
-        who: str,
+        name: str,
     ) -> None:
+        """asked: settings before they are resolved; name: of the rank (world.rank_name)."""
         self.inputs, self.fabric, self.stop = inputs, fabric, stop
         self.rank, self.device = fabric.global_rank, fabric.device
-        self.watchdog = Watchdog(inputs.run_dir / "watchdog", who, self.rank, inputs.world.size, asked)
+        self.watchdog = Watchdog(inputs.run_dir / "watchdog", name, self.rank, inputs.world.size, asked)
         self.settings = settings = resolve(asked, inputs.config, inputs.world, self.device)
-        resolved = resolved_facts(settings)
+        resolved = resolved_choices(settings)
         log.info("resolved: %s", json.dumps(resolved))
-        torch.manual_seed(settings.seed)  # nothing draws from it today; its state is part of a checkpoint all the same
+        torch.manual_seed(settings.seed)  # nothing draws from it, but checkpoints hold its state
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings, compiled=bool(settings.compile))
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
@@ -128,7 +129,7 @@ class Trainer:
         parts = self.model, self.optimizer, self.train_step.guard
         self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts)
         self.state.start()
-        stop.note_save(self.state.load_s)  # the estimate of a save's time until the first save
+        stop.note_save(self.state.load_s)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
         self.saver = CheckpointSaver(
@@ -144,7 +145,7 @@ class Trainer:
     # The loop
 
     def run(self) -> int:
-        """Train until max_steps, the end of the data or a stop signal; returns the program's exit code."""
+        """Take all steps; returns the program's exit code."""
         settings = self.settings
         if self.state.step < settings.max_steps:
             on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
@@ -152,7 +153,7 @@ class Trainer:
             return self.stop.log_early_stop()
         log.info("training from step %d to %d in %s", self.state.step, settings.max_steps, self.inputs.run_dir)
         self.saver.log_room()
-        with collected_by_hand(), ProgressBar(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
+        with manual_collection(), ProgressBar(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
             while True:
                 with self._open_loader() as loader:
                     stopped, rollback = self._take_steps(loader, progress)
@@ -177,14 +178,17 @@ class Trainer:
         )
 
     def _take_steps(self, loader: StepLoader, progress: ProgressBar) -> tuple[Reason | None, Rollback | None]:
-        """To the loader's end, a stop, or a spike from which the run goes back; saved, except where it goes back."""
+        """Take steps to the loader's end, a stop or a spike; returns why it stopped, and the rollback to do.
+
+        The last step is saved, unless there is a rollback.
+        """
         settings, state, guard = self.settings, self.state, self.train_step.guard
         stopped, saved_at = None, state.step
         last = state.step + loader.steps
         for data in loader:
-            self.profiler.edge(state.step + 1)
+            self.profiler.before_step(state.step + 1)
             agreed = self._agree(data)
-            if agreed.save_broke:
+            if agreed.save_broken:
                 self.saver.wait()
             update = self.train_step.update(state.step, data.batches, agreed.targets)
             state.step_done(data, agreed.targets, agreed.digest)
@@ -215,7 +219,7 @@ class Trainer:
         return stopped, None
 
     def _plan_rollback(self, skipped: list[SkippedStep]) -> Rollback | None:
-        """Whether to go back, and how far; the same on every rank, as the norms are."""
+        """The rollback to do, if any. All ranks plan the same: they see the same gradient norms."""
         spikes = self.state.rollbacks.spikes(skipped)
         if not spikes:
             return None
@@ -226,13 +230,13 @@ class Trainer:
     def _roll_back(self, rollback: Rollback) -> None:
         self.profiler.stop()
         self.state.roll_back(rollback)
-        self.stop.note_save(self.state.load_s)  # the step that it interrupts is not a measure of steps
-        self.saver.failure = None  # of a save after the spike; the state is that of a checkpoint again
+        self.stop.note_save(self.state.load_s)  # also: the step that the rollback interrupts is not measured
+        self.saver.failure = None  # of a save after the spike: the run is at a checkpoint again
         self.monitor.restart()
 
     @property
     def _gave_up(self) -> str | None:
-        """Why the run should not go on."""
+        """Why the run should not go on; None if it should."""
         if self.state.rollbacks.exhausted:
             return f"a spike came after {len(self.state.rollbacks.left_out)} rollbacks (--max_rollbacks)"
         if self.train_step.guard.gave_up:
@@ -254,11 +258,11 @@ class Trainer:
                 "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
                 self.state.step, self.settings.max_steps, self.settings.max_epochs,
             )  # fmt: skip
-        log.info("finished at step %d: %d targets trained", self.state.step, self.state.targets)
+        log.info("finished at step %d: %d targets trained", self.state.step, self.state.total_targets)
         return 0
 
     def _agree(self, data: Step) -> Agreed:
-        """One all-reduce of integers on the host; the digest travels as two halves, whose sums cannot overflow."""
+        """One all-reduce of integers on the host. The digest is sent as two halves, so no sum overflows."""
         low, high = data.digest & 0xFFFFFFFF, data.digest >> 32
         stops = [self.stop.signal is not None, self.stop.out_of_time(self.saver.longest_s)]
         numbers = torch.tensor([data.targets, low, high, *stops, self.saver.broken], dtype=torch.int64)
@@ -266,12 +270,12 @@ class Trainer:
         if dist.is_initialized():
             dist.all_reduce(numbers)
         self.watchdog.at("update")
-        targets, low, high, signalled, out_of_time, broke = numbers.tolist()
+        targets, low, high, signalled, out_of_time, broken = numbers.tolist()
         stop: Reason | None = "signal" if signalled else "time" if out_of_time else None
-        return Agreed(targets, (low + (high << 32)) % 2**64, stop, broke > 0)
+        return Agreed(targets, (low + (high << 32)) % 2**64, stop, broken > 0)
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
-        """Read the step's numbers from the device (this waits for it), write them, and return them."""
+        """Read the step's numbers from the device (which waits for it), log them, and return the line of metrics."""
         self.watchdog.at("log")
         if dist.is_initialized():
             dist.all_reduce(update.loss_sum)
@@ -282,7 +286,7 @@ class Trainer:
             "grad_norm": update.grad_norm.item(),
             "targets": targets,
             "epoch": (self.state.slot - 1) // self.dataset.rows_per_epoch,
-            "tokens": self.state.targets,
+            "tokens": self.state.total_targets,
             "skipped_steps": self.train_step.guard.skipped,
             **self.monitor.read()._asdict(),
         }
@@ -323,7 +327,7 @@ class Trainer:
     def _save(self, *, wait: bool) -> None:
         self.watchdog.at("save")
         began = time.monotonic()
-        self.saver.save(self.state.facts(), wait=wait)
+        self.saver.save(self.state.checkpoint_facts(), wait=wait)
         self.stop.note_save(time.monotonic() - began)
         self.monitor.restart()
 

@@ -1,4 +1,4 @@
-"""Loss on the validation split: each row once over all ranks, by the loss that training uses."""
+"""Loss on the validation split: each row counts once over all ranks, with the loss function of training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Validation(NamedTuple):
     """Nats a target."""
     perplexity: float
     bits_per_byte: float
-    """Bits a UTF-8 byte of the split's text: comparable between tokenizers."""
+    """Bits for each UTF-8 byte of the split's text: comparable between tokenizers."""
 
 
 @torch.no_grad()
@@ -35,9 +35,10 @@ def validate(
     max_rows: int | None,
     device: torch.device,
 ) -> Validation:
-    """Average of `loss`, which sums over a batch's targets, over the first rows (all, or max_rows) of `store`.
+    """Mean loss over the targets of the first max_rows rows (None: of all rows).
 
-    Every rank calls it and gets the same numbers.
+    loss: summed over a batch's targets, in nats; store: the split that `rows` reads. A collective: every rank calls it
+    and gets the same numbers.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = validation_batches(

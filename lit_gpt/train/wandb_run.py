@@ -1,11 +1,11 @@
-"""A run's curves in Weights & Biases, on request; the training never depends on it.
+"""Sends a run's metrics to Weights & Biases, on request; the training never depends on it.
 
-Whatever goes wrong there (no package, no server, no name of it, a wrong key) is one warning, and the run goes on:
-offline if the package is there, so that nothing is lost, and without it otherwise. The run's id lies in the run folder,
-so that a resumed run goes on in the same series; a step that an earlier start has sent is not sent again, as an exact
-resume computes the same numbers. Keys are read by the package itself, never by us.
+Any failure (no package, no server, no DNS, a wrong key) is one warning, and the run goes on: offline if the package is
+installed, so that nothing is lost, and without Weights & Biases otherwise. The run's id lies in the run folder, so a
+resumed run continues the same curves. A step that an earlier attempt has sent is not sent again: an exact resume
+computes the same numbers. The package reads the API key itself.
 
-Costs: a line is handed to the package's own process; only start and end wait for the server, at most `timeout_s` each.
+Costs: lines go to the package's own process; only start and end wait for the server, at most `timeout_s` each.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Mode = Literal["online", "offline"]
 
 
 class WandbRun:
-    """One start of a run; `step` is the number of updates that are done."""
+    """Weights & Biases for one attempt of a run; `step` is the number of updates that are done."""
 
     def __init__(
         self, run_dir: Path, mode: Mode, *, project: str, name: str | None, config: Mapping[str, Any], sent_step: int,
         timeout_s: int,
     ) -> None:  # fmt: skip
-        """`sent_step`: the last step that an earlier start of this run may have sent."""
+        """sent_step: the last step that an earlier attempt of this run may have sent."""
         id_file = run_dir / ID_FILE
         self._sent_step = sent_step if id_file.exists() else 0
         if not id_file.exists():
@@ -62,12 +62,12 @@ class WandbRun:
             log.warning(
                 "--wandb online: %s: going on offline, in %s; `wandb sync` uploads it later", reason, self._run_dir
             )
-            wandb.teardown()  # else its process still holds the run's id
-            logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its errors would follow at the end
+            wandb.teardown()  # otherwise its process still holds the run's id
+            logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it would log errors at exit
             return self._start("offline", options)
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
-        """One line of metrics."""
+        """Send one line of metrics."""
         if self._run is None or step <= self._sent_step:
             return
         try:
@@ -77,7 +77,7 @@ class WandbRun:
             self._run = None
 
     def close(self) -> None:
-        """Wait for what is still to be sent, but not longer than the time limit: a job's last seconds are few."""
+        """Wait for the last lines to be sent, at most timeout_s: a job has few seconds left."""
         if self._run is None:
             return
         failures: list[Exception] = []

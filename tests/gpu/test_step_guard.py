@@ -42,7 +42,7 @@ def test_skip_and_clip_without_waiting(dtype: torch.dtype) -> None:
         guard.note(step, 8 * step, 8, verdict, norm)
         snapshots.append(weight.detach().clone())
     torch.cuda.set_sync_debug_mode(0)
-    assert [(found.step, found.reason) for found in guard.read()] == [(3, Verdict.NOT_FINITE), (4, Verdict.SPIKE)]
+    assert [(found.step, found.verdict) for found in guard.read()] == [(3, Verdict.NOT_FINITE), (4, Verdict.SPIKE)]
     assert not torch.equal(snapshots[0], snapshots[1])
     assert torch.equal(snapshots[1], snapshots[2])
     assert torch.equal(snapshots[1], snapshots[3])

@@ -191,12 +191,12 @@ def test_tokens_time_and_disk() -> None:
     )  # fmt: skip
     settings.check()
     planned = plan(settings)
-    assert (planned.inputs_per_step, planned.inputs) == (2_097_152, 209_715_200)
+    assert (planned.input_tokens_per_step, planned.input_tokens) == (2_097_152, 209_715_200)
     assert (planned.checkpoint_bytes, planned.checkpoints) == (1_497_203_712, 4)
     text = "\n".join(lines(planned))
     assert "0.30 days, 58 GPU hours" in text
     assert "a copy of the weights on 8" in text
-    assert "for others plan with --mlp torch" in text
+    assert "elsewhere plan with --mlp torch" in text
     assert "quack" not in "\n".join(lines(plan(replace(settings, mlp="torch"))))
     in_fp32 = replace(settings, precision="32-true")
     assert "not counted, for want of a measurement: attention's scores in fp32" in "\n".join(lines(plan(in_fp32)))

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from lit_gpt.launch.world import World
-from lit_gpt.train.resolve import log_differences, resolve, resolve_for_plan, resolved_facts
+from lit_gpt.train.resolve import log_differences, resolve, resolve_for_plan, resolved_choices
 from lit_gpt.train.settings import Settings, StepSettings
 
 CPU = torch.device("cpu")
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 def test_on_a_cpu(devices: int, kind: str) -> None:
     asked = Settings(model_name="debug")
     resolved = resolve(asked, asked.config, World("cpu", 1, devices, LightningEnvironment()), CPU)
-    facts = resolved_facts(resolved)
-    assert facts.pop("packages") == {"torch": torch.__version__}
-    assert facts == {
+    choices = resolved_choices(resolved)
+    assert choices.pop("packages") == {"torch": torch.__version__}
+    assert choices == {
         "accelerator": "cpu", "num_nodes": 1, "devices": devices, "attention": "torch", "mlp": "torch",
         "compile": False, "float8": "none", "state_dict_type": kind, "async_save": False,
     }  # fmt: skip

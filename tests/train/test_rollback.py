@@ -154,14 +154,14 @@ def test_without_a_checkpoint_it_skips(store: Path, tmp_path: Path) -> None:
 def test_which_rows_go() -> None:
     """Up to the last spike's, from `rollback_steps` before the first, but none that the checkpoint has seen."""
 
-    def skipped(step: int, reason: Verdict) -> SkippedStep:
-        return SkippedStep(step, 8 * (step - 1), 8, reason, 1.0)
+    def skipped(step: int, verdict: Verdict) -> SkippedStep:
+        return SkippedStep(step, 8 * (step - 1), 8, verdict, 1.0)
 
     rollbacks = Rollbacks(SpikeSettings(spike_policy="rollback", rollback_steps=3, max_rollbacks=2))
     found = rollbacks.spikes([skipped(19, Verdict.NOT_FINITE), skipped(20, Verdict.SPIKE), skipped(22, Verdict.SPIKE)])
     assert [entry.step for entry in found] == [20, 22]
-    for slot, begin in ((80, 136), (144, 144)):  # 8 * (20 - 3) = 136
-        assert rollbacks.plan(found, Checkpoint(Path(), {"slot": slot}))[2:] == (begin, 176)
+    for slot, first_slot in ((80, 136), (144, 144)):  # 8 * (20 - 3) = 136
+        assert rollbacks.plan(found, Checkpoint(Path(), {"slot": slot}))[2:] == (first_slot, 176)
     rollbacks.add([(136, 176)])
     rollbacks.add([[136, 176], [8, 16]])  # as JSON gives them back; one is known
     assert rollbacks.left_out == [(8, 16), (136, 176)]
