@@ -4,10 +4,12 @@
     srun apptainer exec llammlein.sif python pretrain/tinyllama_fabric.py --config ... --resume auto
 
 Settings: defaults < YAML files (--config) < flags. Run folder: --out_dir, else $MODEL_NAME, else out/<model_name>.
-With --plan the program only tells what the run will need, and ends.
-Exit codes: 0 finished, or stopped cleanly at a signal with a checkpoint; 75 the same inside a Slurm job, to be
-requeued; 74 ended, but the last checkpoint could not be saved; 3 the run gave up with a checkpoint, since too many
-updates in a row were skipped; 2 bad input, told in one line; anything else is a failure with its traceback.
+With --plan the program only prints what the run will need, and exits.
+
+Exit codes: 0 finished, or stopped early with a checkpoint (at a signal or before the job's end); 75 the same inside a
+Slurm job, to be requeued; 74 ended, but the last checkpoint could not be saved; 3 gave up with a checkpoint, after too
+many skipped updates in a row or too many rollbacks; 2 bad input, explained in one line; anything else is a failure with
+a traceback.
 """
 
 import sys
@@ -21,7 +23,7 @@ from lit_gpt.train.settings import Settings
 
 
 def main() -> int:
-    stop_flag = StopFlag()  # first of all: a signal that comes while torch is imported must not kill
+    stop_flag = StopFlag()  # first of all: a signal during the import of torch must not kill the program
     settings = parse_settings(Settings, None, __doc__)
     settings.check()
     if settings.plan:
@@ -30,7 +32,7 @@ def main() -> int:
         print("\n".join(lines(plan(settings))))
         return 0
     from lit_gpt.datapoints.run_folder import read_resolved
-    from lit_gpt.train.trainer import train  # imports torch, for which --help and a mistyped setting need not wait
+    from lit_gpt.train.trainer import train  # imports torch, for which --help and bad input need not wait
 
     repeated = [found for file in config_files() if (found := read_resolved(file.parent)) is not None]
     return train(settings, stop_flag, repeated[-1] if repeated else None)

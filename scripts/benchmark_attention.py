@@ -1,11 +1,11 @@
-"""Measure every attention backend that runs here, at the shapes of our models; prints JSON lines.
+"""Measure every attention backend that runs here, at the shapes of our models; one JSON object a line.
 
     python scripts/benchmark_attention.py [--size LLaMmlein_120M LLaMmlein_1B LLaMmlein_7B] [--rows 16]
         [--backend all] [--repetitions 50]
 
-For packed documents and for rows of one document each: milliseconds, TFLOP/s, and the relative errors of the output and
-of the gradients of q, k and v against fp32 on the same numbers. A backend that cannot run gets a line that says why.
-On a CPU it takes the debug shape, unless --size says otherwise.
+Each is measured on packed documents and on rows of one document each: milliseconds, TFLOP/s, and the relative errors of
+the output and of the gradients of q, k and v against fp32 on the same inputs. A backend that cannot run gets
+a line that says why. On a CPU the default is the debug shape.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--size", nargs="+", help="names from the registry of models (default: the published sizes)")
     parser.add_argument("--rows", type=int, default=16, help="rows of a micro-batch")
-    parser.add_argument("--backend", default="all", help="the only backend to run")
-    parser.add_argument("--repetitions", type=int, default=50, help="measured calls")
+    parser.add_argument("--backend", default="all", help="run only this backend (default: all)")
+    parser.add_argument("--repetitions", type=int, default=50, help="measured calls of each")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
     require_at_least(arguments, 1, "rows", "repetitions")

@@ -2,15 +2,15 @@
 
     python scripts/benchmark_checkpoint.py --model_name LLaMmlein_120M [--rows 2 --block_size 256] [--work_dir DIR]
 
-    step    step_s of the training program's own step, undisturbed
-    save    whole_s until the step ended in which it was published; blocked_s of it in which training waited; slowed_s
-            by which the steps beside it were slower; both in steps. Beside training (overlap) twice: the first save
-            allocates, the second reuses
+    step    step_s: a training step while no save runs
+    save    whole_s: until the end of the step in which the checkpoint was published; blocked_s: training waited;
+            slowed_s: the steps meanwhile took longer by that, all together; stall_in_steps: blocked_s and slowed_s, in
+            steps. Overlapping saves are measured twice: the first allocates host memory, the second reuses it
     load    verify_s (hashes, finite weights) and load_s
 
-Peaks of memory: the host's above the state before, of this process; the GPU's in all. Needs one checkpoint's room in
---work_dir (12 bytes a parameter). On a GPU choose --rows and --block_size as in training, so that a step takes as long
-as there.
+Peaks of memory: of the host, what this process used above the state before; of the GPU, the total. Needs room for one
+checkpoint in --work_dir (12 bytes a parameter). On a GPU choose --rows and --block_size so that a step takes as long as
+in training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
         devices=1,
     )  # fmt: skip
     settings.check()
-    from lit_gpt.bench.bench_checkpoint import measure  # brings torch
+    from lit_gpt.bench.bench_checkpoint import measure  # imports torch, which --help need not wait for
 
     for line in measure(settings, work_dir=arguments.work_dir):
         print(json.dumps(line), flush=True)

@@ -1,16 +1,16 @@
-"""Measure the data path against what it is compared with, all in one run; one JSON object a line.
+"""Measure the data path beside other ways to do the same; one JSON object a line.
 
     python scripts/benchmark_data.py [--source FILE.jsonl.gz --tokenizer_path DIR] [--tokens 33554432] [--work_dir DIR]
 
-    reader         order, boundaries, checks and digest, against a plain memory-mapped gather to int64
-    packing        padding and cut documents of each packing
-    resume, query  opening at 15,000 shards; `step` and `doc` on a store of a million rows (both stores: hard links)
-    loader         our prefetch thread, a packed dataset behind one DataLoader worker, and one document a row,
-                   tokenised in the worker (the published loader's way; needs --source)
-    tokenise       prepare_data.py against raw encode_batch_fast in CPU time (needs --source)
+    reader         our rows (order, segments, checks, digest), beside a plain memory-mapped gather to int64
+    packing        share of padding and of cut documents, of each packing
+    resume, query  opening a store of 15,000 shards; `step` and `doc` on a million rows (both stores: hard links)
+    loader         our prefetch thread, beside a packed dataset in one DataLoader worker, and beside a worker that
+                   tokenises one document a row (the published loader's way; needs --source)
+    tokenise       CPU time of prepare_data.py, beside encode_batch_fast alone (needs --source)
 
-Documents of the reader's part are random ids with the lengths of German web text: log-normal, median 368. Every value
-is the best of some; ratio is to the line whose `what` is the reference. Needs some 300 MB in --work_dir.
+The documents are random tokens with the lengths of German web text: log-normal, median 368. Every value is the best of
+some repetitions; `ratio` is to the line whose `what` is `reference`. Needs about 300 MB in --work_dir.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
         raise BadInput("--source and --tokenizer_path: give both or none")
     if arguments.source and not arguments.source.is_file():
         raise BadInput(f"--source {arguments.source}: no such file")
-    from lit_gpt.bench.bench_data import measure  # brings torch
+    from lit_gpt.bench.bench_data import measure  # imports torch, which --help need not wait for
 
     for line in measure(arguments.tokens, arguments.source, arguments.tokenizer_path, arguments.work_dir):
         print(json.dumps(line), flush=True)

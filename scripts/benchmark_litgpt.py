@@ -2,9 +2,8 @@
 
     python scripts/benchmark_litgpt.py [--size LLaMmlein_1B] [--rows 8] [--precision bf16-mixed] [--steps 20]
 
-The number to hold scripts/benchmark_step.py against: litgpt's model, loss and optimizer, put together as its own
-pretraining does (lit_gpt/bench/bench_litgpt.py says what is left out). Needs the package litgpt, without which it ends
-with exit code 2.
+The reference of scripts/benchmark_step.py: litgpt's model, loss and optimizer, put together as litgpt's own pretraining
+does (lit_gpt/bench/bench_litgpt.py says what is left out). Needs the package litgpt; without it the exit code is 2.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 from lit_gpt.config import Config
 
 INSTALL = "pip install -e '.[bench]' && pip install --no-deps litgpt==0.5.13"
-"""With its own bounds litgpt would take back jsonargparse and huggingface_hub to older releases."""
+"""--no-deps, because litgpt's bounds would install older releases of jsonargparse and huggingface_hub."""
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--size", default="LLaMmlein_1B", help="a name from the registry of models")
-    parser.add_argument("--rows", type=int, default=8, help="rows a step, in one forward pass")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a step, all in one forward pass")
     parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=6, help="steps before")
+    parser.add_argument("--warmup", type=int, default=6, help="steps before the measured ones")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
     require_at_least(arguments, 1, "rows", "steps", "warmup")

@@ -1,10 +1,10 @@
-"""Measure the loss with the output projection, forward and backward, against other ways; one JSON object a line.
+"""Measure output projection and loss, forward and backward, beside other implementations; one JSON object a line.
 
     python scripts/benchmark_loss.py [--tokens 32768] [--width 2048] [--vocabulary 32064] [--dtype bfloat16]
 
-Ours (lit_gpt/model/loss.py, compiled, by chunk size) beside whole logits under torch.compile, and the fused losses of
-liger-kernel and cut-cross-entropy; a line says when one is not installed. Needs a GPU. `error` is the relative error of
-the loss and of the gradients of input and weight against fp32 on the same numbers.
+Ours (lit_gpt/model/loss.py, compiled, at several chunk sizes) beside unchunked logits under torch.compile and the fused
+losses of liger-kernel and cut-cross-entropy; for one that is not installed, a line says so. Needs a GPU. `error`: the
+relative error of the loss and of the gradients of input and weight against fp32 on the same inputs.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         [--mlp quack] [--float8 tensorwise] [--checkpointing selective] [--compile false] [--deterministic]
         [--micro_batch N] [--breakdown]
 
-The step is the training program's own, on packed random documents with the lengths of German web text. --breakdown
-says where its time goes, beside the least time that the device's measured rates of matmuls and copies allow.
+The step is that of the training program, on packed random documents with the lengths of German web text. --breakdown
+prints where the time goes, beside the least time that the device's measured rates of matmuls and copies allow.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from lit_gpt.train.settings import StepSettings
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--size", default="LLaMmlein_1B", help="a name from the registry of models")
-    parser.add_argument("--rows", type=int, default=16, help="rows a step")
-    parser.add_argument("--micro_batch", type=int, help="rows a forward pass (default: all rows of the step)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
+    parser.add_argument("--micro_batch", type=int, help="rows of a forward pass (default: all rows of the step)")
     parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
     parser.add_argument("--float8", default="none", choices=("none", "tensorwise", "rowwise"))
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--mlp", default="auto", choices=("auto", "quack", "torch"))
     parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--compile", default=None, choices=("true", "false"), help="default: on GPUs")
-    parser.add_argument("--deterministic", action="store_true", help="only kernels that repeat their bits")
+    parser.add_argument("--deterministic", action="store_true", help="use only deterministic kernels")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=6, help="steps before")
-    parser.add_argument("--breakdown", action="store_true", help="where the time goes; CUDA")
+    parser.add_argument("--warmup", type=int, default=6, help="steps before the measured ones")
+    parser.add_argument("--breakdown", action="store_true", help="print where the time goes; on GPUs")
     arguments = parser.parse_args()
     micro_batch = arguments.micro_batch or arguments.rows
     if arguments.rows < 1 or micro_batch < 1 or arguments.rows % micro_batch:
@@ -49,7 +49,7 @@ def main() -> None:
         compile=None if arguments.compile is None else arguments.compile == "true",
     )  # fmt: skip
     settings.check()
-    from lit_gpt.bench.bench_step import measure  # brings torch
+    from lit_gpt.bench.bench_step import measure  # imports torch, which --help need not wait for
 
     for line in measure(settings, steps=arguments.steps, warmup=arguments.warmup, breakdown=arguments.breakdown):
         print(json.dumps(line), flush=True)

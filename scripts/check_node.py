@@ -1,10 +1,10 @@
 """Check a node, or all nodes of a job, before a long run: GPUs, network, disk, clocks, packages.
 
-    python scripts/check_node.py --run_dir out/look                    the GPUs of this machine, or its CPU
+    python scripts/check_node.py --run_dir out/check                   this machine: its GPUs, or its CPU
     srun --ntasks-per-node=4 python scripts/check_node.py --run_dir /scratch/runs/LLaMmlein_1B
 
-Exit code 0: nothing speaks against a run. 1: something does; the table says what, on which node. What could not be
-checked is told, and is not a reason for 1.
+Exit code 0: fit for a run. 1: not fit; the table says what is wrong on which node. What could not be checked is listed,
+and does not count.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, Parser, require_at_least, run_program
 
 CHECKPOINT_BYTES_A_WEIGHT = 12
-"""fp32: the weight and AdamW's two averages."""
+"""fp32: the weight and AdamW's two moments."""
 
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--run_dir", type=Path, required=True, help="where the run will write; made if it is not there")
-    parser.add_argument("--model_name", default="LLaMmlein_1B", help="whose checkpoints have to fit")
-    parser.add_argument("--checkpoints", type=int, default=3, help="how many: those that are kept, and one in writing")
-    parser.add_argument("--write_mb", type=int, default=1024, help="megabytes of the test file")
+    parser.add_argument("--run_dir", type=Path, required=True, help="the run's folder; created if missing")
+    parser.add_argument("--model_name", default="LLaMmlein_1B", help="model whose checkpoints have to fit")
+    parser.add_argument("--checkpoints", type=int, default=3, help="checkpoints that have to fit at once")
+    parser.add_argument("--write_mb", type=int, default=1024, help="size of the test file in MB")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--devices", type=int, help="processes on this node, where no launcher starts them")
+    parser.add_argument("--devices", type=int, help="processes on this node, if no launcher starts them")
     arguments = parser.parse_args()
     require_at_least(arguments, 1, "checkpoints", "write_mb")
     from lit_gpt.config import Config
@@ -35,7 +35,7 @@ def main() -> int:
     weights = Config.from_name(arguments.model_name).parameters
     needed_bytes = arguments.checkpoints * CHECKPOINT_BYTES_A_WEIGHT * weights
 
-    import torch.distributed as dist  # brings torch, for which --help and a mistake need not wait
+    import torch.distributed as dist  # imports torch, for which --help and bad input need not wait
     from rich.console import Console
     from rich.table import Table
 

@@ -2,9 +2,9 @@
 
     python scripts/compare_runs.py REFERENCE_RUN RUN [RUN ...] [--plot losses.png]
 
-At the steps that both logged: the largest difference of the loss from the reference's, the mean of its size, and the
-mean with its sign (`bias`); also the settings that differ, the last loss, the last validation loss and tokens/s. Runs
-whose datapoint logs name other rows are refused with exit code 2.
+Over the steps that both logged: the difference from the reference's loss that is largest in absolute value, the mean
+absolute difference, and the mean difference (`bias`); also the settings that differ, the last loss, the last validation
+loss and tokens/s. If the datapoint logs name different rows, the exit code is 2.
 """
 
 from __future__ import annotations

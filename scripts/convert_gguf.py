@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder that create.sh wrote")
     parser.add_argument("--destination_path", type=Path, required=True, help="file to write, such as model.gguf")
-    parser.add_argument("--type", choices=["f16", "bf16", "q8_0"], default="bf16", help="of the matrices")
+    parser.add_argument(
+        "--type", choices=["f16", "bf16", "q8_0"], default="bf16", help="data type of the matrices (default: bf16)"
+    )
     arguments = parser.parse_args(argv)
     if not (arguments.model / "config.json").is_file():
         raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")

@@ -1,7 +1,7 @@
-"""Import a Hugging Face LLaMA (safetensors, or .bin without running code) as a checkpoint to go on training from.
+"""Import a Hugging Face LLaMA (safetensors, or .bin without running code) as a checkpoint to continue training from.
 
-The checkpoint stands at step 0 without optimizer state; `--resume PATH` of the training program takes it. It appears
-only after the logits of transformers' model and of ours agree on real text, in fp32.
+The checkpoint has step 0 and no optimizer state; the training program starts from it by `--resume PATH`. It is
+published only after transformers' model and ours give the same logits on real text, in fp32.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder from Hugging Face")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Hugging Face model folder")
     parser.add_argument(
         "--destination_path", type=Path, required=True, help="checkpoint to write: RUN_FOLDER/iter-00000000-ckpt.pth"
     )
-    parser.add_argument("--model_name", help="registered model that it must be (default: the first of its shape)")
-    parser.add_argument("--tokenizer_path", type=Path, help="tokenizer to go on with (default: the folder's own)")
+    parser.add_argument("--model_name", help="model of the registry that it must be (default: the first of its shape)")
+    parser.add_argument("--tokenizer_path", type=Path, help="tokenizer for the training (default: the folder's own)")
     arguments = parser.parse_args(argv)
     if not (arguments.checkpoint_dir / "config.json").is_file():
-        raise BadInput(f"--checkpoint_dir {arguments.checkpoint_dir}: holds no config.json, so is no folder of a model")
+        raise BadInput(f"--checkpoint_dir {arguments.checkpoint_dir}: holds no config.json, so it is no model's folder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
 
     import transformers

@@ -1,11 +1,12 @@
 """Export a checkpoint of a training run as a Hugging Face folder: safetensors, config, tokenizer.
 
-Works on any checkpoint (sharded or full, from any number of processes), without a GPU, in the memory of one layer. A
-folder appears only after the logits of transformers' model and of ours agree on real text, in fp32, with its weights.
+Reads any checkpoint (sharded or full, from any number of processes), needs no GPU, and converts in the memory of one
+layer. A folder is published only after transformers' model and ours give the same logits on real text, in fp32, with
+the folder's weights.
 
-With --run_dir in place of --checkpoint, every checkpoint of the run: folders step-00010000-tokens-21B in
---destination_path and, with --push_to, branches of that name on the Hub, where main holds the newest. What is there is
-skipped. The training may go on meanwhile; --watch waits for its next checkpoints.
+With --run_dir instead of --checkpoint, it exports every checkpoint of the run, to folders step-00010000-tokens-21B in
+--destination_path and, with --push_to, to branches of that name on the Hub, where main holds the newest. It skips what
+is exported already. The training may be running; --watch waits for its next checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 NICENESS = 10
-"""Of the export of a whole run: on a node that trains, the training comes first."""
+"""With --run_dir: on a node that trains, the training comes first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,24 +67,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--run_dir", type=Path, help="run folder: export each of its checkpoints")
     parser.add_argument(
         "--destination_path", type=Path, required=True,
-        help="folder to write, which must not exist; with --run_dir, the folder of the folders",
+        help="folder to write, which must not exist; with --run_dir, the folder for all exports",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the weights (default: bf16)"
+    )
     parser.add_argument("--tokenizer_path", type=Path, help="tokenizer folder (default: the run's own)")
     parser.add_argument(
         "--vocabulary", choices=["padded", "cut"], default="padded",
-        help="cut: leave out the rows of the embedding and of the head that no token has",
+        help="cut: leave out the padding rows of the embedding and of the output projection (default: padded)",
     )  # fmt: skip
-    parser.add_argument("--max_shard_size", type=size, default="5GB", help="of a weight file (default: 5GB)")
-    parser.add_argument("--model_name", help="registered model that the checkpoint must be")
-    parser.add_argument("--license", default="unknown", help="for the model card, an id of Hugging Face's list")
+    parser.add_argument("--max_shard_size", type=size, default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--model_name", help="model of the registry that the checkpoint must be")
+    parser.add_argument("--license", default="unknown", help="license id for the model card, from Hugging Face's list")
     run = parser.add_argument_group("with --run_dir")
-    run.add_argument("--push_to", metavar="OWNER/MODEL", help="repository on the Hub to upload to; made if missing")
+    run.add_argument("--push_to", metavar="OWNER/MODEL", help="repository on the Hub to upload to; created if missing")
     run.add_argument("--private", action="store_true", help="make a missing repository private")
     run.add_argument("--remove_uploaded", action="store_true", help="remove a folder once its branch is on the Hub")
-    run.add_argument("--attempts", type=int, default=8, help="for each request to the Hub (default: 8)")
-    run.add_argument("--first_wait_s", type=float, default=5.0, help="between attempts, then doubling (default: 5)")
-    run.add_argument("--watch", action="store_true", help="wait for new checkpoints until that of the last step")
+    run.add_argument("--attempts", type=int, default=8, help="attempts of each request to the Hub (default: 8)")
+    run.add_argument(
+        "--first_wait_s",
+        type=float,
+        default=5.0,
+        help="seconds before the second attempt; doubles each time (default: 5)",
+    )
+    run.add_argument("--watch", action="store_true", help="wait for new checkpoints, until the last step's is exported")
     run.add_argument("--poll_s", type=float, default=60.0, help="seconds between looks at the run (default: 60)")
     arguments = parser.parse_args(argv)
     if arguments.run_dir is None and (arguments.push_to or arguments.watch):

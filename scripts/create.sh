@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A checkpoint of a training run -> a folder for Hugging Face, proved before it is published. Needs no GPU.
+# Exports a checkpoint of a training run to a Hugging Face folder, which is checked before it is published. Needs no GPU.
 #
 #   bash scripts/create.sh [CHECKPOINT] [FINAL_MODEL]       on a login node
 #   sbatch scripts/create.sh [CHECKPOINT] [FINAL_MODEL]     as a job, from the project's folder
 #   bash scripts/create.sh --all [--push_to OWNER/MODEL] [--watch]
-#       every checkpoint of the run folder: folders, and branches on the Hub, named by steps and tokens. Another program
-#       than the training, which may go on: with --watch, and & or sbatch, it exports what appears until the last step.
+#       every checkpoint of the run folder, to folders and branches on the Hub that are named by steps and tokens. The
+#       training may be running: with --watch (and & or sbatch), each new checkpoint is exported, until the last step's.
 #
-# Without CHECKPOINT it takes the newest of the run folder. Settable from outside:
+# Without CHECKPOINT it takes the newest of the run folder. Environment variables:
 #   OUT_DIR         run folder (default: $MODEL_NAME if that is a folder, else out/$MODEL_NAME)
-#   MODEL_NAME      with OUT_DIR: the registered model that the checkpoint must be; without: names the run folder
+#   MODEL_NAME      with OUT_DIR: model of the registry that the checkpoint must be; without: names the run folder
 #   ITERATION_NUM   step of the checkpoint instead of the newest
 #   TOKENIZER_PATH  tokenizer folder (default: the run's own)
 #   FINAL_MODEL     folder to write (default: <run folder>/huggingface/step-XXXXXXXX); with --all, the folder of the
-#                   folders (default: <run folder>/huggingface)
+#                   all exports (default: <run folder>/huggingface)
 #   CONTAINER_PATH  Apptainer image to run in
 #   PYTHON          interpreter (default: the project's .venv if there is one; python in the container)
 # Every other argument goes to convert_lit_checkpoint.py: --dtype fp32, --vocabulary cut, ...
@@ -30,7 +30,7 @@ fail() {
     exit 2
 }
 
-# Slurm runs a copy of this file from its spool folder: there, the project is where sbatch was called.
+# Slurm runs a copy of this file from its spool folder; then the project is the folder where sbatch was called.
 project_root() {
     local here candidate
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -111,6 +111,6 @@ source "$root/cluster/exec/python_command.sh"
 binds=(--bind "$(dirname "$source")" --bind "$(realpath -ms "$(dirname "$final_model")")")
 [[ -z ${TOKENIZER_PATH:-} ]] || binds+=(--bind "$(realpath -ms "$TOKENIZER_PATH")")
 python_command "${binds[@]}"
-# A folder must be there to be bound.
+# The container can only bind a folder that exists.
 [[ -z ${CONTAINER_PATH:-} ]] || mkdir -p "$(dirname "$final_model")" || fail "cannot write $final_model"
 exec "${python[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "${flags[@]}"

@@ -1,4 +1,4 @@
-"""What a run saw: which documents at which step, and whether data and log still agree.
+"""What a run saw: which documents at which step, and whether data and datapoint log still agree.
 
     python scripts/datapoints.py step 1200 --run_dir out/LLaMmlein_1B [--text]   parts of documents in a step
     python scripts/datapoints.py doc ID --run_dir out/LLaMmlein_1B               steps, epochs and parts of a document
@@ -6,7 +6,7 @@
     python scripts/datapoints.py diff OTHER_RUN --run_dir out/LLaMmlein_1B       first step in which two runs differ
     python scripts/datapoints.py export FILE.parquet --run_dir out/LLaMmlein_1B  everything, as a table to publish
 
-Answers follow the lineage of the newest attempt: what was trained and then lost with a crash does not count.
+Answers follow the lineage of the newest attempt: steps that were lost in a crash do not count.
 Exit codes: 0 the answer; 1 `verify` found a contradiction, or `diff` a difference; 2 bad input.
 """
 
@@ -29,10 +29,10 @@ from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.files import publishing, sweep
 
 EXIT_FOUND = 1
-"""verify found a contradiction, diff a difference."""
+"""`verify` found a contradiction, or `diff` a difference."""
 EXPORT_COLUMNS = ("step", "rank", "row", "document", "start", "length")
 EXPORT_PARTS = 1 << 18
-"""Parts of documents that are held before they are written: one row group."""
+"""Parts of documents in a row group of the exported file."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("query", choices=("step", "doc", "verify", "diff", "export"))
     parser.add_argument("subject", nargs="?", help="step number, document id, other run folder, or file to write")
     parser.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--data_dir", type=Path, nargs="+", default=[], help="where the data is now, if it has moved")
+    parser.add_argument("--data_dir", type=Path, nargs="+", default=[], help="where the data is, if it has moved")
     parser.add_argument("--tokenizer_path", help="tokenizer for --text (default: the run's)")
     parser.add_argument("--index_dir", type=Path, help="where to keep the document index (default: the run's folder)")
     parser.add_argument("--text", action="store_true", help="step: show the text")
@@ -84,7 +84,7 @@ def show(replay: Replay, parts: list[Seen], arguments: Namespace) -> int:
 
 
 def text_of(replay: Replay, parts: list[Seen], tokenizer_path: str | None) -> list[str | None]:
-    from lit_gpt.data.tokenizer import Tokenizer  # loading one takes longer than a query
+    from lit_gpt.data.tokenizer import Tokenizer  # importing it takes longer than a query
 
     path = tokenizer_path or replay.record.attempts[-1].details.get("tokenizer_path")
     if not path:

@@ -1,10 +1,10 @@
 """The whole path on a CPU in minutes: German text, tokenizer, training that is killed and resumed, Hugging Face model.
 
-`make demo` runs it. Everything lies in one folder, made anew each time. A second run is trained without interruption,
-then these are proved from the files that the programs left; the exit code is 1 if one of them does not hold:
-  weights   the killed and resumed run ends with the same bits as the uninterrupted one
-  losses    every step logged the same losses in both, the steps that were trained twice included
-  rows      every step saw the same rows by the datapoint log, and the shards confirm the log's digests
+`make demo` runs it. All files go to one folder, which is emptied first. A second run is trained without interruption;
+then the following is proved from the files of both runs. The exit code is 1 if one proof fails:
+  weights   the killed and resumed run and the uninterrupted run end with the same bits
+  losses    both runs logged the same loss at every step, also at steps that were trained twice
+  rows      every step saw the same rows in both datapoint logs, and the shards confirm the logs' digests
   learning  validation bits per byte lie at least 20 % below the unigram entropy of the validation tokens
   export    transformers gives the exported model the validation loss that the trainer logged
 """
@@ -40,9 +40,9 @@ MARKER = ".made-by-demo"
 VOCABULARY = 4096
 STEPS = 240
 STEPS_LOST = 5
-"""The kill comes this many steps after the checkpoint at half of the run: they are trained twice."""
+"""The kill comes so many steps after the checkpoint at half of the run; the resumed run trains them again."""
 MARGIN = 0.20
-"""Share by which validation must lie below the unigram entropy."""
+"""The validation loss must be lower than the unigram entropy by this share."""
 LOSS_TOLERANCE = 1e-5
 """Relative; transformers sums the same numbers in another order."""
 PROMPT = "Wenn Sie"
@@ -56,7 +56,7 @@ class Proof(NamedTuple):
 
 class Interruption(NamedTuple):
     resumed_from: int
-    """Step of the checkpoint that was there."""
+    """Step of the newest checkpoint at the kill."""
     killed_at: int
     """Last step that was logged before SIGKILL."""
     logged: list[dict[str, str]]
@@ -64,14 +64,17 @@ class Interruption(NamedTuple):
 
 
 class Shell:
-    """Runs the project's programs as a user would, from the project's root; what they log goes to one file each."""
+    """Runs the project's programs as a user would, from the project's root; each logs to its own file."""
 
     def __init__(self, logs: Path, console: Console) -> None:
         self.logs = logs
         self.console = console
 
     def run(self, name: str, command: str, kill_when: Callable[[], bool] | None = None) -> str:
-        """Run to the end and return what it printed; or SIGKILL when `kill_when` holds, which must come first."""
+        """Run a command to its end, or SIGKILL it once `kill_when` is true; returns what it printed.
+
+        Any other end exits the demo.
+        """
         self.console.print(f"[bold]$[/] {command}", highlight=False, soft_wrap=True)
         begin, log, printed, killed = time.monotonic(), self.logs / f"{name}.log", self.logs / f"{name}.out", False
         python_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -99,7 +102,7 @@ def last_line(log: Path) -> str:
 
 
 def empty_folder(folder: Path) -> None:
-    """Make the demo's folder anew; one that somebody else made is not touched."""
+    """Make the demo's folder, emptied; raises BadInput for an existing folder that no demo made."""
     if folder.exists():
         if not (folder / MARKER).exists():
             raise BadInput(f"{folder} exists and was not made by the demo: choose another --destination_path")
@@ -140,7 +143,7 @@ def training(folder: Path, run: Path) -> str:
 
 
 def train(shell: Shell, folder: Path) -> Interruption:
-    """Train once with a SIGKILL in the middle and a resume, and once without."""
+    """Train once with a SIGKILL in the middle and a resume, and once without interruption."""
     run = folder / "run"
     shell.run("training-killed", training(folder, run), lambda: last_step(run) >= checkpoint_step(run) + STEPS_LOST)
     interruption = Interruption(checkpoint_step(run), last_step(run), metrics(run))
@@ -154,7 +157,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def checkpoint_step(run: Path) -> int:
-    """Step of the newest checkpoint; without one, a step that no run reaches."""
+    """Step of the newest checkpoint; without a checkpoint, a step that no run reaches."""
     checkpoint = newest_checkpoint(run)
     return int(checkpoint.name.split("-")[1]) if checkpoint else sys.maxsize
 
@@ -173,7 +176,7 @@ def last_step(run: Path) -> int:
 
 
 def same_weights(run: Path, other: Path) -> Proof:
-    """Bits, not values: 0.0 and -0.0 differ here. Every file of both checkpoints is checked against its hash first."""
+    """Compare bits, not values: 0.0 and -0.0 differ. First every file of both checkpoints is checked by its hash."""
     from lit_gpt.checkpoint.checkpoint import model_tensors
     from lit_gpt.checkpoint.history import find
 
@@ -189,7 +192,7 @@ def same_weights(run: Path, other: Path) -> Proof:
 
 
 def same_losses(interruption: Interruption, run: Path, other: Path) -> Proof:
-    """The text of every logged loss, before and after the kill, against the uninterrupted run's."""
+    """Compare every logged loss as text, from before and after the kill, with the uninterrupted run's."""
     logged = {(row["step"], row["loss"], row["val_loss"]) for row in [*interruption.logged, *metrics(run)]}
     expected = {(row["step"], row["loss"], row["val_loss"]) for row in metrics(other)}
     unequal = {step for step, *_ in logged ^ expected}
@@ -198,20 +201,20 @@ def same_losses(interruption: Interruption, run: Path, other: Path) -> Proof:
 
 
 def same_rows(run: Path, other: Path) -> Proof:
-    """The datapoint logs; `datapoints.py verify`, which ran before, compared their digests with the shards."""
+    """Compare the datapoint logs; `datapoints.py verify`, which ran before, compared the digests with the shards."""
     unequal = {step for step, *_ in logged_rows(run) ^ logged_rows(other)}
     steps = len({step for step, *_ in logged_rows(other)})
     return Proof("rows", not unequal, f"{len(unequal)} of {steps} steps saw other rows")
 
 
 def logged_rows(run: Path) -> set[tuple[int | str, ...]]:
-    """Step, first slot, number of rows and digest of every line; lines that agree about a step are one entry."""
+    """Step, first slot, number of rows and digest of every line; equal lines are one entry."""
     lines = (run / "datapoints/steps.jsonl").read_text(encoding="utf-8").splitlines()
     return {tuple(json.loads(line)[key] for key in ("step", "slot", "rows", "digest")) for line in lines}
 
 
 def beats_unigrams(run: Path, val: Path) -> Proof:
-    """Against the entropy of the split's own token frequencies, which no model without context can beat."""
+    """Compare with the entropy of the split's own token frequencies, which no model without context can beat."""
     import numpy as np
 
     from lit_gpt.data.token_store import ShardFile, TokenStore
@@ -227,7 +230,7 @@ def beats_unigrams(run: Path, val: Path) -> Proof:
 
 
 def same_loss_in_transformers(run: Path, model_folder: Path, val: Path) -> Proof:
-    """Each segment of each validation row alone through transformers' own LLaMA, in float32."""
+    """Run each segment of each validation row alone through transformers' LLaMA, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -259,7 +262,7 @@ def last_validation(run: Path) -> dict[str, str]:
 
 
 def draw(folder: Path, interruption: Interruption) -> None:
-    """Loss by step: what the killed run logged, what the resumed run logged, validation, and where both met."""
+    """Draw the loss by step: of the killed run, of the resumed run, and on the validation split."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -293,11 +296,15 @@ def summarise(console: Console, folder: Path, proofs: list[Proof], sentence: str
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--destination_path", type=Path, default=Path("demo"), help="made anew (default: demo)")
-    parser.add_argument("--source", default="auto", help="of the text, see fetch_german_text.py (default: auto)")
+    parser.add_argument(
+        "--destination_path", type=Path, default=Path("demo"), help="folder, which is emptied first (default: demo)"
+    )
+    parser.add_argument(
+        "--source", default="auto", help="source of the text, as for fetch_german_text.py (default: auto)"
+    )
     args = parser.parse_args()
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the program that is running ends as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the running program ends too
     begin, console, folder = time.monotonic(), Console(), args.destination_path
     empty_folder(folder)
     shell, run, val = Shell(folder / "logs", console), folder / "run", folder / "data/val"

@@ -1,7 +1,7 @@
-"""Evaluate an exported folder, or a checkpoint: loss and bits a byte on a validation split, and tasks of lm-eval.
+"""Evaluate an exported folder, or a checkpoint: loss and bits per byte on a validation split, and tasks of lm-eval.
 
-A checkpoint is exported first, proof included, to a folder that goes afterwards: both ways measure the same thing. No
-network is needed for a validation split and for tasks whose data is local, such as scripts/make_cloze.py's.
+A checkpoint is first exported to a temporary folder, with all of the export's checks, so both ways measure the same.
+Validation splits, and tasks with local data such as scripts/make_cloze.py's, need no network.
 """
 
 from __future__ import annotations
@@ -56,15 +56,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, help="folder iter-XXXXXXXX-ckpt.pth")
     parser.add_argument("--val_data_dir", help="validation split to measure the loss on, with the model's tokenizer")
     parser.add_argument("--eval_max_rows", type=int, help="rows of the split (default: all)")
-    parser.add_argument("--cross_document_attention", action="store_true", help="as the run was trained")
-    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval, by name")
+    parser.add_argument(
+        "--cross_document_attention", action="store_true", help="attend across documents, if the run was trained so"
+    )
+    parser.add_argument("--tasks", nargs="+", default=[], help="names of lm-eval's tasks")
     parser.add_argument("--task_dir", type=Path, help="folder with YAML files of more tasks")
     parser.add_argument("--limit", type=int, help="examples of each task (default: all)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows or requests a forward pass (default: 8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows or requests in one forward pass (default: 8)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of a checkpoint's weights")
-    parser.add_argument("--tokenizer_path", type=Path, help="of a checkpoint (default: the run's own)")
-    parser.add_argument("--scratch_dir", type=Path, help="where a checkpoint is exported to (default: the system's)")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of --checkpoint's weights (default: bf16)"
+    )
+    parser.add_argument("--tokenizer_path", type=Path, help="tokenizer for --checkpoint (default: the run's own)")
+    parser.add_argument(
+        "--scratch_dir", type=Path, help="where --checkpoint is exported to (default: the system's temporary folder)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write; must not exist")
     arguments = parser.parse_args(argv)
     if not arguments.val_data_dir and not arguments.tasks:
@@ -83,7 +89,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Iterator[Path]:
-    """The exported folder: the one given, or one made of the checkpoint for as long as it is needed."""
+    """The exported folder: --model, or --checkpoint's export, which is removed at the end."""
     if arguments.model is not None:
         yield arguments.model
         return
@@ -106,7 +112,7 @@ def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Ite
 
 
 def _report(arguments: argparse.Namespace, loss: Validation | None, scores: Sequence[Score]) -> None:
-    """A table to stdout, and --output."""
+    """Print a table, and write --output."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,10 +1,10 @@
-"""Fetch some real German text for the demo: one JSON line a document, with "id", "text" and "source".
+"""Fetch some real German text for the demo: for each document a JSON line with "id", "text" and "source".
 
-Three sources, in this order, the first that works is taken and the others are named with their reason:
+The first of three sources that works is taken; the program says why those before it were not:
   handbook   Debian's handbook, a package of about 35 MB that `apt-get download` fetches without installing anything;
              one document a section (about 500), licensed GPL-2+ or CC-BY-SA-3.0
   hub        the first records of the data set that the LLäMmlein models were trained on, streamed, a few MB
-  generated  sentences of a small German grammar, equal for equal seeds; no network, and honest about being no real text
+  generated  sentences of a small German grammar, the same each time; no network; "source" says that it is no real text
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
 
 class SourceUnavailable(Exception):
-    """This source cannot be had on this machine; the message says why."""
+    """This source does not work on this machine; the message says why."""
 
 
 # Debian's handbook
@@ -54,9 +54,9 @@ GERMAN_WORDS = frozenset({"der", "die", "das", "und", "zu", "ist", "den", "von",
 
 
 class SectionParser(HTMLParser):
-    """The sections of one page: a heading opens one, a block inside (paragraph, item, cell) is one line of it.
+    """The sections of one page. A heading opens a section; each block in it (paragraph, item, cell) is one line.
 
-    Navigation and listings of commands are left out: neither is prose.
+    Navigation and listings of commands are left out, which are not prose.
     """
 
     HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
@@ -70,7 +70,7 @@ class SectionParser(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.sections: list[list[str]] = []
         self._block: list[str] = []
-        self._skipped: list[str] = []  # open tags, from the outermost that is left out inwards
+        self._skipped: list[str] = []  # open tags, from the outermost skipped one inwards
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in self.VOID_TAGS:
@@ -107,7 +107,7 @@ class SectionParser(HTMLParser):
 
 
 def is_english(text: str) -> bool:
-    """More English than German function words: a quarter of the German edition's text is not translated yet."""
+    """Whether English function words outnumber German ones: a quarter of the German edition is not translated yet."""
     words = re.findall(r"[a-zäöüß]+", text.lower())
     return sum(word in ENGLISH_WORDS for word in words) > sum(word in GERMAN_WORDS for word in words)
 
@@ -130,7 +130,7 @@ def from_handbook(limit: int) -> Iterator[Document]:
         if not run(["apt-cache", "show", PACKAGE], folder).ok:
             if os.geteuid() != 0:
                 raise SourceUnavailable(f"apt does not know {PACKAGE}; `sudo apt-get update` may help")
-            run(["apt-get", "update", "--quiet"], folder)  # its failure shows in the download, whose message says more
+            run(["apt-get", "update", "--quiet"], folder)  # if it fails, the download fails too, with a better message
         download = run(["apt-get", "download", "--quiet", "-o", "Acquire::http::Timeout=20", PACKAGE], folder)
         archives = sorted(Path(folder).glob("*.deb"))
         if not download.ok or not archives:
@@ -167,12 +167,12 @@ def from_hub(limit: int) -> Iterator[Document]:
     try:
         HfApi().dataset_info(HUB_DATASET, timeout=HUB_TIMEOUT_S)  # fails at once; the file system below would retry
         yield from first_records(HfFileSystem(), f"datasets/{HUB_DATASET}", limit)
-    except Exception as error:  # the hub's transport, and its exceptions' classes, differ between its releases
+    except Exception as error:  # releases of huggingface_hub raise different classes
         raise SourceUnavailable(f"{HUB_DATASET}: {type(error).__name__}: {error}") from error
 
 
 def first_records(file_system: Any, folder: str, limit: int) -> Iterator[Document]:
-    """The first records with text in the first data file below `folder`, of which no more is read."""
+    """The first records with text of the first data file below `folder`; the rest of the file is not read."""
     paths = sorted(path for path in file_system.find(folder) if re.search(r"\.(parquet|jsonl(\.gz|\.zst)?)$", path))
     if not paths:
         raise SourceUnavailable(f"{folder} holds no .parquet or .jsonl file")
@@ -214,7 +214,7 @@ CONJUNCTIONS = "weil obwohl während nachdem sobald"
 
 
 class Grammar:
-    """German sentences about one topic: a few nouns, adjectives and verbs that come back through a document."""
+    """German sentences about one topic: a few nouns, adjectives and verbs that recur in a document."""
 
     def __init__(self, choice: random.Random) -> None:
         self.choice = choice
@@ -263,7 +263,7 @@ SOURCES: dict[str, Callable[[int], Iterable[Document]]] = {
 
 
 def fetch(names: Iterable[str], limit: int) -> tuple[list[Document], str]:
-    """The documents of the first source that works; and which that was, and why the ones before it were not."""
+    """The documents of the first source that works, and a message: which it was, and why those before it were not."""
     refusals = []
     for name in names:
         try:

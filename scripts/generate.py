@@ -1,4 +1,4 @@
-"""Continue a prompt with an exported model, through transformers alone: what a user of the published folder does."""
+"""Continue a prompt with an exported model, by transformers alone, as users of the published folder do."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder that create.sh wrote")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens at most (default: 64)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="most tokens to generate (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from so many likeliest tokens (default: 50)")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from this many likeliest tokens (default: 50)")
     parser.add_argument("--seed", type=int, default=3407, help="of the draws (default: 3407)")
     print(generate(parser.parse_args(argv)))
 
@@ -42,7 +42,7 @@ def generate(arguments: argparse.Namespace) -> str:
     if not 0 < prompt_tokens <= context - arguments.max_new_tokens:
         raise BadInput(
             f"--prompt of {prompt_tokens} tokens and --max_new_tokens {arguments.max_new_tokens}: "
-            f"the prompt needs a token at least, and the model reads {context} in all"
+            f"the prompt needs at least one token, and the model reads {context} in all"
         )
     set_seed(arguments.seed)
     drawing = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}

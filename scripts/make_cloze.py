@@ -1,6 +1,6 @@
-"""Make a cloze task for lm-eval out of held-out text: which of four sentences goes on? No download.
+"""Make a cloze task for lm-eval from held-out text: which of four sentences comes next? Needs no network.
 
-From the validation split that prepare_data.py wrote, or from files of documents. scripts/evaluate.py runs it by
+The text is a validation split that prepare_data.py wrote, or files of documents. scripts/evaluate.py runs the task by
 --task_dir and --tasks.
 """
 
@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--val_data_dir", help="validation split; with --tokenizer_path")
     source.add_argument("--source", nargs="+", help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet, or folders of them")
     parser.add_argument("--tokenizer_path", help="tokenizer that the split was made with")
-    parser.add_argument("--text_field", default="text", help="of --source, the field with the text (default: text)")
-    parser.add_argument("--destination_path", type=Path, required=True, help="folder for the task's two files")
+    parser.add_argument("--text_field", default="text", help="field of --source that holds the text (default: text)")
+    parser.add_argument("--destination_path", type=Path, required=True, help="folder to write the task's two files to")
     parser.add_argument("--name", default="german_cloze", help="of the task (default: german_cloze)")
-    parser.add_argument("--items", type=int, default=500, help="questions at most (default: 500)")
-    parser.add_argument("--max_documents", type=int, default=10_000, help="documents read at most (default: 10000)")
+    parser.add_argument("--items", type=int, default=500, help="most questions (default: 500)")
+    parser.add_argument("--max_documents", type=int, default=10_000, help="most documents to read (default: 10000)")
     parser.add_argument("--seed", type=int, default=3407, help="of the choice (default: 3407)")
     arguments = parser.parse_args(argv)
     require_at_least(arguments, 1, "items", "max_documents")

@@ -1,8 +1,9 @@
 """Tokenise documents into a token store: DIR/train and DIR/val, shuffled, split, hashed.
 
-Reads .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, and folders of them. Killed at any moment, the same command goes
-on where it was; the bytes are the same for every number of workers. What is rejected is in DIR/rejects.jsonl, counts
-and lengths are in DIR/summary.json and DIR/lengths.png. `prepare_data.py verify DIR` hashes a store again.
+Reads .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, and folders of them. After a kill at any moment, the same
+command continues. The number of workers does not change the bytes. DIR/rejects.jsonl lists the rejected lines;
+DIR/summary.json and DIR/lengths.png hold counts and lengths. `prepare_data.py verify DIR` checks a
+store against its hashes.
 
 Example: python scripts/prepare_data.py --source corpus/ --tokenizer_path tokenizer --destination_path data --workers 16
 """
@@ -58,7 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> BuildSettings:
     add("--destination_path", required=True, help="folder to write")
     add("--val_fraction", type=float, default=default.val_fraction, help="share of texts for val/ (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s, the cores of this machine)")
-    add("--shard_tokens", type=int, default=default.shard_tokens, help="tokens a shard holds (%(default)s)")
+    add("--shard_tokens", type=int, default=default.shard_tokens, help="tokens of a shard (%(default)s)")
     add("--keep_order", action="store_true", help="do not shuffle the documents")
     add("--max_reject_fraction", type=float, default=default.max_reject_fraction,
         help="share of lines that may be rejected (%(default)s)")  # fmt: skip
@@ -67,14 +68,14 @@ def parse_arguments(argv: Sequence[str]) -> BuildSettings:
     add("--seed", type=int, default=default.seed, help="key of the shuffle and of the split (%(default)s)")
     add("--add_bos", action="store_true", help="begin each document with BOS")
     add("--run_bytes", type=int, default=default.run_bytes,
-        help="token bytes that a worker holds: its memory, and what a kill costs (%(default)s)")  # fmt: skip
+        help="bytes of tokens that a worker holds in memory, and loses if it is killed (%(default)s)")  # fmt: skip
     values = vars(parser.parse_args(argv))
     fields = Fields(values.pop("text_field"), values.pop("id_field"))
     return BuildSettings(fields=fields, **{**values, "source": tuple(values["source"])})
 
 
 class Meter:
-    """Speed and time left of each stage, without what an earlier attempt did."""
+    """Speed and time left of each stage; work of earlier attempts does not count."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[float, BuildProgress]] = {}
@@ -90,7 +91,7 @@ class Meter:
 
 @contextmanager
 def shown_progress() -> Iterator[Report]:
-    """A bar on a terminal; elsewhere a plain line every LOG_INTERVAL_S."""
+    """Show progress: a bar on a terminal, elsewhere a log line every LOG_INTERVAL_S."""
     meter = Meter()
     if not sys.stderr.isatty():
         yield functools.partial(log_progress, meter, {})
@@ -125,7 +126,7 @@ def log_progress(meter: Meter, last_s: dict[str, float], progress: BuildProgress
 
 
 def describe(summary: dict[str, Any], destination: Path) -> str:
-    """The summary as a few lines for a person."""
+    """The summary in a few lines."""
     ledger = summary["ledger"]
     rejects = ", ".join(f"{count} {kind}" for kind, count in ledger["rejects"].items()) or "none"
     lines = [f"{ledger['lines']:,} lines in, {ledger['documents']:,} documents; rejected: {rejects}"]
@@ -142,7 +143,7 @@ def describe(summary: dict[str, Any], destination: Path) -> str:
 
 
 def draw_lengths(summary: dict[str, Any], path: Path) -> None:
-    """A picture of how many documents have how many tokens."""
+    """Draw the histogram of document lengths."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -168,8 +169,8 @@ def draw_lengths(summary: dict[str, Any], path: Path) -> None:
 
 
 def verify(argv: Sequence[str]) -> int:
-    """Hash all files of a store, or of the splits in a folder; every damaged shard is named."""
-    parser = Parser("Hash a token store again and name each damaged shard and block.")
+    """Check all files of a store, or of the splits in a folder, against their hashes; returns the exit code."""
+    parser = Parser("Check a token store against its hashes; names each damaged shard and block.")
     parser.prog += " verify"
     parser.add_argument("folder", help="a split's folder, or the folder of train/ and val/")
     folder = Path(parser.parse_args(argv).folder)

@@ -1,7 +1,7 @@
-"""Train a byte-complete BPE tokenizer: decode(encode(text)) == text for any Unicode text, no unknown token.
+"""Train a byte-level BPE tokenizer: decode(encode(text)) == text for any Unicode text, no unknown token.
 
-Writes a folder (tokenizer.json, tokenizer_config.json, special_tokens_map.json) that lit_gpt.data.tokenizer and
-transformers' AutoTokenizer load with the same ids. The same input gives the same bytes.
+Writes a folder (tokenizer.json, tokenizer_config.json, special_tokens_map.json) from which lit_gpt.data.tokenizer and
+transformers' AutoTokenizer give the same ids. The same input gives the same files, bit by bit.
 
 Example: python scripts/train_tokenizer.py --source corpus/ --destination_path tokenizers/german --vocab_size 32000
 """
@@ -39,9 +39,9 @@ MIN_VOCABULARY = 256 + 2
 """One token a byte, and the two control tokens."""
 
 WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-"""What merges never cross. Words keep their space and their combining marks (ü as u + U+0308); no English contractions.
-Each digit stands alone, as in LLaMA 2 and the published LLäMmlein: a digit means the same in every number, and no part
-of a small vocabulary is spent on the thousand groups of three."""
+"""Pre-tokenization: no merge crosses these pieces. Words keep the space before them and their combining marks (ü as
+u + U+0308); there are no English contractions. Each digit is a piece, as in LLaMA 2 and the published LLäMmlein: it
+means the same in every number, and a small vocabulary need not hold the thousand groups of three digits."""
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def texts(sources: Sequence[SourceFile], fields: Fields, counts: Counter[str]) -> Iterator[str]:
-    """All texts in order; rejects are counted only, since prepare_data is the program that lists them."""
+    """All texts in order. Rejected lines are only counted: prepare_data.py lists them."""
     for number, source in enumerate(sources):
         for piece in read_pieces(source, number, fields):
             for record in parse_piece(piece, fields):
@@ -124,7 +124,7 @@ def train(documents: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def write_folder(backend: tokenizers.Tokenizer, folder: Path) -> None:
-    """tokenizer.json last: it is the file that makes the folder a tokenizer."""
+    """Write the tokenizer's folder; tokenizer.json comes last, because it makes the folder a tokenizer."""
     control = {"bos_token": BOS, "eos_token": EOS}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

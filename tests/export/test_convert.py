@@ -387,7 +387,7 @@ def test_generate(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(text.startswith("Im Nebel") for text in texts)
     assert texts[0] == texts[1] != texts[2]
     for arguments, message in [
-        (["--prompt", ""], "needs a token at least"),
+        (["--prompt", ""], "needs at least one token"),
         (["--prompt", "a", "--max_new_tokens", "256"], "the model reads 256 in all"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
     ]:

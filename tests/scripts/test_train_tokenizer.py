@@ -1,4 +1,4 @@
-"""The tokenizer that the project trains: byte-complete, deterministic, and the same in transformers."""
+"""The tokenizer that the project trains: byte-level, deterministic, and the same in transformers."""
 
 from __future__ import annotations
 
