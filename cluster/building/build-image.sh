@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the Apptainer image of the checked-out commit. Files that are not committed are not in it.
+# Builds the Apptainer image of the checked-out commit; uncommitted changes are left out.
 #
 #   TORCH_INDEX_URL=... bash cluster/building/build-image.sh [IMAGE]       IMAGE: default llammlein.sif
 #
@@ -27,7 +27,7 @@ commit=$(git -C "$root" rev-parse HEAD) || fail "$root is no git checkout: the i
 image=$(realpath -m "${1:-llammlein.sif}")
 [[ ! -e $image ]] || fail "$image is already there: remove it, or name another image"
 
-umask 022 # what is copied into the image keeps its mode, and other users must read it there
+umask 022 # files keep their mode in the image, where other users must read them
 context=$(mktemp -d)
 chmod 755 "$context"
 trap 'rm -rf "$context"' EXIT

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A checkpoint to a Hugging Face folder, as a Slurm job with the site's values: scripts/create.sh explains its arguments.
+# scripts/create.sh, which explains the arguments, as a Slurm job with the site's values.
 #
 #   sbatch cluster/exec/create.sh [CHECKPOINT] [FINAL_MODEL]                from the project's folder; needs no GPU
 #   OUT_DIR=out/LLaMmlein_1B sbatch cluster/exec/create.sh                  the newest checkpoint of a run
@@ -11,7 +11,7 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-# Slurm runs a copy of this file from its spool folder: there, the project is where sbatch was called.
+# Slurm runs a copy of this file from its spool folder; then the project is the folder where sbatch was called.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 [[ -f $root/scripts/create.sh ]] || root=${SLURM_SUBMIT_DIR:-$root}
 cluster_env=${CLUSTER_ENV:-$root/cluster/exec/env.sh}

@@ -2,8 +2,8 @@
 # Which Python runs the project: sourced by train_fabric.sh and scripts/create.sh, which define `root` and `fail`.
 
 # python_command [FLAG...]: sets the array `python`. With CONTAINER_PATH it is that image's Python (PYTHON, else python),
-# run by `apptainer exec FLAG...` with the project's folder and this one bound; without, it is PYTHON, else the project's
-# .venv if there is one, else python3.
+# run by `apptainer exec FLAG...` with the project's folder and the current one bound. Without, it is PYTHON, else the
+# Python of the project's .venv, else python3.
 python_command() {
     local engine
     if [[ -n ${CONTAINER_PATH:-} ]]; then

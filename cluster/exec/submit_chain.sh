@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A run longer than one job, where requeueing is not allowed: LINKS jobs, each of which goes on where the one before ended.
+# A run longer than one job, for sites that do not requeue: LINKS jobs, each of which continues where the last one ended.
 #
 #   bash cluster/exec/submit_chain.sh LINKS [flags of sbatch ...] [-- settings of the run ...]      from the project's folder
 #   bash cluster/exec/submit_chain.sh 5 --nodes=8 --time=24:00:00 -- --out_dir /scratch/runs/LLaMmlein_1B
 #
-# A link starts when the one before has ended, however it ended. A link that finds the run finished ends at once, so
-# one too many does no harm. Cancel a chain from its last link to its first: scancel with the numbers in reverse.
+# A link starts when the link before it has ended, however that ended. A link that finds the run finished ends at once, so
+# too many links do no harm. Cancel a chain from its last link to its first: give scancel the job numbers in reverse.
 set -euo pipefail
 
 fail() {

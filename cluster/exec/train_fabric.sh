@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A training run as a Slurm job: it goes on by itself over time limits, preemption and lost nodes.
+# A training run as a Slurm job, which continues by itself after time limits, preemption and lost nodes.
 #
 #   sbatch cluster/exec/train_fabric.sh [--learning_rate 3e-4 ...]       from the project's folder
 #   sbatch --nodes=8 --time=48:00:00 cluster/exec/train_fabric.sh ...    sbatch's flags win over the lines below
 #   DRY_RUN=1 bash cluster/exec/train_fabric.sh ...                      prints the srun command line, starts nothing
 #
 # The site's values come from one file, CLUSTER_ENV (default: cluster/exec/env.sh; env.example.sh explains each). All
-# arguments go to pretrain/tinyllama_fabric.py. docs/cluster.md tells what to do when a job fails.
+# arguments go to pretrain/tinyllama_fabric.py. docs/cluster.md says what to do when a job fails.
 #
-# How a job stops and goes on: 120 s before its end Slurm signals this script (USR1), which hands the signal to srun and
-# so to all ranks; they save the same step and exit with 75; this script then puts the job back into the queue, and
-# --resume auto goes on from the newest whole checkpoint. A plain scancel (TERM) saves too, but is not put back. A run that
-# hangs is ended by its watchdog and put back once; cluster/exec/submit_chain.sh is for sites that do not requeue.
+# How a job stops and continues: 120 s before the job's end, Slurm sends USR1 to this script, which sends it to srun and so
+# to all ranks. They save the same step and exit with 75. Then this script requeues the job, and --resume auto continues
+# from the newest whole checkpoint. After a plain scancel (TERM) the ranks save too, but the job is not requeued. A run that
+# hangs is ended by its watchdog and requeued once. On sites that do not requeue, use cluster/exec/submit_chain.sh.
 #SBATCH --job-name=llammlein
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:4
@@ -26,9 +26,9 @@ set -euo pipefail
 shopt -s inherit_errexit
 
 EXIT_BAD_INPUT=2 EXIT_REQUEUE=75 # as in lit_gpt/cli.py
-EXIT_USR1=138                    # of a process that USR1 ended: Python itself was still starting
+EXIT_USR1=138                    # of a process that USR1 killed: Python itself was still starting
 FIRST_PORT=10000 PORTS=20000     # below the ports that Linux gives to outgoing connections (32768 and up)
-PEERS_WAIT_S=120                 # once one rank has ended, what the others get before srun ends them
+PEERS_WAIT_S=120                 # after a rank has exited, srun kills the others when this time is over
 
 say() {
     echo "train_fabric.sh: $*" >&2
@@ -39,7 +39,7 @@ fail() {
     exit "$EXIT_BAD_INPUT"
 }
 
-# Slurm runs a copy of this file from its spool folder: there, the project is where sbatch was called, or --chdir.
+# Slurm runs a copy of this file from its spool folder; then the project is the folder where sbatch was called, or --chdir.
 project_root() {
     local here candidate
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -52,7 +52,7 @@ project_root() {
     fail "pretrain/tinyllama_fabric.py is not beside this script: call sbatch from the project's folder"
 }
 
-# Sets `command`: srun, the container if there is one, the program, its settings.
+# Sets the array `command`: srun, the container if there is one, the program and its settings.
 build_command() {
     # shellcheck source=cluster/exec/python_command.sh
     source "$root/cluster/exec/python_command.sh"
@@ -66,7 +66,7 @@ build_command() {
     command+=(--resume auto)
 }
 
-# srun hands USR1 to every rank. It would kill them at TERM, so that one is only noted: Slurm itself sends it to the ranks.
+# srun sends USR1 to every rank. At TERM it would kill the ranks, so TERM is only noted: Slurm itself sends it to the ranks.
 stop_asked='' cancelled='' srun_pid=''
 # shellcheck disable=SC2317,SC2329  # called by a trap
 on_usr1() {
@@ -80,7 +80,7 @@ on_term() {
     say "TERM: the job is being ended from outside"
 }
 
-# `wait` returns early at each signal that this script handles; the last one, of a process that has ended, is its status.
+# `wait` returns early at each signal that this script handles; once srun has ended, `wait` gives its exit code.
 run_to_the_end() {
     trap on_usr1 USR1
     trap on_term TERM
@@ -95,7 +95,7 @@ run_to_the_end() {
 requeue_or_end() {
     local stopped_early='' how='saved and stopped'
     [[ $status != "$EXIT_USR1" || -z $stop_asked ]] || stopped_early=yes
-    # A rank that hung had to be killed, and srun tells only the highest code: 137.
+    # srun reports only the highest exit code: 137, of the rank that hung and had to be killed.
     if [[ -e $REQUEUE_FILE ]]; then
         rm "$REQUEUE_FILE"
         say "job $SLURM_JOB_ID: the watchdog ended the run ($status)"
@@ -124,7 +124,7 @@ cluster_env=${CLUSTER_ENV:-$root/cluster/exec/env.sh}
 # shellcheck source=cluster/exec/env.example.sh
 source "$cluster_env"
 
-# Two jobs on one node must not meet on a port.
+# Two jobs on one node must not use the same port.
 export MASTER_PORT="${MASTER_PORT:-$((FIRST_PORT + ${SLURM_JOB_ID:-0} % PORTS))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export PYTHONUNBUFFERED=1
@@ -139,7 +139,7 @@ fi
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is no Slurm job: start it by sbatch $0, or set DRY_RUN=1"
 export REQUEUE_FILE=$PWD/.requeue-$SLURM_JOB_ID # left by the watchdog: lit_gpt/launch/job.py
 rm -f "$REQUEUE_FILE"
-# Newer Slurms tell a job when it ends; an older one is asked, for the run saves in time by itself.
+# The run saves before the job's end by itself. Newer Slurm releases set its time; an older one is asked for it.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     ends=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null) || ends=''
     ends=$(date --date="${ends:-unknown}" +%s 2>/dev/null) || ends=''
