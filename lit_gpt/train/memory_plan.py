@@ -212,7 +212,7 @@ def _weights_in_use(config: Config, settings: StepSettings, sizes: _Sizes, *, in
             return block if in_backward else 0
         return blocks * block
     outer = (config.parameters - blocks * config.block_parameters) * sizes.compute_bytes
-    whole_blocks = blocks if settings.keeps_weights_whole else min(2, blocks)
+    whole_blocks = min(2, blocks) if settings.reshards_after_forward else blocks
     return outer + (whole_blocks + 1) * block  # + 1: the all-gather buffer
 
 

@@ -106,9 +106,9 @@ class ShardingSettings(SettingsSlice):
     """Ranks that one copy of the weights is sharded over; only for HYBRID_SHARD. Default: the ranks of a node."""
 
     @property
-    def keeps_weights_whole(self) -> bool:
-        """Whether a rank keeps gathered weights between forward and backward."""
-        return self.sharding_strategy in ("SHARD_GRAD_OP", "NO_SHARD")
+    def reshards_after_forward(self) -> bool:
+        """Whether a block's gathered weights are freed after forward, and gathered again for backward."""
+        return self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD")
 
     def shards(self, devices: int, world_size: int) -> int:
         """Number of ranks that one copy of the weights is sharded over; devices: ranks of a node.

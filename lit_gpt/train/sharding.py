@@ -60,7 +60,7 @@ def shard(model: nn.Module, settings: StepSettings, world: World) -> nn.Module:
         cast_forward_inputs=False,  # RoPE's cos and sin stay fp32
     )
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=not settings.keeps_weights_whole, mp_policy=policy)
+        fully_shard(block, mesh=mesh, reshard_after_forward=settings.reshards_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     model.to_empty(device=world.accelerator)  # the current device: Fabric has set it
     initialize(model, settings.seed)

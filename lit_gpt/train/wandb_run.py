@@ -92,5 +92,5 @@ class WandbRun:
 def _finish(run: Any, failures: list[Exception]) -> None:
     try:
         run.finish()
-    except Exception as error:  # noqa: BLE001 - told by close
+    except Exception as error:  # noqa: BLE001 - logged by close
         failures.append(error)

@@ -43,7 +43,7 @@ def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
     settings = resolve_for_plan(StepSettings(**values))
     forward, _, update = step_memory(settings.config, settings, 2, settings.shards(2, 2))
     block = settings.config.block_parameters * (4 if settings.precision == "32-true" else 2)
-    on_a_gpu = (1 if settings.keeps_weights_whole else 2) * block  # the buffer; and the block fetched ahead
+    on_a_gpu = (2 if settings.reshards_after_forward else 1) * block  # the buffer; and the block fetched ahead
     planned = {
         "weights": update.weights,
         "gradients": update.gradients,
