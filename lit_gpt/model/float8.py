@@ -8,7 +8,7 @@ range). Two recipes:
                 tensor is read once for its amax, or the compiled code that makes it finds the amax, and once for both
                 layouts that its GEMMs need. Between gate, up and down only the first GEMM's output is written in more
                 than 8 bits. Agrees with torchao's tensorwise recipe, whose casts cost two thirds of what its GEMMs gain
-                (docs/benchmarks.md)
+                (docs/benchmark_log.md)
     rowwise     torchao's: one scale a row, so that small values beside large ones keep more digits
 """
 

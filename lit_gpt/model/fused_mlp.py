@@ -34,7 +34,7 @@ VERSION = "0.6"
 MULTIPLE = 16
 """Widths that quack's kernels read must be multiples of this."""
 DYNAMIC = {"tuned": False, "dynamic_scheduler": True}
-"""Default tiles, no autotuning; an SM that is done takes the next tile. Measured: docs/benchmarks.md."""
+"""Default tiles, no autotuning; an SM that is done takes the next tile. Measured: docs/benchmark_log.md."""
 
 
 class Tiles(NamedTuple):
