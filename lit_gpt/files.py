@@ -1,13 +1,13 @@
-"""Files that survive a kill: publish, lock and hash them, and read those whose last line was cut short.
+"""Files that survive a kill: how to publish, lock and hash them, and how to read a log whose last line is torn.
 
-Publish: write under a temporary name in the same folder, fsync, rename, fsync the folder. A file or a folder is absent
-(or as it was) or whole, also after a crash of the machine. The temporary name is `.NAME.HOST-PID.partial`, so that no
-two processes write the same one; `sweep` removes those of writers that were killed.
+Publish: write under a temporary name in the same folder, fsync, rename, fsync the folder. Even after a crash of the
+machine, a file or folder is either whole or absent (or as it was before). The temporary name is
+`.NAME.HOST-PID.partial`, so no two processes write the same one; `sweep` removes those that killed writers left.
 
-Lock: flock, which the kernel releases when its holder ends, however it ends. It is kept by a child that is forked and
-does not exec; the project has none. On a file system without locks (Lustre without -o flock, some NFS) an owner file
-stands in, with a warning. It is made with O_EXCL, holds host and pid, and its owner touches it every BEAT_S. It counts
-as left behind, and is taken over, if its process has ended on this host or if nobody touched it for STALE_S.
+Lock: flock, which the kernel releases when its holder ends, however it ends. A forked child that does not exec would
+keep it; the project has none. On a file system without locks (Lustre without -o flock, some NFS) an owner file replaces
+the lock, with a warning. It is created with O_EXCL, holds host and pid, and its owner touches it every BEAT_S. Another
+process takes it over if the owner has ended on this host, or if nobody has touched the file for STALE_S.
 
 Costs: publishing a file takes two fsyncs, some ms; hashing reads 5 to 10 GB/s from the page cache.
 """
@@ -38,20 +38,20 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 STALE_S = 60.0
-"""A restart on another host within this time is refused. Slurm waits two minutes before it requeues a job."""
+"""After a crash, a start on another host within this time is refused. Slurm waits two minutes before it requeues."""
 STALE_TEMPORARY_S = 86_400.0
 _POLL_S = 0.5
 _HASH_CHUNK_BYTES = 16 << 20
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _TEMPORARY = re.compile(r"\.?(?P<name>.+?)(\.(?P<host>[^.]+)-(?P<pid>\d+))?\.partial")
-"""Our temporary names; those of earlier versions say no host and pid."""
+"""Our temporary names; earlier versions left out host and pid."""
 
 
 # Publishing
 
 
 def publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write the file `path`; one that was there is replaced."""
+    """Write the file `path`, or replace it."""
     with publishing(path) as partial, open(partial, "wb") as file:
         for part in parts:
             file.write(part)
@@ -59,9 +59,9 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
-    """A temporary name for a file or a folder to be written: it becomes `path` at the end, or goes at any failure.
+    """Yield the temporary name for a file or a folder: renamed to `path` at the end, removed at any failure.
 
-    A file that was there is replaced.
+    An existing file is replaced.
     """
     partial = _temporary_path(path)
     try:
@@ -75,10 +75,10 @@ def publishing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def publishing_new(destination: Path, *, folder: bool) -> Iterator[Path]:
-    """`publishing` of a file or a new folder that must not exist yet; its parents are made, and go again at a failure.
+    """`publishing` for a file, or with `folder` an empty folder, that must not exist yet.
 
-    A lock tells a writer that still lives from what a killed one left behind, which is swept.
-    Raises BadInput if `destination` exists, is being written by another process, or cannot be written.
+    Missing parents are made, and removed again at a failure. A lock keeps other writers out, so what killed ones left
+    behind is swept. Raises BadInput if `destination` exists, is being written by another process, or cannot be written.
     """
     if destination.exists():
         raise BadInput(f"{destination} exists already: name another destination, or remove it first")
@@ -111,7 +111,7 @@ def _lock_of_new(destination: Path) -> Lock:
 
 
 def fsync(path: Path) -> None:
-    """Put a file, or a folder with all that is in it, on disk."""
+    """Sync a file, or a folder with all that it holds, to disk."""
     for folder, _, names in os.walk(path, topdown=False):
         for name in names:
             _fsync_one(Path(folder, name))
@@ -121,7 +121,7 @@ def fsync(path: Path) -> None:
 
 
 def rename(partial: Path, path: Path) -> None:
-    """Give the file or folder `partial`, which is on disk, its name; that is on disk too on return."""
+    """Rename a file or folder that is synced already; on return the new name is on disk too."""
     os.replace(partial, path)
     _fsync_one(path.parent)
 
@@ -135,10 +135,10 @@ def _fsync_one(path: Path) -> None:
 
 
 def sweep(folder: Path, name: str | None = None, *, alone: bool = False) -> None:
-    """Remove from `folder` what killed writers left behind, of all files or of the one that was to become `name`.
+    """Remove what killed writers left in `folder`: every temporary name, or those for the file `name`.
 
-    alone: the caller holds a lock, so that nobody else writes there. Without it a temporary name is left behind if its
-    process has ended on this host, or if nothing was written to it for a day.
+    alone: the caller holds a lock, so nobody else writes there. Otherwise a temporary name goes only if its process has
+    ended on this host, or if nothing was written to it for STALE_TEMPORARY_S.
     """
     for path in folder.glob("*.partial"):
         found = _TEMPORARY.fullmatch(path.name)
@@ -164,14 +164,14 @@ def _remove(path: Path) -> None:
 
 
 def _is_left_behind(path: Path, host: str | None, pid: str | None, stale_s: float) -> bool:
-    """Whether the process that writes or touches `path` has ended, as far as can be told from here."""
+    """Whether the process that writes or touches `path` has ended, as far as this host can tell."""
     if host == _host() and pid is not None and not _is_alive(int(pid)):
         return True
-    now = _temporary_path(path.with_name("now"))  # by the clock of the file system: those of two hosts may differ
+    now = _temporary_path(path.with_name("now"))  # by the file system's clock: two hosts' may differ
     try:
         now.touch()
         return now.stat().st_mtime - path.stat().st_mtime > stale_s
-    except FileNotFoundError:  # it has just gone
+    except FileNotFoundError:  # just removed
         return False
     finally:
         now.unlink(missing_ok=True)
@@ -195,9 +195,9 @@ class LockHeld(Exception):
 
 
 class Lock:
-    """The lock of the file `path`, which is made if it is not there. Held until `close`, or until this process ends.
+    """The lock of the file `path`, which is created if missing. Held until `close`, or until this process ends.
 
-    wait: for a holder to end, instead of raising LockHeld. remove: the file goes when the lock is released.
+    wait: wait until the lock is free, instead of raising LockHeld. remove: delete the file when the lock is released.
     """
 
     def __init__(self, path: Path, *, wait: bool = False, remove: bool = False) -> None:
@@ -212,7 +212,7 @@ class Lock:
             if error.errno not in _NO_LOCKS:
                 raise
             owner = path.with_name(f"{path.name}.owner")
-            log.warning("%s cannot be locked (%s): the file %s stands for the lock", path, error.strerror, owner.name)
+            log.warning("%s cannot be locked (%s): the file %s replaces the lock", path, error.strerror, owner.name)
             self._owner = _OwnerFile(owner, wait)
 
     def close(self) -> None:
@@ -233,7 +233,7 @@ class Lock:
 
 
 def _locked(path: Path, wait: bool) -> int:
-    """A descriptor of `path` that holds its lock; BlockingIOError if another does."""
+    """A descriptor of `path` that holds its lock; raises BlockingIOError if another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -243,11 +243,11 @@ def _locked(path: Path, wait: bool) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed the file meanwhile: others lock the next one
+        os.close(descriptor)  # the last holder removed this file: others would lock a new one
 
 
 class _OwnerFile:
-    """What stands for a lock where the file system has none."""
+    """Replaces the lock where the file system has none."""
 
     def __init__(self, path: Path, wait: bool) -> None:
         self._path = path
@@ -269,17 +269,17 @@ class _OwnerFile:
         return True
 
     def _is_taken_from_dead(self) -> bool:
-        """Whether the file was left behind; it is gone then."""
+        """Remove the file if its owner is dead; whether it is gone."""
         aside = _temporary_path(self._path)
         try:
             owner = self._path.read_text()
-            host, pid, _ = owner.split() if owner else (None, None, None)  # None: it is being written
+            host, pid, _ = owner.split() if owner else (None, None, None)  # empty: just created
             if not _is_left_behind(self._path, host, pid, STALE_S) or self._path.read_text() != owner:
                 return False
             os.rename(self._path, aside)
         except FileNotFoundError:
             return True
-        if aside.read_text() != owner:  # another process was quicker, and this is its own
+        if aside.read_text() != owner:  # another process was quicker: this file is its own
             os.rename(aside, self._path)
             return False
         aside.unlink()
@@ -310,7 +310,7 @@ class _OwnerFile:
 
 
 def xxh3(path: Path) -> str:
-    """The hash of a file's bytes, as 16 hexadecimal digits."""
+    """xxh3 of a file's bytes (64 bits), as 16 hexadecimal digits."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):
@@ -319,19 +319,18 @@ def xxh3(path: Path) -> str:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a text file, each with its newline; without a last one that a kill cut short, or that is being
-    written."""
+    """The lines of a text file, each with its newline; a last line without one (torn, or being written) is left out."""
     *whole, _ = path.read_bytes().split(b"\n")
     return [f"{line.decode()}\n" for line in whole]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Publish `value`, indented for people."""
+    """Publish `value` as indented JSON."""
     publish(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; BadInput that names the file where there is none."""
+    """The JSON object in `path`; BadInput if it cannot be read or holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

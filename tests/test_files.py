@@ -326,9 +326,7 @@ def test_a_file_system_without_locks_is_told(
     without_locks(monkeypatch, number)
     path = tmp_path / "lock"
     with Lock(path):
-        assert (
-            f"{path} cannot be locked ({os.strerror(number)}): the file lock.owner stands for the lock" in caplog.text
-        )
+        assert f"{path} cannot be locked ({os.strerror(number)}): the file lock.owner replaces the lock" in caplog.text
         assert (tmp_path / "lock.owner").read_text().split()[:2] == [files._host(), str(os.getpid())]
         with pytest.raises(LockHeld):
             Lock(path)
