@@ -1,9 +1,10 @@
 """The shards that a process has open: file or staged copy, document ends, packed rows.
 
-Invariants: a read that fails is tried again on a reopened shard, after growing pauses, and then raised, never skipped.
-Once the node's cache has staged a shard, the next call reads it from there.
-Costs: an open shard holds a file descriptor and 4 bytes a document (`window`; others 32 more a piece); opening one of
-64 Mi tokens takes some 5 ms, of which most is hashing and parsing its documents. At most two pools a source are open.
+Invariants: after a transient error a read is tried again on a reopened shard, with growing pauses; a read that still
+fails is raised, never skipped. Once the node's cache has staged a shard, the next call reads it from there.
+Costs: an open shard holds a file descriptor and 4 bytes per document (other packings than `window`: 32 more per piece);
+opening one of 64 Mi tokens takes some 5 ms, most of it to hash and parse its documents. At most two pools of shards per
+source are open.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class OpenShard(NamedTuple):
 
 
 class OpenShards:
-    """Shards by source and number, opened when they are first asked for. Used by one thread at a time."""
+    """Shards by source and number, opened at their first use. For one thread at a time."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class OpenShards:
         self._open: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
 
     def rows(self, source: int) -> Sequence[int] | NDArray[np.int64]:
-        """Rows of each shard of a source."""
+        """Number of rows of each shard of a source."""
         if self._indexes:
             return self._indexes[source].rows
         return [window_rows(shard.tokens, self._block_size) for shard in self._stores[source].shards]
@@ -77,7 +78,7 @@ class OpenShards:
         return Window(self._stores[source].shards[number].tokens, self._block_size)
 
     def get(self, source: int, number: int) -> OpenShard:
-        """The shard, opened now if it is not open."""
+        """The open shard; raises DamagedShard if its files are not the manifest's."""
         key = (source, number)
         opened = self._open.pop(key, None) or self._open_from_store(source, number)
         if self._cache:
@@ -91,7 +92,10 @@ class OpenShards:
         return opened
 
     def with_retries(self, action: Callable[[], Result], source: int, number: int) -> Result:
-        """Run `action` on a shard; after a transient error of the file system, reopen the shard and run it again."""
+        """Run `action`, which reads one shard; after a transient OSError, reopen the shard and run it again.
+
+        Raises OSError when the last try fails, and any other error at once.
+        """
         name = self._stores[source].path / self._stores[source].shards[number].name
         begin = time.monotonic()
         for tries, delay_s in enumerate((*RETRY_DELAYS_S, None), start=1):
@@ -112,7 +116,7 @@ class OpenShards:
         raise AssertionError("the last try returns or raises")
 
     def stage(self, shards: Sequence[tuple[int, int]]) -> None:
-        """Ask the cache for these shards, in this order."""
+        """Ask the cache, if there is one, for these shards, in this order."""
         if self._cache:
             self._cache.want(self._wanted(source, number) for source, number in shards)
 

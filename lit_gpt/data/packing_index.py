@@ -1,11 +1,11 @@
-"""The rows of a whole store under `bestfit` or `pad`: packed once, kept on disk, loaded shard by shard.
+"""The packing index: a store's rows under `bestfit` or `pad`, packed once, kept on disk, loaded shard by shard.
 
     <folder>/<packing>-<block_size>-<data set>-v<version>/00000.npz    the pieces of one shard, in order of row
-    .../rows.npy                                                       rows of each shard; written last, by rename
+    .../rows.npy                                                       rows of each shard; published last
 
-Invariants: the files hold nothing that the store does not determine, so that they can be deleted, built twice, or built
-by several processes at once. One process builds, the others of a machine wait for its lock.
-Costs: some 50 ms a shard of 64 Mi tokens to build (15,000 shards: 12 minutes, once) and 1.5 MB a shard on disk.
+Invariants: the store, the packing and the block size determine the files, so they may be deleted and built again. One
+process builds; the others wait for its lock.
+Costs: per shard of 64 Mi tokens, some 50 ms to build (15,000 shards: 12 minutes, once) and 1.5 MB on disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class PackingIndex:
     """The packed rows of a store."""
 
     def __init__(self, folder: Path, store: TokenStore, packing: str, block_size: int) -> None:
-        """Open the index under `folder`, which is built now if it is not there."""
+        """Open the index under `folder`, and build it first if it is missing.
+
+        Raises BadInput if it cannot be written, DamagedShard if it does not fit the store.
+        """
         self._folder = folder / f"{packing}-{block_size}-{store.dataset_id[:16]}-v{PACKING_VERSION}"
         self._store = store
         path = self._folder / "rows.npy"
@@ -45,13 +48,13 @@ class PackingIndex:
             raise DamagedShard(f"{path}: {len(self.rows)} shards where the store has {len(store.shards)}; delete it")
 
     def load(self, number: int) -> Pieces:
-        """The rows of one shard."""
+        """The rows of shard `number`; raises DamagedShard if its file is damaged."""
         path = self._folder / f"{self._store.shards[number].name}.npz"
         try:
             with np.load(path) as arrays:
                 pieces = Pieces(*(arrays[name] for name in _ARRAYS))
         except (OSError, ValueError, KeyError) as error:
-            raise DamagedShard(f"{path}: {error}; delete {self._folder}, it is built again") from error
+            raise DamagedShard(f"{path}: {error}; delete {self._folder}; it will be built again") from error
         if pieces.rows != self.rows[number]:
             raise DamagedShard(f"{path}: {pieces.rows} rows where rows.npy says {self.rows[number]}; delete the folder")
         return pieces

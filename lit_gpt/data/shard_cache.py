@@ -1,14 +1,15 @@
-"""A node's copies of the shards that the run reads now and next, on local disk or in memory.
+"""The shard cache: a node's copies of the shards that the run reads now and next, on local disk or in memory.
 
-The processes of a node share one folder. The one that holds its lock is the stager: a thread copies what is wanted, in
-order, hashes while it copies, and publishes each; the others find the files. A copy is named by its data set and
-shard, so that one that is there is right, whichever job made it, and a stager that dies leaves at most a partial file,
-which the next one sweeps; the kernel drops its lock.
+The processes of a node share one cache folder. The one that holds its lock is the stager: its thread copies the wanted
+shards in order, hashes each while it copies, and publishes it; the others find the files. A copy's name holds data set
+and shard, so any job's copy serves every job. A stager that dies leaves at most a partial file, which the next stager
+removes, and the kernel releases its lock.
 
-Invariants: the folder's files stay within the bound; copies that are not wanted any more go first, the oldest first.
-The cache is never waited for: what is not staged, or cannot be (no space, no folder, another job's lock), is read from
-its source, with a warning. Only damage is passed on: a shard whose copy hashes wrongly three times stops the run.
-Costs: two pools of 64 shards of 128 MB are 17 GB; copying takes one core about 1 s a GB.
+Invariants: the files stay within the size limit; copies that are no longer wanted are removed first, oldest first.
+Reading never waits for the cache: a shard that is not staged yet, or cannot be (no space, no folder, another job's
+lock), is read from its source; failures are logged as warnings. Only damage stops the run: a shard whose copies have
+the wrong hash COPY_TRIES times.
+Costs: two pools of 64 shards of 128 MB are 17 GB; copying takes one core about 1 s per GB.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ log = logging.getLogger(__name__)
 COPY_TRIES = 3
 _CHUNK_BYTES = 4 << 20
 _POLL_S = 0.5
-"""How often a process looks for what others staged."""
+"""Seconds between a process's looks for what others staged."""
 _PAUSE_S = 60.0
-"""Rest after a failed copy: a full disk is not asked again at once."""
+"""Seconds until the next try after a failed copy: a full disk stays full for a while."""
 
 
 class Wanted(NamedTuple):
@@ -54,16 +55,16 @@ class CacheReport(NamedTuple):
     """What the cache has done for this process so far."""
 
     hits: int
-    """Groups of rows that were read from a copy."""
+    """Reads of rows from a copy."""
     misses: int
-    """Groups of rows that were read from the source."""
+    """Reads of rows from the source."""
     staged_bytes: int
     staged_s: float
-    """Seconds spent in copying."""
+    """Seconds spent copying."""
 
 
 class StagedFile:
-    """An open copy, mapped into memory. Only copies are: a file that is cut short under a map kills the process."""
+    """An open copy, memory-mapped. The source never is: truncating a mapped file kills the process that reads it."""
 
     def __init__(self, folder: Path, wanted: Wanted) -> None:
         with ShardFile(folder, wanted.shard, wanted.store) as file:
@@ -76,7 +77,7 @@ class StagedFile:
         return self._tokens[start:stop]
 
     def close(self) -> None:
-        """The map ends with the last array that looks into it."""
+        """The mapping ends with the last array that views it."""
         del self._tokens
 
 
@@ -85,7 +86,7 @@ class _Closed(Exception):
 
 
 class ShardCache:
-    """One process's view of the node's cache folder, and its stager where it holds the lock."""
+    """The node's cache folder, as one process reads it and, if it holds the lock, fills it; at most limit_bytes."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder = folder
@@ -102,27 +103,27 @@ class ShardCache:
         self._thread.start()
 
     def want(self, shards: Iterable[Wanted]) -> None:
-        """Name the shards that are read now, then those that are read next."""
-        wanted = tuple({item.file: item for item in shards}.values())  # the next epoch's pool may hold the same
+        """Set the wanted shards: those that are read now, then those that are read next."""
+        wanted = tuple({item.file: item for item in shards}.values())  # the next epoch's pool may hold the same shards
         if wanted != self._wanted:
             self._wanted = wanted
             self._changed.set()
 
     def open(self, wanted: Wanted) -> StagedFile | None:
-        """The verified copy of a shard; None where there is none. Raises what the stager found damaged."""
+        """The verified copy of a shard; None where there is none. Raises DamagedShard if the stager met damage."""
         if self._failure:
             raise self._failure
         if wanted.file not in self._present:
             return None
         try:
             return StagedFile((self._folder / wanted.file).parent, wanted)
-        except (DamagedShard, OSError) as error:  # removed by another job's stager, or spoilt by somebody
+        except (DamagedShard, OSError) as error:  # removed by another job's stager, or damaged since
             log.warning("cache: %s; the shard is read from its source", error)
             self._present -= {wanted.file}
             return None
 
     def count(self, *, hit: bool) -> None:
-        """Note that rows were read from a copy, or were not."""
+        """Count a read of rows: from a copy, or from the source."""
         self._hits += hit
         self._misses += not hit
 
@@ -155,7 +156,7 @@ class ShardCache:
                 self._lock.close()
 
     def _work(self) -> None:
-        """Look at what is there; as the stager, copy what is missing."""
+        """List the copies; as the stager, make the missing ones."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._present = frozenset(self._files())
         if not self._is_stager():
@@ -182,7 +183,7 @@ class ShardCache:
             )  # fmt: skip
 
     def _files(self) -> dict[str, os.stat_result]:
-        """Whole copies by name."""
+        """The published copies by name, relative to the folder."""
         found = {}
         for path in self._folder.glob("*/*.tokens"):
             try:
@@ -200,7 +201,7 @@ class ShardCache:
         return True
 
     def _make_room(self, needed_bytes: int, keep: set[str]) -> None:
-        """Remove partial files and, as far as the bound asks for it, copies that are not wanted."""
+        """Remove partial files and, as far as the size limit requires it, copies that are not in `keep`."""
         for folder in self._folder.glob("*"):
             sweep(folder, alone=True)
         files = self._files()
@@ -222,14 +223,14 @@ class ShardCache:
                 if digest == wanted.shard.xxh3:
                     break
                 name, source = wanted.shard.name, wanted.store.path
-                log.warning("cache: shard %s of %s: copy %d hashes wrongly", name, source, attempt)
+                log.warning("cache: shard %s of %s: copy %d has the wrong hash", name, source, attempt)
             else:
                 _explain_damage(wanted)
         self._staged_bytes += wanted.shard.bytes
         self._staged_s += time.perf_counter() - begin
 
     def _copy(self, source: Path, partial: Path) -> str:
-        """The xxh3 of what was copied."""
+        """Copy; returns the xxh3 of what was copied."""
         running = xxhash.xxh3_64()
         with open(source, "rb", buffering=0) as reader, open(partial, "wb", buffering=0) as writer:
             while chunk := reader.read(_CHUNK_BYTES):
@@ -243,7 +244,7 @@ class ShardCache:
 
 
 def _explain_damage(wanted: Wanted) -> None:
-    """Raise DamagedShard naming the block."""
+    """Raise DamagedShard, naming the block if the source is damaged."""
     with ShardFile(wanted.store.path, wanted.shard, wanted.store) as file:
         file.verify()
-    raise DamagedShard(f"{file.path}: {COPY_TRIES} copies hash wrongly, though the file itself verifies")
+    raise DamagedShard(f"{file.path}: {COPY_TRIES} copies have the wrong hash, though the file itself verifies")

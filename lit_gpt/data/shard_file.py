@@ -1,11 +1,11 @@
-"""One .tokens file: header, token ids, footer; how it is framed, read and checked.
+"""One .tokens file: its format, and how it is read and verified.
 
     header   256 bytes: magic, version, bytes per id, tokens, documents, vocabulary size, bos, eos, fingerprint
     ids      little-endian uint16, or uint32 for a vocabulary above 65,535 ids
     footer   one xxh3 per MiB of ids, xxh3 of the header, xxh3 of the block hashes, end magic
 
-Invariants: the size of a file follows from its header, so truncation shows without reading it; a flipped bit anywhere
-is located to its block. Files appear by rename, whole.
+Invariants: the header determines the file's size, so a truncated file is found without reading it; `verify` names the
+block in which a bit has flipped. Files are published whole.
 Costs: opening reads the header and 8 bytes; `verify` reads everything once, a MiB at a time.
 """
 
@@ -33,11 +33,11 @@ _NO_ID = -1
 
 
 class DamagedShard(ValueError):
-    """A file of a store is not what its manifest or its hashes say: which file, where in it, what was expected."""
+    """A store's file differs from its manifest or its hashes; says which file, where in it, and what was expected."""
 
 
 class Shard(NamedTuple):
-    """One entry of a manifest."""
+    """A shard's entry in the manifest: sizes and hashes of its two files."""
 
     name: str
     tokens: int
@@ -49,7 +49,7 @@ class Shard(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What a shard must know of the tokenizer that made it."""
+    """What a shard records of the tokenizer that made it."""
 
     fingerprint: str
     size: int
@@ -62,7 +62,7 @@ class Vocabulary(NamedTuple):
 
 
 class HasVocabulary(Protocol):
-    """A store, as far as its files know it."""
+    """A store, as far as ShardFile reads it."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
@@ -71,7 +71,8 @@ class HasVocabulary(Protocol):
 class ShardFile:
     """One open .tokens file, read with pread: threads may share it, and a file that shrinks is an error, not a crash.
 
-    `path` is the folder that the file lies in: the store's own, or that of a staged copy.
+    `path` is the file's folder: the store's, or that of a staged copy. Raises DamagedShard unless size and header are
+    those of `shard`.
     """
 
     def __init__(self, path: str | os.PathLike[str], shard: Shard, store: HasVocabulary) -> None:
@@ -89,8 +90,8 @@ class ShardFile:
             raise
 
     def expect_random_reads(self) -> None:
-        """Tell the kernel not to read ahead: rows come in random order, and on a network file system each would cost
-        many times its bytes."""
+        """Tell the kernel not to read ahead: rows are read in random order, and read-ahead would fetch many times their
+        bytes from a network file system."""
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -105,14 +106,14 @@ class ShardFile:
             raise DamagedShard(f"{self.path}: its end mark is missing")
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Token ids [start, stop) of the shard."""
+        """Token ids [start, stop) of the shard; raises DamagedShard if the file was truncated."""
         if not 0 <= start <= stop <= self.shard.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.path}, which holds {self.shard.tokens}")
         width = self.dtype.itemsize
         return np.frombuffer(self._pread(HEADER_BYTES + start * width, (stop - start) * width), self.dtype)
 
     def verify(self) -> None:
-        """Hash every block against the footer and the file against the manifest; the first damage is located."""
+        """Check each block against the footer and the file against the manifest; DamagedShard names the first fault."""
         end = HEADER_BYTES + self.shard.tokens * self.dtype.itemsize
         footer = self._pread(end, self.shard.bytes - end)
         header_hash, blocks_hash, _ = _SEAL.unpack(footer[-_SEAL.size :])
@@ -157,7 +158,7 @@ class ShardFile:
 
 
 def frame(tokens: npt.NDArray[Any], documents: int, vocabulary: Vocabulary) -> list[bytes | memoryview]:
-    """The bytes of a .tokens file, in order: header, ids, footer."""
+    """The bytes of a .tokens file: header, ids, footer."""
     header = _header(len(tokens), documents, vocabulary)
     data = tokens.view(np.uint8).data
     starts = range(0, len(data), BLOCK_BYTES)

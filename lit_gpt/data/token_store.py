@@ -1,15 +1,15 @@
-"""Token shards on disk: the one format between the builder and the trainer, its writer, its reader, its checks.
+"""The token store: one split of a data set on disk, as the builder writes it and the trainer reads it.
 
-One folder holds one split:
+A store is a folder:
 
     00000.tokens        header | token ids, little-endian uint16 or uint32 | footer
-    00000.docs.parquet  one record a document: end (exclusive, in tokens of this shard), id, source file, line
+    00000.docs.parquet  one row per document: end (exclusive, in tokens of this shard), id, source file, line
     MANIFEST.json       shards with sizes and hashes, tokenizer, counts; its sha256 is the id of the data set
 
-Invariants: the manifest is written last, by rename; without it there is no data set, and a file it does not name is
-ignored. A document lies in one shard, its EOS included; boundaries are the `end` column, never a search for EOS. The
-.tokens file itself is shard_file.py's.
-Costs: opening a store parses the manifest only (0.05 s at 15,000 shards). A writer holds its one shard in memory.
+Invariants: the manifest is published last; without it there is no data set, and files that it does not name are
+ignored. A document, its EOS included, lies in one shard; where documents end is read from the `end` column, never found
+by a search for EOS. shard_file.py describes the .tokens file.
+Costs: opening a store only parses the manifest (0.05 s at 15,000 shards). A writer holds its one shard in memory.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ __all__ = [
 MANIFEST_VERSION = 1
 MANIFEST = "MANIFEST.json"
 SHARD_TOKENS = 1 << 26
-"""Default size of a shard."""
+"""Default shard size, in tokens."""
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The manifest of one split, as opened."""
+    """One split, as its manifest describes it."""
 
     path: Path
     split: str
@@ -70,11 +70,11 @@ class TokenStore:
     dataset_id: str
     """sha256 of MANIFEST.json's bytes, in hex."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the builder was asked for, where it changes the bytes."""
+    """The builder's settings that determine the bytes."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TokenStore:
-        """Read the manifest of the split in folder `path`, and nothing else."""
+        """Read the manifest in folder `path`, and nothing else; BadInput where there is none, or a damaged one."""
         path = Path(path)
         try:
             raw = (path / MANIFEST).read_bytes()
@@ -117,14 +117,15 @@ def _why_no_manifest(path: Path) -> str:
 
 
 def documents(store: TokenStore, shard: Shard, columns: Sequence[str] | None = None) -> pa.Table:
-    """The shard's document records (end, id, source, line), hash and order verified."""
+    """The shard's documents as a table: end, id, source, line. Raises DamagedShard unless bytes and hash are the
+    manifest's."""
     path = store.path / f"{shard.name}.docs.parquet"
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DamagedShard(f"{path}: missing, and its manifest names it") from None
     if len(raw) != shard.docs_bytes or xxhash.xxh3_64_hexdigest(raw) != shard.docs_xxh3:
-        raise DamagedShard(f"{path}: {len(raw)} bytes that do not hash to {shard.docs_xxh3} as the manifest says")
+        raise DamagedShard(f"{path}: its {len(raw)} bytes do not hash to {shard.docs_xxh3}, as the manifest says")
     # Without pyarrow's pools: a process that ends just as they start their threads is aborted (seen with pyarrow 26).
     table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(columns=columns, use_threads=False)
     if table.num_rows != shard.documents:
@@ -133,7 +134,8 @@ def documents(store: TokenStore, shard: Shard, columns: Sequence[str] | None = N
 
 
 def document_ends(store: TokenStore, shard: Shard) -> npt.NDArray[np.int64]:
-    """End offsets of the shard's documents in tokens: exclusive, ascending, the last equal to shard.tokens."""
+    """Where the shard's documents end, in tokens: exclusive, ascending, the last equal to shard.tokens. Raises
+    DamagedShard."""
     ends = documents(store, shard, ["end"])["end"].to_numpy()
     if len(ends) == 0 or ends[-1] != shard.tokens or ends[0] <= 0 or np.any(np.diff(ends) <= 0):
         raise DamagedShard(f"{store.path / shard.name}.docs.parquet: its ends do not cut {shard.tokens} tokens")
@@ -141,7 +143,7 @@ def document_ends(store: TokenStore, shard: Shard) -> npt.NDArray[np.int64]:
 
 
 class ShardWriter:
-    """Collects the documents of one shard and writes its two files, each by rename, when closed."""
+    """Collects the documents of one shard in memory; `close` publishes its two files."""
 
     def __init__(self, path: str | os.PathLike[str], name: str, vocabulary: Vocabulary) -> None:
         self.path = Path(path)
@@ -152,7 +154,7 @@ class ShardWriter:
         self._records: list[tuple[int, str, str, int]] = []
 
     def add(self, ids: Sequence[int] | npt.NDArray[Any], document_id: str, source: str = "", line: int = 0) -> None:
-        """Append one document as it is to be stored, its EOS included."""
+        """Append one document: its token ids as they are stored, EOS included."""
         array = np.asarray(ids)
         if not len(array) or array.min() < 0 or array.max() >= self.vocabulary.size:
             raise ValueError(f"document {document_id}: {len(array)} ids, not all of 0 to {self.vocabulary.size - 1}")
@@ -161,7 +163,7 @@ class ShardWriter:
         self._records.append((self.tokens, document_id, source, line))
 
     def close(self) -> Shard:
-        """Write the shard and return its manifest entry."""
+        """Publish the shard; returns its manifest entry."""
         tokens = np.concatenate([np.empty(0, self.vocabulary.dtype), *self._ids])
         parts = frame(tokens, len(self._records), self.vocabulary)
         whole = xxhash.xxh3_64()
@@ -190,7 +192,7 @@ def write_manifest(
     text_bytes: int,
     settings: Mapping[str, Any] | None = None,
 ) -> TokenStore:
-    """Publish the data set in folder `path`, whose shards are all written."""
+    """Publish the manifest of folder `path`, whose shards are all published."""
     content = {
         "format_version": MANIFEST_VERSION,
         "split": split,
@@ -220,7 +222,7 @@ def write_store(
     shard_tokens: int = SHARD_TOKENS,
     split: str = "train",
 ) -> TokenStore:
-    """A whole split from (id, ids as stored) in the order given; without texts, a token counts as one text byte."""
+    """Write a store from (document id, token ids as stored), in that order. As text_bytes, each token counts one."""
     Path(path).mkdir(parents=True, exist_ok=True)
     vocabulary = Vocabulary(tokenizer_fingerprint, vocab_size, bos_id, eos_id)
     shards: list[Shard] = []

@@ -1,8 +1,9 @@
-"""Text to token ids and back, the same ids for every program, and a fingerprint that says which tokenizer it was.
+"""Text to token ids and back, with the same ids in every program, and a fingerprint that identifies the tokenizer.
 
-Invariants: no BOS or EOS is added; control tokens spelled out in a text ("</s>") stay text; the published LLäMmlein
-tokenizer gives the ids that its models were trained on. Nothing in a tokenizer folder is executed or unpickled.
-Costs: loading 0.1 s; about 1 M tokens/s a core, which is the `tokenizers` library's own speed.
+Invariants: encoding adds no BOS or EOS; control tokens spelled out in a text ("</s>") stay text; the published
+LLäMmlein tokenizer gives the ids that its models were trained on. Nothing in a tokenizer folder is executed or
+unpickled.
+Costs: loading takes 0.1 s; encoding runs at about 1 M tokens/s per core, the `tokenizers` library's own speed.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from lit_gpt.cli import BadInput
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""What a tokenizer folder may hold, and all that is read of it."""
+"""The files of a tokenizer folder that are read; others are ignored."""
 NEWLINES = r"\n+"
 NEWLINE_RUNS = {"type": "Split", "pattern": {"Regex": NEWLINES}, "behavior": "Isolated", "invert": False}
 """First pre-tokenizer of the project's own tokenizers: no token joins a newline with anything else."""
 PART_CHARACTERS = 1_000_000
-"""Longer texts are encoded in parts, where that is exact: memory grows with the part, not with the document."""
+"""Longer texts are encoded in parts, where that gives the same ids: memory depends on the part, not the text."""
 
 _TRICKY = "Straße  \t\n\n führe e\u0301 </s><s> <unk> 🐑漢字 $<\\^`{}~ 1234567,89 \u0000\u200b\r\n ▁_ <0x0A> Ende"
 
@@ -45,7 +46,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Load `tokenizer.json`, or `tokenizer.model` (sentencepiece BPE) where there is no tokenizer.json."""
+        """Load tokenizer.json, or tokenizer.model (sentencepiece BPE) where there is no tokenizer.json.
+
+        Raises BadInput if neither can be read, or if no EOS is named.
+        """
         path = Path(path)
         if not path.is_dir():
             raise BadInput(f"tokenizer folder {path}: there is no such folder")
@@ -84,12 +88,12 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the folder's files and of the ids they give here and now: a library that splits otherwise shows."""
+        """Hash of the folder's files and of a probe text's ids, so that a library that tokenizes differently shows."""
         ids = json.dumps(self.encode(_TRICKY)).encode()
         return hashlib.sha256(self._files_hash.encode() + ids).hexdigest()
 
     def _parts(self, text: str) -> list[str]:
-        """`text` cut behind newline runs into parts of about PART_CHARACTERS that encode as they do in the whole."""
+        """`text` cut after runs of newlines into parts of about PART_CHARACTERS, which give the whole text's ids."""
         if len(text) <= PART_CHARACTERS or not self._cuts_at_newline:
             return [text]
         parts, start = [], 0
@@ -131,28 +135,28 @@ def _description(part: Any) -> dict[str, Any]:
 
 
 def _starts_bare(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> bool:
-    """Whether this is a LLaMA-type tokenizer whose text begins without an added space.
+    """Whether this is a LLaMA tokenizer that adds no space before a text.
 
     Its settings say so (legacy=false, add_prefix_space=false), but its tokenizer.json was converted with
-    prepend_scheme="first", which gives other ids than training saw, as do later versions of transformers. A byte-level
-    tokenizer has no Metaspace and is left as it is.
+    prepend_scheme="first". That, like later versions of transformers, gives other ids than training saw. A byte-level
+    tokenizer has no Metaspace and stays as it is.
     """
     asked = config.get("legacy") is False and config.get("add_prefix_space") is False
     return asked and _description(backend.pre_tokenizer).get("type") == "Metaspace"
 
 
 def _use_metaspace(backend: tokenizers.Tokenizer, *, prefix: bool) -> None:
-    """Spaces as "▁" within one piece of text; `prefix` puts one before it, which decoding takes off again."""
+    """Write spaces as "▁"; with `prefix`, add one before the text, which decoding removes again."""
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix else "never", split=False)
     strip = [decoders.Strip(" ", left=1)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def _cuts_at_newline(backend: tokenizers.Tokenizer) -> bool:
-    """Whether a text may be cut behind a run of newlines without changing its ids, by the structure of the tokenizer.
+    """Whether cutting a text after a run of newlines leaves its ids as they are, by the tokenizer's rules.
 
-    True where newlines can never be in one token with their neighbours (an added token "\\n", or a first split at
-    newline runs), and nothing looks at the beginning of a text.
+    True where no token joins a newline with other characters (an added token "\\n", or a first split at runs of
+    newlines) and no rule depends on where a text begins.
     """
     if backend.normalizer is not None:
         return False
@@ -179,10 +183,10 @@ def _control_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str
 
 
 def _from_sentencepiece(path: Path, added: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer:
-    """A sentencepiece BPE model as the LLaMA family reads it: no text normalisation, space as "▁".
+    """A sentencepiece BPE model as LLaMA reads it: no text normalisation, spaces as "▁".
 
-    The merges are all ways to make a piece of two others, in the order of the pieces: so the published models' ids.
-    Fills `config` with the model's own control tokens where the folder names none.
+    Every way to make a piece of two others is a merge, in the order of the pieces; so come the published models' ids.
+    Where the folder names no BOS or EOS, `config` gets the model's own.
     """
     import sentencepiece
 
