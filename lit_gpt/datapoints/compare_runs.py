@@ -1,7 +1,7 @@
-"""The losses of runs that saw the same rows, beside each other; what scripts/compare_runs.py prints and draws.
+"""Compare the losses of runs that saw the same rows; what scripts/compare_runs.py prints and draws.
 
-The first run is the reference. The datapoint logs decide whether rows are the same: a difference of losses on other
-rows says nothing about what was changed. No torch; a run may still be training.
+The first run is the reference. The datapoint logs show whether the rows are the same: on different rows, a difference
+of losses says nothing about the change. No torch; a run may still be training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lit_gpt.datapoints.run_record import RunRecord
 
 PICTURES = (".png", ".svg", ".pdf")
 _PLACES = ("out_dir", "resume")
-"""Settings that say where a run is, not what it is."""
+"""Settings about where a run is or how it started, not what it is."""
 
 
 class ComparedRun(NamedTuple):
@@ -28,17 +28,17 @@ class ComparedRun(NamedTuple):
 
     folder: Path
     settings: dict[str, Any]
-    """As asked for, and where the run says so, as `auto` and None were resolved."""
+    """As resolved, where resolved.json says so; else as asked for."""
     metrics: list[dict[str, str]]
     losses: dict[int, float]
-    """Nats a target by step, for each logged step."""
+    """Nats per target, for each logged step."""
     val_losses: dict[int, float]
-    """The same on the validation split, for each step that was validated."""
+    """The same on the validation split, for each step with a validation."""
     record: RunRecord
 
 
 def open_run(folder: Path) -> ComparedRun:
-    """Read a run folder; raises BadInput if it is none, or if nothing was logged yet."""
+    """Read a run folder; raises BadInput if it is none, or if no step is logged yet."""
     settings = folder / "settings.yaml"
     metrics = read_metrics(folder / "metrics.csv")
     if not settings.is_file() or not metrics:
@@ -55,7 +55,7 @@ def open_run(folder: Path) -> ComparedRun:
 
 
 def compare(runs: Sequence[ComparedRun]) -> Iterator[dict[str, Any]]:
-    """A dictionary a run, the reference's first; raises BadInput before the first if some runs saw other rows."""
+    """One dictionary per run, the reference first; raises BadInput before the first one if a run saw other rows."""
     reference = runs[0]
     steps = [common_steps(reference, run) for run in runs]
     for run, compared in zip(runs, steps, strict=True):
@@ -68,7 +68,7 @@ def compare(runs: Sequence[ComparedRun]) -> Iterator[dict[str, Any]]:
 
 
 def common_steps(reference: ComparedRun, run: ComparedRun) -> list[int]:
-    """The steps that both logged, in order; raises BadInput if rows differ before the shorter run's end, or none is."""
+    """The steps that both logged, in order; raises BadInput if there are none, or if the two saw different rows."""
     found = difference(reference.record, run.record)
     if found.this is not None and found.other is not None:
         raise BadInput(
@@ -82,7 +82,7 @@ def common_steps(reference: ComparedRun, run: ComparedRun) -> list[int]:
 
 
 def changed(reference: ComparedRun, run: ComparedRun) -> dict[str, Any]:
-    """The settings in which a run differs from the reference."""
+    """The settings of a run that differ from the reference's."""
     return {
         name: value
         for name, value in run.settings.items()
@@ -91,9 +91,9 @@ def changed(reference: ComparedRun, run: ComparedRun) -> dict[str, Any]:
 
 
 def differences(reference: ComparedRun, run: ComparedRun, steps: Sequence[int]) -> dict[str, Any]:
-    """Of the loss, run minus reference: the largest with its step, the mean size, and the mean, which keeps the sign.
+    """Of the losses' differences, run minus reference: the largest and its step, the mean size, and the mean (bias).
 
-    A loss that is not a number counts as the largest. The validation loss is compared at the last step that both have.
+    NaN counts as the largest. Validation losses are compared at the last step that both validated.
     """
     by_step = {step: run.losses[step] - reference.losses[step] for step in steps}
     at_step = max(steps, key=lambda step: abs(by_step[step]) if by_step[step] == by_step[step] else float("inf"))
@@ -109,12 +109,12 @@ def differences(reference: ComparedRun, run: ComparedRun, steps: Sequence[int]) 
 
 
 def speed(run: ComparedRun) -> int:
-    """Tokens a second: the median over the second half of the lines, when everything is compiled."""
+    """Tokens per second: the median of the second half of the lines, by when everything is compiled."""
     return round(statistics.median(float(row["tokens_per_s"]) for row in run.metrics[len(run.metrics) // 2 :]))
 
 
 def draw(runs: Sequence[ComparedRun], path: Path) -> None:
-    """Losses by step, and below them each run's difference from the reference."""
+    """Draw the losses by step and, below them, each run's difference from the reference, to `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")

@@ -1,10 +1,11 @@
-"""The documents of a store's shards, laid out for questions: where a document lies, which documents a span meets.
+"""An index of a store's documents: in which shard a document lies, and which documents a span of tokens meets.
 
-    <folder>/<data set>/00000.arrow   end, id: in the shard's order; hash, place: the ids' xxh3 ascending, and whose
+    <folder>/<data set>/00000.arrow   end, id: of each document, in the shard's order
+                                      hash, place: xxh3 of each id, ascending, and the document's number in the shard
 
-Invariants: nothing here that the store does not determine; a file is made at the first question about its shard,
-appears by rename, and may be deleted.
-Costs: some 0.1 s and 8 MB a shard of 64 Mi tokens, once; then a question maps the file and reads a few pages of it.
+Invariants: the store determines the files, so they may be deleted. A shard's file is built at the first question about
+it, and published whole.
+Costs: some 0.1 s and 8 MB per shard of 64 Mi tokens, once; then a question reads a few pages of the mapped file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lit_gpt.files import publishing, sweep
 
 
 class Location(NamedTuple):
-    """Tokens [begin, end) of a shard that are one document."""
+    """A document: tokens [begin, end) of a shard."""
 
     shard: int
     begin: int
@@ -31,7 +32,7 @@ class Location(NamedTuple):
 
 
 class ShardDocuments(NamedTuple):
-    """The documents of one shard, in order."""
+    """The index of one shard; its fields are the columns of its file."""
 
     ends: NDArray[np.int64]
     ids: pa.StringArray
@@ -51,7 +52,7 @@ class DocumentIndex:
         self._loaded: dict[int, ShardDocuments] = {}
 
     def shard(self, number: int) -> ShardDocuments:
-        """The documents of a shard."""
+        """The index of shard `number`, built if missing; BadInput if it cannot be written."""
         if number not in self._loaded:
             path = self._folder / f"{self._store.shards[number].name}.arrow"
             if not path.exists():
@@ -63,7 +64,7 @@ class DocumentIndex:
         return self._loaded[number]
 
     def find(self, document_id: str) -> Location | None:
-        """Where a document lies; None where the store has none of that id."""
+        """Where a document lies; None where the store has no such id."""
         wanted = np.uint64(xxhash.xxh3_64_intdigest(document_id.encode()))
         for number in range(len(self._store.shards)):
             here = self.shard(number)

@@ -1,16 +1,16 @@
-"""The record of what each step saw: decisions and evidence, from which the data itself can be replayed and checked.
+"""The datapoint log: which rows each step trained on, and all that is needed to replay and check them.
 
-    run.json     attempts: every start of the program that trains, with its parent step, its facts and its details
-    steps.jsonl  one line a step, and one a deviation (a skipped step, rows that are left out)
+    run.json     attempts: every start of the training program, with its parent, its slot facts and its details
+    steps.jsonl  one line per step, and one per deviation (a skipped step, rows that are left out)
 
-Facts are what the meaning of a slot depends on (data sets, order, seed, block size, packing, batch); they may not
-change within a run. Details may (processes, micro-batch, folders, the slots that rollbacks left out). The digest of a
-step is that of row_reader.py.
+Slot facts are what the meaning of a slot depends on (data sets, order, seed, block size, packing, batch); they may not
+change within a run. Details may (processes, micro-batch, folders, the slots that rollbacks left out). row_reader.py
+defines a step's digest.
 
-Invariants: rank 0 alone writes, a line after each optimizer step, in one write. Nothing is ever deleted or changed: a
-resume is a new attempt that says after which step of which attempt it goes on, and readers follow that lineage. Before
-a checkpoint is published the log is on disk, and the checkpoint holds its length and hash (`Mark`).
-Costs: some 100 bytes and 10 us a step; opening hashes the log once.
+Invariants: only rank 0 writes, one line after each optimizer step, in one write. Nothing is ever deleted or changed: a
+resume is a new attempt that names the step and the attempt after which it continues (its parent), and readers follow
+that lineage. Before a checkpoint is published the log is synced, and the checkpoint holds its length and hash (`Mark`).
+Costs: some 100 bytes and 10 us per step; opening hashes the log once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FOLDER = "datapoints"
-"""Of the log, in a run folder."""
+"""The log's folder in a run folder."""
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 OVERRIDE = "--allow_changed_data"
@@ -41,13 +41,13 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Mark(NamedTuple):
-    """How far a log had come when a checkpoint was saved; the checkpoint holds it, as JSON (`_asdict`)."""
+    """Where the log stood when a checkpoint was saved; the checkpoint holds it, as JSON (`_asdict`)."""
 
     attempt: int
     step: int
     bytes: int
     xxh3: str
-    """Of the first `bytes` of steps.jsonl."""
+    """Hash of the first `bytes` bytes of steps.jsonl."""
 
 
 class Attempt(NamedTuple):
@@ -55,26 +55,29 @@ class Attempt(NamedTuple):
 
     attempt: int
     parent: Mark | None
-    """Where it went on from; None at the beginning."""
+    """Where it continued from; None for a fresh start."""
     parent_here: bool
-    """Whether that is a step of this very log, and not of another run's."""
+    """Whether the parent is in this log, not in another run's."""
     begin_bytes: int
-    """Where its lines begin in steps.jsonl."""
+    """Offset of its first line in steps.jsonl."""
     started: str
+    """UTC, as ISO 8601."""
     facts: Mapping[str, Any]
+    """The slot facts."""
     details: Mapping[str, Any]
 
 
-def check_facts(folder: Path, facts: Mapping[str, Any], *, allow_changed_data: bool = False) -> None:
-    """Refuse to go on with other facts than the run's latest attempt; every rank may ask, nothing is written."""
+def check_slot_facts(folder: Path, slot_facts: Mapping[str, Any], *, allow_changed_data: bool = False) -> None:
+    """Raise BadInput, or with `allow_changed_data` warn, if the run's latest attempt had other slot facts. Writes
+    nothing."""
     attempts = read_attempts(folder)
     if not attempts:
         return
     before = attempts[-1].facts
-    changed = [name for name in {**before, **facts} if before.get(name) != facts.get(name)]
+    changed = [name for name in {**before, **slot_facts} if before.get(name) != slot_facts.get(name)]
     if not changed:
         return
-    said = "; ".join(f"{name} was {before.get(name)} and is {facts.get(name)}" for name in changed)
+    said = "; ".join(f"{name} was {before.get(name)} and is {slot_facts.get(name)}" for name in changed)
     if not allow_changed_data:
         raise BadInput(
             f"the data of the run in {folder.parent} has changed: {said}. Restore it, choose another --out_dir, or "
@@ -84,7 +87,7 @@ def check_facts(folder: Path, facts: Mapping[str, Any], *, allow_changed_data: b
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
-    """The attempts of the log in `folder`, in order; none where no run has begun."""
+    """The attempts of the log in `folder`, in order; none where there is no log. BadInput if it is damaged."""
     path = folder / RUN_FILE
     try:
         content = json.loads(path.read_bytes())
@@ -101,7 +104,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
 
 
 def lineage(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The newest attempt and those that it goes on from, as far as they are of this log; none where none has begun."""
+    """The newest attempt and those it continues, newest first, as far as they are in this log."""
     found = list(attempts[-1:])
     while found and (parent := found[-1].parent) is not None and found[-1].parent_here:
         found.append(attempts[parent.attempt])
@@ -109,19 +112,19 @@ def lineage(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 
 def is_in_lineage(mark: Mark, attempts: Sequence[Attempt]) -> bool:
-    """Whether the newest attempt goes on from, or after, the place that `mark` says: not so if it was wound back."""
+    """Whether the run's lineage passes through `mark`; not if the run has gone back to before it."""
     until = mark.step
     for attempt in lineage(attempts):
         if attempt.attempt == mark.attempt:
             return mark.step <= until
-        if attempt.parent == mark:  # which may be of another run's log
+        if attempt.parent == mark:  # perhaps in another run's log
             return True
         until = min(until, attempt.parent.step) if attempt.parent else until
     return False
 
 
 class DatapointLog:
-    """The log of a run that trains now. Within an attempt steps only rise: to go back, open the next attempt."""
+    """The log of a running training, on rank 0. Steps only rise within an attempt: to go back, open the next one."""
 
     @classmethod
     def open(
@@ -133,10 +136,14 @@ class DatapointLog:
         details: Mapping[str, Any] | None = None,
         allow_changed_data: bool = False,
     ) -> DatapointLog:
-        """Begin the next attempt, which goes on after `parent` (a checkpoint's mark) or from the beginning."""
-        slot_facts = json.loads(json.dumps(slot_facts))  # as they will be read back
+        """Begin the next attempt, which continues after `parent` (a checkpoint's mark), or starts afresh without one.
+
+        Raises BadInput if another process trains in this folder, if the slot facts have changed, or if the log does
+        not begin with what `parent` says; `allow_changed_data` turns the last two into warnings.
+        """
+        slot_facts = json.loads(json.dumps(slot_facts))  # tuples become lists, as read_attempts gives them
         folder.mkdir(parents=True, exist_ok=True)
-        check_facts(folder, slot_facts, allow_changed_data=allow_changed_data)
+        check_slot_facts(folder, slot_facts, allow_changed_data=allow_changed_data)
         lock = _lock(folder)
         descriptor = os.open(folder / STEPS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -146,7 +153,7 @@ class DatapointLog:
             begin_bytes, matches = _hash_and_compare(descriptor, running, parent)
             here = bool(attempts)
             if parent and here and not (matches and parent.attempt < len(attempts)):
-                if parent != lineage(attempts)[-1].parent:  # else it began with that checkpoint, of another run
+                if parent != lineage(attempts)[-1].parent:  # else this log began with that checkpoint of another run
                     _refuse_or_warn(folder / STEPS_FILE, parent, allow_changed_data)
                 here = False
             begin_bytes += _end_torn_line(descriptor, begin_bytes, running)
@@ -171,7 +178,7 @@ class DatapointLog:
         self._step = attempt.parent.step if attempt.parent else 0
 
     def append(self, step: int, first_slot: int, rows: int, targets: int, digest: int) -> None:
-        """Record an optimizer step that was done; steps count from 1."""
+        """Record a finished optimizer step; steps count from 1, `targets` are the valid ones."""
         if step <= self._step:
             raise ValueError(f"step {step} after step {self._step} within one attempt")
         self._step = step
@@ -180,11 +187,11 @@ class DatapointLog:
         )
 
     def deviation(self, kind: str, step: int, **details: Any) -> None:
-        """Record what departs from plain training, such as a skipped step."""
+        """Record a departure from plain training, such as a skipped step."""
         self._write(dict(deviation=kind, step=step, attempt=self.attempt, **details))
 
     def flush_and_fsync(self) -> Mark:
-        """Make all lines survive a crash of the machine; the checkpoint published next holds the mark."""
+        """Sync the log to disk; the checkpoint that is published next holds the mark."""
         os.fsync(self._descriptor)
         return Mark(self.attempt, self._step, self._bytes, self._running.hexdigest())
 
@@ -210,7 +217,7 @@ class DatapointLog:
 
 
 def _lock(folder: Path) -> Lock:
-    """One training process a run folder."""
+    """Only one training process per run folder."""
     try:
         return Lock(folder / STEPS_FILE)
     except LockHeld:
@@ -218,7 +225,7 @@ def _lock(folder: Path) -> Lock:
 
 
 def _hash_and_compare(descriptor: int, running: xxhash.xxh3_64, parent: Mark | None) -> tuple[int, bool]:
-    """Hash the whole file; its length, and whether its beginning is what `parent` says."""
+    """Hash the whole file; returns its length, and whether it begins with the bytes of `parent`."""
     size, matches = 0, parent is not None and parent.bytes == 0
     while chunk := os.pread(descriptor, _CHUNK_BYTES, size):
         if parent and size < parent.bytes <= size + len(chunk):
@@ -238,7 +245,7 @@ def _refuse_or_warn(path: Path, parent: Mark, allowed: bool) -> None:
 
 
 def _end_torn_line(descriptor: int, size: int, running: xxhash.xxh3_64) -> int:
-    """Close a line that a crash left unfinished; bytes written."""
+    """End a line that a crash left unfinished; returns the bytes written."""
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return 0
     running.update(b"\n")

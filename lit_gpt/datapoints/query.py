@@ -1,10 +1,10 @@
-"""Questions about what a run saw, answered by replaying its log through the order: which documents a step trained on,
-which steps trained on a document, and whether data and log still agree.
+"""Questions about what a run saw: which documents a step trained on, which steps trained on a document, and whether
+data and log still agree.
 
-Invariants: nothing of the answer is stored beside the log; each attempt is replayed with its own facts, and only on
-data whose id is the recorded one.
-Costs: a step or a document is a binary search in the log and a few mapped pages of the document index; `verify` reads
-every row again (some 200 M tokens/s).
+Answers come from replaying the log through the order; no answer is stored.
+Invariants: each attempt is replayed with its own slot facts, and only on data sets with the recorded ids.
+Costs: a step or a document takes a binary search in the log and a few mapped pages of the document index; `verify`
+reads every row again (some 200 M tokens/s).
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from lit_gpt.datapoints.run_record import RunRecord, StepRecord
 
 
 class Seen(NamedTuple):
-    """A part of a document that a row of a step held."""
+    """A part of a document, in a row of a step."""
 
     step: int
     slot: int
     rank: int
     row: int
-    """Row of the step, counted over all ranks."""
+    """Row within the step, over all ranks."""
     epoch: int
     document: str
     start: int
-    """First token, counted within the document."""
+    """Its first token, within the document."""
     length: int
-    """Tokens of the document that the row reads as inputs."""
+    """Tokens, as the row's inputs."""
     source: int
-    """Data set, in the order of the settings."""
+    """Number of the data set, in the order of the settings."""
     shard: int
     token: int
-    """Where `start` is in the shard."""
+    """Its first token, within the shard."""
 
 
 class Source(NamedTuple):
-    """How an attempt's slots are to be read."""
+    """What an attempt's slots stand for."""
 
     reader: RowReader
     indexes: Sequence[DocumentIndex]
@@ -57,12 +57,15 @@ class Source(NamedTuple):
     micro_batch_size: int
 
     def rank(self, row: int) -> int:
-        """The rank that trained on a row of a step."""
+        """The rank that trained on a row (numbered within the step)."""
         return row // self.micro_batch_size % self.world_size
 
 
 class Replay:
-    """A run's record together with its data. `data_dirs` stands in where the data has moved."""
+    """A run's record and its data. `data_dirs` says where the data is now, if it has moved.
+
+    Raises BadInput if the run has no log, or if the data is not what an attempt read.
+    """
 
     def __init__(self, run_dir: Path, data_dirs: Sequence[Path] = (), index_dir: Path | None = None) -> None:
         self.record = RunRecord(run_dir / FOLDER)
@@ -104,7 +107,7 @@ class Replay:
         )  # fmt: skip
 
     def step(self, number: int) -> list[Seen]:
-        """Every part of a document that step `number` saw, in order of slot."""
+        """All parts of documents that step `number` saw, in order of slot; BadInput if there is no such step."""
         record = self.record.step(number)
         if record is None:
             last = max((record.step for record in self.record.steps()), default=0)
@@ -124,7 +127,7 @@ class Replay:
     def _parts(
         self, source: Source, record: StepRecord, located: SourceRows, rows: Ints, number: int, shard: int
     ) -> Iterator[Seen]:
-        """What rows of the step that lie in one shard hold of its documents."""
+        """What those rows of the step that lie in one shard hold."""
         documents = source.indexes[number].shard(shard)
         spans = source.reader.shards.packing(number, shard).spans(located.row[rows])
         first = np.searchsorted(documents.ends, spans.start, side="right")
@@ -143,7 +146,7 @@ class Replay:
                 )  # fmt: skip
 
     def document(self, document_id: str) -> list[Seen]:
-        """Every part of a document that the run has seen, in order of slot."""
+        """All parts of a document that the run has seen, in order of slot; BadInput if there is no such document."""
         found: list[Seen] = []
         known = False
         attempts = [segment.attempt.attempt for segment in self.record.lineage]
@@ -174,11 +177,11 @@ class Replay:
                 )  # fmt: skip
 
     def _epochs(self, reader: RowReader, number: int) -> int:
-        """Epochs of a source that the run has begun."""
+        """Number of epochs of a source that the run has begun."""
         return -(-reader.mixture.consumed(self.record.consumed())[number] // reader.orders[number].rows_per_epoch)
 
     def tokens(self, seen: Seen) -> list[int]:
-        """The ids of a part of a document, from its shard."""
+        """The part's token ids, read from its shard."""
         record = self.record.step(seen.step)
         if record is None:
             raise ValueError(f"step {seen.step} is not of this run")
@@ -188,7 +191,7 @@ class Replay:
         return ids
 
     def verify(self) -> Iterator[str]:
-        """One line for each way in which the log contradicts itself or the data."""
+        """One line for each contradiction within the log, or between log and data."""
         before: StepRecord | None = None
         excused = {line["step"] for line in self.record.deviations() if line["deviation"] != "left_out"}
         jumps = {(step, first_slot): first_slot + rows for step, first_slot, rows in self.record.left_out()}
@@ -217,7 +220,7 @@ class Replay:
         return filled.digest, int(np.count_nonzero(targets >= 0))
 
     def _explain(self, record: StepRecord) -> str:
-        """Whether the shards that a step read are damaged, or whole but other than the log says."""
+        """Why a step's replay differs: a damaged shard, or whole shards of other data."""
         reader = self.source(record.attempt).reader
         located = reader.locate(record.first_slot + np.arange(record.rows))
         for number, shard in sorted(set(zip(located.source.tolist(), located.shard.tolist(), strict=True))):
@@ -231,10 +234,10 @@ class Replay:
 
 
 class Difference(NamedTuple):
-    """Where two runs part."""
+    """Where two runs diverge."""
 
     step: int | None
-    """First step that only one has, or that saw different rows; None where all steps agree."""
+    """First step that only one has, or in which they saw different rows; None where all steps agree."""
     common_steps: int
     this: StepRecord | None
     other: StepRecord | None

@@ -1,8 +1,8 @@
-"""The run folder: where it is, whether it can be written, and the files that say what the run was.
+"""The run folder: create it, and write and read the files that say what the run was.
 
-settings.yaml holds the settings as they were asked for and nothing else: `--config settings.yaml` repeats the run.
-resolved.json says what `auto` and None stood for there, environment.json with which code and packages. None reads the
-environment's variables, where secrets live.
+settings.yaml holds the settings as asked for, so that `--config settings.yaml` repeats the run. resolved.json says what
+`auto` and None stood for, environment.json which code and packages ran. No file holds environment variables, where
+secrets live.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def create(path: Path) -> None:
-    """Make the run folder, and refuse one that cannot be written. All ranks may do so at once."""
+    """Make the run folder; BadInput if it cannot be written. All ranks may call this at once."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -55,8 +55,8 @@ def create(path: Path) -> None:
 
 
 def write_settings(path: Path, settings: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
-    """settings.yaml, resolved.json and environment.json; `resume` is left out: it says how a start began, not what
-    the run is."""
+    """Write settings.yaml, resolved.json and environment.json. `resume` is left out: it belongs to one start, not to
+    the run."""
     asked = {name: value for name, value in settings.items() if name != "resume"}
     sweep(path)
     publish(path / "settings.yaml", [yaml.safe_dump(asked, sort_keys=False).encode()])
@@ -65,17 +65,15 @@ def write_settings(path: Path, settings: Mapping[str, Any], resolved: Mapping[st
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, str]]:
-    """The lines of metrics.csv, up to `last_step` where it is given; none where there is no such file.
-
-    The last line of a run that goes on, or was killed, may be cut short: it is left out.
-    """
+    """The lines of metrics.csv, up to `last_step` if given; none where there is no such file. A torn last line is left
+    out."""
     if not path.is_file():
         return []
     return [row for row in csv.DictReader(whole_lines(path)) if last_step is None or int(row["step"]) <= last_step]
 
 
 def environment() -> dict[str, Any]:
-    """Code and package versions, for run files and checkpoints."""
+    """Commit, versions and command line, for environment.json and checkpoints."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -92,7 +90,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The checkout's commit, marked when files differ from it; None outside a checkout or without git."""
+    """The checkout's commit, "-dirty" if files differ from it; None outside a checkout or without git."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty"],
@@ -103,13 +101,13 @@ def _git_commit() -> str | None:
 
 
 def read_resolved(folder: Path) -> dict[str, Any] | None:
-    """What a run's settings stood for; None where the folder is not that of a run that wrote it."""
+    """The content of resolved.json; None where the folder has none."""
     path = folder / RESOLVED
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def log_changes(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Name each setting that differs from those that a checkpoint was saved with."""
+    """Log each setting that differs from what a checkpoint was saved with."""
     for name, value in settings.items():
         if name != "resume" and name in saved and saved[name] != value:
             log.warning("--%s was %r when the checkpoint was saved, and is %r now", name, saved[name], value)

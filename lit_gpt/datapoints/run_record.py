@@ -1,8 +1,8 @@
 """A run's datapoint log as a reader sees it: the steps that led to the present state, over all attempts.
 
-Invariants: the lineage is that of the newest attempt, back through the parents; steps that were trained and then lost
-with a crash are not part of it, but stay in the file. A line that a crash cut is skipped and counted.
-Costs: a step, or the step of a slot, is a binary search in the file (some 30 short reads); nothing is held in memory.
+Invariants: the lineage is the newest attempt and its parents; steps that a crash lost, or that the run went back from,
+are not part of it, but stay in the file. Torn lines are skipped and counted.
+Costs: finding a step, or a slot's step, is a binary search in the file (some 30 short reads); memory holds no steps.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.log import RUN_FILE, STEPS_FILE, Attempt, lineage, read_attempts
 
 _TAIL_BYTES = 1 << 16
-"""Enough for the last step's line behind any deviations."""
+"""Enough to hold the last step's line, whatever deviations follow it."""
 
 
 class StepRecord(NamedTuple):
-    """What one optimizer step saw."""
+    """What one optimizer step saw: see DatapointLog.append."""
 
     step: int
     first_slot: int
@@ -33,7 +33,7 @@ class StepRecord(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Rows that no step trained on; `step` is the one after them."""
+    """Rows that no step trained on; `step` is the next one."""
 
     step: int
     first_slot: int
@@ -41,7 +41,7 @@ class LeftOut(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The steps of one attempt that the lineage goes through: after < step, and step <= until where it is not None."""
+    """The steps of one attempt that are in the lineage: after < step, and step <= until unless that is None."""
 
     attempt: Attempt
     after: int
@@ -55,14 +55,14 @@ class Segment(NamedTuple):
 
 
 class RunRecord:
-    """The log of a run, open for reading, also while it trains."""
+    """The log of a run, open for reading, also while the run trains. Raises BadInput if there is none."""
 
     def __init__(self, folder: Path) -> None:
         self.attempts = read_attempts(folder)
         if not self.attempts:
             raise BadInput(f"no datapoint log in {folder}: {RUN_FILE} is missing (is this a run's folder?)")
         self.torn: set[int] = set()
-        """Where lines begin that a crash cut, as far as they were met."""
+        """Offsets of the torn lines met so far."""
         self._file = (folder / STEPS_FILE).open("rb")
         self.lineage = self._trace(os.fstat(self._file.fileno()).st_size)
 
@@ -85,12 +85,12 @@ class RunRecord:
                     yield _record(line)
 
     def deviations(self) -> list[dict[str, Any]]:
-        """Every deviation of the lineage, as it was written."""
+        """Every deviation of the lineage, as written."""
         lines = [(segment, line) for segment in self.lineage for line in self._lines(segment.begin, segment.end)]
         return [line for segment, line in lines if "deviation" in line and segment.holds(line["step"])]
 
     def left_out(self) -> list[LeftOut]:
-        """The rows that rollbacks left out, where the lineage passed over them."""
+        """The rows that rollbacks left out of the lineage."""
         return [
             LeftOut(line["step"], line["first_slot"], line["rows"])
             for line in self.deviations()
@@ -103,7 +103,7 @@ class RunRecord:
         return found if found and found.step == number else None
 
     def step_of(self, slot: int) -> StepRecord | None:
-        """The step that trained on the row of `slot`; None where none did."""
+        """The step of the lineage that trained on the row of `slot`; None where none did."""
         for segment in self.lineage:
             begin = self._search(segment, lambda record: record.first_slot + record.rows > slot)
             line = next((line for line in self._lines(begin, segment.end) if "slot" in line), None)
@@ -112,7 +112,7 @@ class RunRecord:
         return None
 
     def last(self) -> StepRecord | None:
-        """The newest step of the lineage; None where nothing was trained."""
+        """The newest step of the lineage; None where there is none."""
         for segment in reversed(self.lineage):
             end = segment.end
             if segment.until is not None:
@@ -124,12 +124,12 @@ class RunRecord:
         return None
 
     def consumed(self) -> int:
-        """The slot after the newest step: rows that led to the run's present state, and those left out on the way."""
+        """The slot after the newest step: rows trained on or left out so far."""
         newest = self.last()
         return newest.first_slot + newest.rows if newest else 0
 
     def _search(self, segment: Segment, reached: Callable[[StepRecord], bool]) -> int:
-        """The byte from which on the segment's next step has `reached` what is looked for (false, then true)."""
+        """Offset from which the segment's next step satisfies `reached`, which is false up to some step, then true."""
         low, high = segment.begin, segment.end
         while low < high:
             middle = (low + high) // 2
@@ -141,7 +141,7 @@ class RunRecord:
         return low
 
     def _lines(self, begin: int, end: int) -> Iterator[dict[str, Any]]:
-        """The lines that start in [begin, end) of the file."""
+        """The whole lines that start in [begin, end) of the file."""
         at = begin
         if begin > 0:
             self._file.seek(begin - 1)

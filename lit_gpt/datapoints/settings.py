@@ -14,4 +14,4 @@ class DatapointSettings(SettingsSlice):
     out_dir: str | None = None
     """Run folder. Default: $MODEL_NAME if set, else out/<model_name>."""
     allow_changed_data: bool = False
-    """Go on although the data, its order or the batch differ from those that the run began with."""
+    """Continue although the data, its order or the batch differ from those that the run began with."""

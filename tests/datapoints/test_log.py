@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.log import DatapointLog, Mark, check_facts
+from lit_gpt.datapoints.log import DatapointLog, Mark, check_slot_facts
 from lit_gpt.datapoints.run_record import RunRecord
 from tests.support.no_locks import NO_LOCKS, without_locks
 
@@ -73,8 +73,8 @@ def test_changed_facts_are_refused_by_name_with_the_way_out(folder: Path) -> Non
     with pytest.raises(BadInput, match=r"seed was 1 and is 2.*--allow_changed_data true"):
         DatapointLog.open(folder, changed, parent=mark)
     with pytest.raises(BadInput, match="seed was 1 and is 2"):
-        check_facts(folder, changed)
-    check_facts(folder, FACTS)
+        check_slot_facts(folder, changed)
+    check_slot_facts(folder, FACTS)
     with DatapointLog.open(folder, changed, parent=mark, allow_changed_data=True) as log:
         write(log, 3, 4)
     with RunRecord(folder) as run:
