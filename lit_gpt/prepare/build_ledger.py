@@ -1,7 +1,7 @@
-"""The accounts of a store build: what became of every line of input, and how long the documents are.
+"""The ledger of a store build: what became of every line of input, and how long the documents are.
 
-Invariant: lines in = documents + rejects, and each reject is in rejects.jsonl with its file, line, kind and a detail.
-Costs: the rejects are held in memory; a build that has too many stops first.
+Invariant: lines = documents + rejects, and each reject is in rejects.jsonl with its file, line, kind and a detail.
+Costs: the rejects are held in memory; a build with too many stops before they grow large.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ledger(NamedTuple):
         return dict(sorted(Counter(reject.kind for reject in self.rejects).items()))
 
     def check(self, max_reject_fraction: float, listing: Path) -> None:
-        """Refuse an input of which too many lines are rejected."""
+        """Raise BadInput if too many lines are rejected; `listing` is the file that lists them."""
         if len(self.rejects) <= max_reject_fraction * self.lines:
             return
         first = self.rejects[0]
@@ -52,7 +52,7 @@ class Ledger(NamedTuple):
 
 
 def make_ledger(runs: Iterable[RunSummary], duplicates: Columns, source_names: Sequence[str]) -> Ledger:
-    """The accounts of all runs; `duplicates` are (place, place of the first) of the documents left out for their id."""
+    """The ledger of all runs; `duplicates` come from token_runs.duplicate_places."""
     lines = documents = 0
     rejects: list[tuple[int, int, str, str]] = []
     for summary in runs:
@@ -74,7 +74,7 @@ def write_rejects(path: Path, rejects: Iterable[ListedReject]) -> None:
 
 
 def length_statistics(lengths: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Of the count of documents by length in tokens: mean, quantiles, and a histogram in powers of two."""
+    """Mean, quantiles and a histogram in powers of two of document lengths; lengths[n] documents have n tokens."""
     documents = int(lengths.sum())
     ranks = np.cumsum(lengths)
     quantiles = {

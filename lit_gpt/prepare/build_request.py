@@ -1,7 +1,7 @@
-"""What a store build is asked for, and whether a destination is free for it, holds it unfinished, or holds it done.
+"""The request of a store build, and whether a destination is free for it, holds it unfinished, or holds it finished.
 
 Invariants: a request names everything that the bytes of the data set depend on, and nothing else; a destination is
-never written by two builds, nor by builds of different requests.
+never written by two builds at once, nor by builds of different requests.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lit_gpt.files import Lock, LockHeld, publish, sweep
 from lit_gpt.prepare.document_source import Fields, SourceFile
 
 BUILDER_VERSION = 1
-"""Counts up when the same request gives other bytes."""
+"""Increased when the same request gives other bytes than before."""
 WORK = "build"
-"""Folder in the destination that holds all work in progress."""
+"""Folder in the destination for all work in progress."""
 SUMMARY = "summary.json"
 REJECTS = "rejects.jsonl"
 DEFAULT_FIELDS = Fields()
@@ -31,32 +31,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a user asks of prepare_data."""
+    """The settings of prepare_data; raises BadInput for values out of range."""
 
     source: tuple[str, ...]
     """Files and folders of documents."""
     tokenizer_path: str
     """Tokenizer folder."""
     destination_path: str
-    """Folder that gets train/, val/, rejects.jsonl and summary.json."""
+    """Folder for train/, val/, rejects.jsonl and summary.json."""
     val_fraction: float = 0.01
     """Share of all different texts that goes to val/."""
     workers: int = 1
     """Processes, one core each."""
     shard_tokens: int = SHARD_TOKENS
-    """Tokens a shard holds at most (a longer document has a shard of its own)."""
+    """Largest number of tokens in a shard (a longer document has a shard of its own)."""
     keep_order: bool = False
     """Keep the order of the input instead of shuffling by a hash of the id."""
     max_reject_fraction: float = 0.001
     """Share of lines that may be rejected before the build stops."""
     fields: Fields = DEFAULT_FIELDS
-    """Where in a record its text and its id are."""
+    """The fields of a record that hold its text and its id."""
     seed: int = 0
-    """Key of the hashes that shuffle and that choose validation data."""
+    """Key of the hashes that shuffle and that select validation data."""
     add_bos: bool = False
     """Begin each document with BOS; EOS ends it in any case."""
     run_bytes: int = 128 << 20
-    """Bytes that a worker tokenises before it writes them down."""
+    """Bytes of tokens and ids that a worker collects before it writes a run."""
 
     def __post_init__(self) -> None:
         for name in ("workers", "shard_tokens", "run_bytes"):
@@ -70,7 +70,7 @@ class BuildSettings:
 
 
 def make_request(settings: BuildSettings, sources: Sequence[SourceFile], fingerprint: str) -> dict[str, Any]:
-    """Everything that the bytes of the data set depend on, in JSON's types."""
+    """Everything that the bytes of the data set depend on, as JSON types."""
     return {
         "builder": BUILDER_VERSION,
         "tokenizer": fingerprint,
@@ -86,7 +86,7 @@ def make_request(settings: BuildSettings, sources: Sequence[SourceFile], fingerp
 
 
 def find_finished(destination: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of the finished data set in `destination`, if that is the one asked for."""
+    """The summary of the finished data set in `destination`, if any; BadInput if it is of another request."""
     if (destination / WORK).exists() or not (destination / "train" / MANIFEST).exists():
         return None
     summary = json.loads((destination / SUMMARY).read_bytes()) if (destination / SUMMARY).exists() else {}
@@ -106,7 +106,10 @@ def _refuse_other(destination: Path, what: str, leftover: Path, old: dict[str, A
 
 
 def claim(destination: Path, request: dict[str, Any]) -> Lock:
-    """Make or find the build folder of `request`; the returned lock keeps other builds out."""
+    """Make or find the build folder of `request`; the returned lock keeps other builds out.
+
+    Raises BadInput if another build is running there or of another request, or if the folder cannot be written.
+    """
     folder = destination / WORK
     parts = [folder / name for name in ("runs", "pieces", "shards")]
     try:
@@ -125,7 +128,7 @@ def claim(destination: Path, request: dict[str, Any]) -> Lock:
         stored = folder / "request.json"
         if stored.exists():
             _refuse_other(destination, "an unfinished build", folder, json.loads(stored.read_bytes()), request)
-            log.info("going on with the unfinished build in %s", destination)
+            log.info("continuing the unfinished build in %s", destination)
         else:
             publish(stored, [json.dumps(request).encode()])
     except BaseException:

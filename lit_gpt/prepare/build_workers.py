@@ -1,6 +1,6 @@
-"""The two kinds of work that the processes of a store build do: tokenise pieces of input, write planned shards.
+"""The two kinds of worker of a store build: one tokenises pieces of the input, the other writes planned shards.
 
-Both are Workers of worker_pool.py and use one core each. Their costs are stated in store_builder.py.
+Both run in worker_pool.py's processes, on one core each. store_builder.py states their costs.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import Shard, ShardWriter, Vocabulary, shard_name
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.prepare.document_source import Document, Fields, Piece, parse_piece
+from lit_gpt.prepare.shard_plan import ShardPlan, SplitRule
 from lit_gpt.prepare.token_runs import (
     ID_BYTES,
     KEY,
     OFFSET,
     PLACE,
     TOKENS,
-    Choice,
     Columns,
     RunSummary,
-    ShardPlan,
     TokenisedDocument,
     file_and_line,
     open_run,
@@ -46,7 +45,7 @@ class TokeniseSettings(NamedTuple):
     add_bos: bool
     run_bytes: int
     attempt: int
-    """Times this build was started: keeps the names of runs apart."""
+    """Number of this start of the build: part of the runs' names, so that they are unique."""
 
 
 class PieceReport(NamedTuple):
@@ -57,10 +56,10 @@ class PieceReport(NamedTuple):
 
 
 class TokeniseWork:
-    """Tokenises pieces and puts down a run whenever run_bytes have come together."""
+    """Tokenises pieces, and writes a run whenever it has run_bytes of tokens and ids."""
 
     def __init__(self, settings: TokeniseSettings) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core; the pool is the parallelism
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker: the pool is what runs in parallel
         self._settings = settings
         self._tokenizer = Tokenizer.from_folder(settings.tokenizer_path)
         if self._tokenizer.fingerprint != settings.fingerprint:
@@ -97,7 +96,7 @@ class TokeniseWork:
             rejects=summary.rejects + rejects,
         )
         if self._bytes >= self._settings.run_bytes:
-            self._put_down()
+            self._write_run()
         return PieceReport(len(records), tokens, len(rejects), piece.source_bytes)
 
     def _tokenised(self, file: int, document: Document, ids: list[int]) -> TokenisedDocument:
@@ -111,19 +110,20 @@ class TokeniseWork:
         key = where if settings.keep_order else id_hash >> 64
         return TokenisedDocument(key, where, content, id_hash, name, array, len(document.text_bytes))
 
-    def _put_down(self) -> None:
+    def _write_run(self) -> None:
         name = f"{self._settings.attempt:04d}-{os.getpid()}-{self._runs_written:06d}"
         write_run(self._settings.runs, name, self._documents, self._summary)
         self._runs_written += 1
         self._clear()
 
     def finish(self) -> None:
+        """Write the last run."""
         if self._summary.pieces:
-            self._put_down()
+            self._write_run()
 
 
 class ShardWork:
-    """Gathers the documents of a planned shard from all runs and writes it into its split's folder."""
+    """Gathers a planned shard's documents from all runs and writes the shard into its split's folder."""
 
     def __init__(
         self,
@@ -131,13 +131,13 @@ class ShardWork:
         destination: Path,
         vocabulary: Vocabulary,
         source_names: Sequence[str],
-        choice: Choice,
+        rule: SplitRule,
     ) -> None:
         self._runs = [open_run(path) for path in runs]
         self._destination = destination
         self._vocabulary = vocabulary
         self._source_names = source_names
-        self._choice = choice
+        self._rule = rule
 
     def __call__(self, plan: ShardPlan) -> tuple[ShardPlan, Shard]:
         records: list[bytes] = []
@@ -165,14 +165,14 @@ class ShardWork:
         key, where = table[KEY], table[PLACE]
         after_first = (key > np.uint64(plan.first[0])) | (where >= np.uint64(plan.first[1]))
         before_last = (key < np.uint64(plan.last[0])) | (where <= np.uint64(plan.last[1]))
-        return table[:, self._choice.of(plan.split, table) & after_first & before_last]
+        return table[:, self._rule.selects(plan.split, table) & after_first & before_last]
 
     def finish(self) -> None:
         """Nothing is kept between shards."""
 
 
 def read_records(path: Path, table: Columns, token_bytes: int) -> Iterator[bytes]:
-    """Each column's record (id, then ids), neighbours on disk read at once."""
+    """Each column's record (id, then token ids), one read for records that are neighbours on disk."""
     offsets = table[OFFSET].astype(np.int64)
     sizes = (table[ID_BYTES] + table[TOKENS] * np.uint64(token_bytes)).astype(np.int64)
     breaks = np.flatnonzero(offsets[1:] != offsets[:-1] + sizes[:-1]) + 1

@@ -1,9 +1,9 @@
-"""Documents out of .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, and a reject with file and line for all others.
+"""Read documents from .jsonl, .jsonl.gz, .jsonl.zst and .parquet files.
 
-A file is read once, in order, as pieces of about a MiB that any process can parse. Pieces depend on the file alone, so
-(file, piece) names the same records in every run.
-Invariants: every line (of a Parquet file: every row) becomes one Document or one Reject; a bad line loses itself only.
-Costs: memory is a piece, or the longest line up to MAX_DOCUMENT_BYTES; gzip is inflated at 0.2-0.4 GB/s by one core.
+A file is read once, in order, in pieces of about a MiB that any process can parse. The pieces depend on the file alone,
+so (file, piece) names the same records at every start.
+Invariants: every line (of a Parquet file: every row) becomes one Document or one Reject; a bad line affects no other.
+Costs: memory for a piece, or for the longest line up to MAX_DOCUMENT_BYTES; one core decompresses 0.2-0.4 GB/s of gzip.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PIECE_BYTES = 1 << 20
 PIECE_ROWS = 256
 MAX_DOCUMENT_BYTES = 16 << 20
-"""A longer line (of a Parquet file: text) is rejected as "too long"; it would be no document but a broken file."""
+"""A longer line (of a Parquet file: text) is rejected as "too long": it is a broken file rather than a document."""
 
-_READ_BYTES = 1 << 16  # small, because what a damaged archive yields of its last read is lost
+_READ_BYTES = 1 << 16  # small, because the read that meets damage in an archive yields nothing
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -41,7 +41,7 @@ class Fields(NamedTuple):
 class SourceFile(NamedTuple):
     path: Path
     name: str
-    """How the ledger and the store name it: relative to the folder it was found in."""
+    """Its name in the ledger and the store: the path relative to the folder in which it was found."""
     bytes: int
     mtime_ns: int
 
@@ -55,10 +55,10 @@ class Piece(NamedTuple):
     """Line (or row) of the first record, from 1."""
     lines: int
     source_bytes: int
-    """Bytes of the file, as it lies on disk, that were read for this piece."""
+    """Bytes of the file, as stored on disk, that were read for this piece."""
     payload: bytes | pa.RecordBatch
     reject: tuple[str, str] | None = None
-    """Kind and detail, where the piece is one line that could not be kept: too long, or the file breaks off in it."""
+    """Kind and detail, where the piece is one line that is rejected: too long, or the file is cut short in it."""
 
 
 class Document(NamedTuple):
@@ -72,12 +72,15 @@ class Document(NamedTuple):
 class Reject(NamedTuple):
     line: int
     kind: str
-    """empty, bad JSON, no text, bad UTF-8, lone surrogate, too long, cut short; duplicate id (build_ledger.py)."""
+    """empty, bad JSON, no text, bad UTF-8, lone surrogate, too long, cut short; build_ledger.py adds duplicate id."""
     detail: str
 
 
 def find_sources(paths: Sequence[str], *, outside: Path | None = None) -> list[SourceFile]:
-    """The files given and those in the folders given, each folder in order of name; nothing below `outside`."""
+    """The given files and those in the given folders, each folder sorted by name; nothing below `outside`.
+
+    Raises BadInput if a path does not exist, is of no known kind, holds no such file, or is given twice.
+    """
     found: list[tuple[Path, str]] = []
     for given in map(Path, paths):
         if given.is_dir():
@@ -109,7 +112,7 @@ def _is_source(path: Path) -> bool:
 
 
 def check_source(source: SourceFile, fields: Fields) -> None:
-    """Refuse, before any work, a file that cannot be opened or a Parquet file without the columns."""
+    """Raise BadInput, before any work, if a file cannot be opened or a Parquet file lacks the columns."""
     try:
         with open(source.path, "rb"):
             pass
@@ -130,7 +133,7 @@ def check_source(source: SourceFile, fields: Fields) -> None:
 
 
 def read_pieces(source: SourceFile, file: int, fields: Fields) -> Iterator[Piece]:
-    """The pieces of `source`, numbered from 0; `file` is its number in the list of sources."""
+    """The pieces of `source`, numbered from 0; `file` is the source's number. Raises OSError if the disk fails."""
     if source.path.suffix == ".parquet":
         yield from _parquet_pieces(source, file, fields)
         return
@@ -200,7 +203,7 @@ def _line_pieces(file: int, raw: BinaryIO, read: Callable[[int], bytes]) -> Iter
         if len(kept) > MAX_DOCUMENT_BYTES:
             kept.clear()
             skipping = True
-        if damage:  # costs the line it lies in, finished or not
+        if damage:  # costs the line in which it is, complete or not
             yield cutter.piece(b"", reject=("cut short", damage))
             return
     if skipping:
@@ -210,7 +213,7 @@ def _line_pieces(file: int, raw: BinaryIO, read: Callable[[int], bytes]) -> Iter
 
 
 def _blocks(read: Callable[[int], bytes]) -> Iterator[tuple[bytes, str]]:
-    """The stream in blocks of exactly PIECE_BYTES, whatever a read returns; the last one says whether it broke off."""
+    """The stream in blocks of exactly PIECE_BYTES, whatever a read returns, with what damage ended the last one."""
     while True:
         parts: list[bytes] = []
         size, damage = 0, ""
@@ -229,7 +232,7 @@ def _blocks(read: Callable[[int], bytes]) -> Iterator[tuple[bytes, str]]:
 
 
 def _raise_if_disk(error: Exception) -> None:
-    """Pass on what is the disk's fault and not the archive's: pyarrow gives no errno for the latter."""
+    """Raise an error of the disk; for one of the archive, pyarrow sets no errno."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
 
@@ -250,7 +253,7 @@ def parse_piece(piece: Piece, fields: Fields) -> Iterator[Document | Reject]:
 
 
 def _raw(batch: pa.RecordBatch, name: str) -> list[Any]:
-    """A column's values, strings as bytes: pyarrow does not check their UTF-8 before it decodes them."""
+    """A column's values, strings as bytes: decoding them by pyarrow would fail for all rows at one bad row."""
     if name not in batch.schema.names:
         return [None] * batch.num_rows
     column = batch.column(name)

@@ -1,7 +1,7 @@
-"""Which document goes into which shard of which split: computed from the sorted runs' indexes, before any is written.
+"""Which document goes into which shard of which split, computed from the sorted runs' indexes before any is written.
 
-Invariants: the plan is a function of the documents and of its arguments, not of how they lie in runs; a shard is a
-range of (key, place); equal texts are in one split; each split gets at least one of two or more different texts.
+Invariants: the plan depends on the documents and its arguments, not on how documents are spread over runs; a shard is a
+range of (key, place); equal texts are in one split; if there are two or more different texts, no split is empty.
 Costs: one pass over the indexes, a range at a time.
 """
 
@@ -9,40 +9,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lit_gpt.prepare.token_runs import (
-    CONTENT,
-    KEY,
-    PLACE,
-    TEXT_BYTES,
-    TOKENS,
-    Choice,
-    Columns,
-    ShardPlan,
-    TokenRun,
-    merged,
-)
+from lit_gpt.prepare.token_runs import CONTENT, KEY, PLACE, TEXT_BYTES, TOKENS, Columns, TokenRun, merged
 
 SPLITS = ("train", "val")
 
 
+class ShardPlan(NamedTuple):
+    """A shard to be written: the documents of `split` from (key, place) `first` to `last`, both included."""
+
+    split: str
+    number: int
+    first: tuple[int, int]
+    last: tuple[int, int]
+    documents: int
+    tokens: int
+
+
+class SplitRule(NamedTuple):
+    """Which documents belong to which split."""
+
+    threshold: int
+    """A text whose hash is below this is validation data."""
+    duplicates: Columns
+    """Places of the documents that are left out because their id occurs earlier."""
+
+    def selects(self, split: str, columns: Columns) -> npt.NDArray[np.bool_]:
+        """Which columns of a run's index belong to `split`: (documents,) of bool."""
+        in_val = columns[CONTENT] < np.uint64(self.threshold)
+        return (in_val if split == "val" else ~in_val) & ~np.isin(columns[PLACE], self.duplicates)
+
+
 @dataclass
 class SplitPlan:
-    """One split's shards, and what is known of its documents; filled in order."""
+    """One split's shards and statistics; documents are added in their final order."""
 
     split: str
     shard_tokens: int
     shards: list[ShardPlan] = field(default_factory=list)
     lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """How many documents have n tokens, EOS included, at index n."""
+    """lengths[n]: number of documents with n tokens, EOS included."""
     text_bytes: int = 0
     _open: ShardPlan | None = None
 
     def add(self, columns: Columns) -> None:
-        """The next documents, in order: a shard takes those that fit, and at least one."""
+        """Add the next documents (columns of a run's index): a shard takes as many as fit, and at least one."""
         tokens = columns[TOKENS].astype(np.int64)
         self.text_bytes += int(columns[TEXT_BYTES].sum())
         counts = np.bincount(tokens)
@@ -81,20 +96,21 @@ class SplitPlan:
         return sum(shard.tokens for shard in self.shards)
 
 
-def plan_shards(runs: Sequence[TokenRun], choice: Choice, shard_tokens: int) -> dict[str, SplitPlan]:
+def plan_shards(runs: Sequence[TokenRun], rule: SplitRule, shard_tokens: int) -> dict[str, SplitPlan]:
+    """The plan of each split; a split may have no shards."""
     plans = {split: SplitPlan(split, shard_tokens) for split in SPLITS}
     for columns in merged([run.documents for run in runs]):
         for split, plan in plans.items():
-            plan.add(columns[:, choice.of(split, columns)])
+            plan.add(columns[:, rule.selects(split, columns)])
     for plan in plans.values():
         plan.close()
     return plans
 
 
 def split_threshold(runs: Sequence[TokenRun], duplicates: Columns, val_fraction: float) -> int:
-    """The text hash below which a document is validation data: `val_fraction` of all hashes.
+    """The text hash below which a document is validation data: `val_fraction` of the range of hashes.
 
-    Moved so far that each split has a text, where there are two or more different ones; 0 for no validation data.
+    It is moved so that neither split is empty; 0, for no validation data, where all texts are equal or none is wanted.
     """
     low, high = 1 << 64, -1
     for run in runs:

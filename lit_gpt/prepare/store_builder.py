@@ -1,16 +1,16 @@
-"""Builds a token store from documents: tokenise to sorted runs, plan the shards, write them; restartable, exact.
+"""Builds a token store from documents, in three steps. A build that was killed continues where it was.
 
-1. Workers parse and tokenise pieces of the input and put down runs sorted by the documents' final order: a keyed hash
-   of the id, or the input's order.
-2. The plan merges the runs' indexes: ids that occur twice are rejected, a keyed hash of the text decides between train
-   and val, and consecutive documents are cut into shards.
+1. Workers parse and tokenise pieces of the input and write runs, sorted by the documents' final order: a keyed hash of
+   the id, or the input's order.
+2. The plan merges the runs' indexes: documents whose id occurs earlier are rejected, a keyed hash of the text decides
+   between train and val, and consecutive documents are cut into shards.
 3. Workers gather each shard's documents from all runs and write it. The manifests come last.
 
 Invariants: the bytes of train/ and val/ depend on what build_request.py names, never on the number of workers, the run
-size or a kill; lines in = documents + rejects; equal texts are on one side of the split.
-Costs: disk for the tokens twice, and 100 bytes a document, until the end; memory a worker twice run_bytes in step 1,
-twice a shard in step 3, which makes up to runs x shards small reads. One process reads and inflates for all workers:
-0.3 GB/s of gzip feed about 60 of them, beyond that they wait. A kill costs what was tokenised since the last run.
+size or a kill; lines of input = documents + rejects; equal texts are in one split.
+Costs: until the end, disk for the tokens twice and 100 bytes per document. Memory per worker is twice run_bytes in step
+1, and twice a shard in step 3, which makes up to runs x shards small reads. One process reads and decompresses for all
+workers: 0.3 GB/s of gzip feeds about 60. A kill costs what was tokenised since the last run.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from lit_gpt.prepare.build_ledger import Ledger, length_statistics, make_ledger,
 from lit_gpt.prepare.build_request import REJECTS, SUMMARY, WORK, BuildSettings, claim, find_finished, make_request
 from lit_gpt.prepare.build_workers import PieceReport, ShardWork, TokeniseSettings, TokeniseWork, vocabulary_of
 from lit_gpt.prepare.document_source import Piece, SourceFile, check_source, find_sources, read_pieces
-from lit_gpt.prepare.shard_plan import SplitPlan, plan_shards, split_threshold
-from lit_gpt.prepare.token_runs import Choice, Columns, duplicate_places, find_runs, open_run
+from lit_gpt.prepare.shard_plan import SplitPlan, SplitRule, plan_shards, split_threshold
+from lit_gpt.prepare.token_runs import Columns, duplicate_places, find_runs, open_run
 from lit_gpt.prepare.worker_pool import run_pool
 
 CHECK_LINES = 1_000_000
-"""From here on the share of rejects is watched while the build runs; it is always checked at the end of step 1."""
+"""From here on too many rejects end the build at once; before, they are counted at the end of step 1."""
 SWEPT = "build.done"
-"""Name of the work folder while it is deleted."""
+"""The work folder's name while it is deleted."""
 
 log = logging.getLogger(__name__)
 
 
 class BuildProgress(NamedTuple):
-    """How far a build is, for whoever shows it."""
+    """How far a build is."""
 
     stage: str
     done: int
     total: int
-    """In bytes of the sources while tokenising, in tokens while writing."""
+    """`done` of `total`: bytes of the sources while tokenising, tokens while writing."""
     tokens: int
     rejects: int
 
@@ -61,15 +61,15 @@ Report = Callable[[BuildProgress], None]
 
 
 @dataclass
-class Tally:
-    """Sums over the pieces that are tokenised."""
+class Totals:
+    """Totals over the tokenised pieces."""
 
     lines: int = 0
     tokens: int = 0
     rejects: int = 0
     source_bytes: int = 0
     stopped: bool = False
-    """Reading was ended because too much is rejected."""
+    """Reading ended early because of too many rejects."""
 
     def add(self, report: PieceReport) -> None:
         self.lines += report.lines
@@ -79,7 +79,10 @@ class Tally:
 
 
 def build(settings: BuildSettings, report: Report) -> dict[str, Any]:
-    """Build, or go on building, or find built, what `settings` ask for; returns the content of summary.json."""
+    """Build what `settings` ask for, continue that build, or find it finished; returns the content of summary.json.
+
+    Raises BadInput if sources, tokenizer or destination do not allow it, or if too many lines are rejected.
+    """
     destination = Path(settings.destination_path)
     tokenizer = Tokenizer.from_folder(settings.tokenizer_path)
     if settings.add_bos and tokenizer.bos_id is None:
@@ -99,7 +102,7 @@ def build(settings: BuildSettings, report: Report) -> dict[str, Any]:
 
 
 class _Build:
-    """One run of a build; all that must outlive it lies in DIR/build."""
+    """One start of a build; all that must outlive a kill is in DIR/build."""
 
     def __init__(
         self,
@@ -129,18 +132,18 @@ class _Build:
         threshold = split_threshold(runs, duplicates[0], self.settings.val_fraction)
         if self.settings.val_fraction and not threshold:
             log.warning("no validation data: there is only one document, or all have the same text")
-        choice = Choice(threshold, duplicates[0])
-        plans = plan_shards(runs, choice, self.settings.shard_tokens)
-        shards = self._write_shards(plans, choice)
+        rule = SplitRule(threshold, duplicates[0])
+        plans = plan_shards(runs, rule, self.settings.shard_tokens)
+        shards = self._write_shards(plans, rule)
         splits = {split: self._finish(plans[split], shards[split]) for split in ("val", "train") if shards[split]}
-        accounts = {"lines": ledger.lines, "documents": ledger.documents, "rejects": ledger.kinds}
-        summary = {"request": self.request, "ledger": accounts, "splits": splits}
+        counts = {"lines": ledger.lines, "documents": ledger.documents, "rejects": ledger.kinds}
+        summary = {"request": self.request, "ledger": counts, "splits": splits}
         publish(self.destination / SUMMARY, [json.dumps(summary, indent=1, ensure_ascii=False).encode()])
         shutil.rmtree(self.folder.rename(self.destination / SWEPT))
         return summary
 
     def _piece_counts(self) -> dict[int, int]:
-        """Pieces of each file that was read to its end."""
+        """Number of pieces of each file that was read to its end."""
         return {int(path.name): int(path.read_text()) for path in (self.folder / "pieces").iterdir()}
 
     def _is_tokenised(self) -> bool:
@@ -163,21 +166,21 @@ class _Build:
             run_bytes=settings.run_bytes,
             attempt=1 + max((int(path.name.split("-")[0]) for path in runs), default=0),
         )
-        tally = Tally()
+        totals = Totals()
         for summary in runs.values():
-            tally.add(PieceReport(summary.lines, summary.tokens, len(summary.rejects), summary.source_bytes))
+            totals.add(PieceReport(summary.lines, summary.tokens, len(summary.rejects), summary.source_bytes))
         total = sum(source.bytes for source in self.sources)
-        pieces = self._pieces({(file, number) for summary in runs.values() for file, number in summary.pieces}, tally)
-        self.report(BuildProgress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
+        pieces = self._pieces({(file, number) for summary in runs.values() for file, number in summary.pieces}, totals)
+        self.report(BuildProgress("tokenise", totals.source_bytes, total, totals.tokens, totals.rejects))
         for result in run_pool(settings.workers, TokeniseWork, (work,), pieces):
             if result is not None:
-                tally.add(result)
-                self.report(BuildProgress("tokenise", tally.source_bytes, total, tally.tokens, tally.rejects))
-        if tally.stopped:
+                totals.add(result)
+                self.report(BuildProgress("tokenise", totals.source_bytes, total, totals.tokens, totals.rejects))
+        if totals.stopped:
             self._ledger(np.zeros((2, 0), np.uint64))
 
-    def _pieces(self, done: set[tuple[int, int]], tally: Tally) -> Iterator[Piece]:
-        """The pieces that are not in a run yet; a file that is done is not read again."""
+    def _pieces(self, done: set[tuple[int, int]], totals: Totals) -> Iterator[Piece]:
+        """The pieces that are in no run yet; files that are done are not read again."""
         counts = self._piece_counts()
         for file, source in enumerate(self.sources):
             if file in counts and all((file, number) in done for number in range(counts[file])):
@@ -185,15 +188,15 @@ class _Build:
             read = 0
             for piece in read_pieces(source, file, self.settings.fields):
                 read += 1
-                if tally.lines >= CHECK_LINES and tally.rejects > self.settings.max_reject_fraction * tally.lines:
-                    tally.stopped = True
+                if totals.lines >= CHECK_LINES and totals.rejects > self.settings.max_reject_fraction * totals.lines:
+                    totals.stopped = True
                     return
                 if (file, piece.number) not in done:
                     yield piece
             publish(self.folder / "pieces" / str(file), [str(read).encode()])
 
     def _ledger(self, duplicates: Columns) -> Ledger:
-        """The accounts so far, listed in rejects.jsonl; refuses too many rejects."""
+        """The ledger so far, with its rejects written to rejects.jsonl; BadInput if there are too many."""
         runs = find_runs(self.folder / "runs").values()
         ledger = make_ledger(runs, duplicates, [source.name for source in self.sources])
         listing = self.destination / REJECTS
@@ -201,8 +204,8 @@ class _Build:
         ledger.check(self.settings.max_reject_fraction, listing)
         return ledger
 
-    def _write_shards(self, plans: dict[str, SplitPlan], choice: Choice) -> dict[str, list[Shard]]:
-        """All planned shards, those of an earlier attempt taken as they are."""
+    def _write_shards(self, plans: dict[str, SplitPlan], rule: SplitRule) -> dict[str, list[Shard]]:
+        """Write the planned shards, except those that an earlier start has written; returns each split's."""
         for split, plan in plans.items():
             if plan.shards:
                 (self.destination / split).mkdir(exist_ok=True)
@@ -214,7 +217,7 @@ class _Build:
             self.destination,
             self.vocabulary,
             [source.name for source in self.sources],
-            choice,
+            rule,
         )
         total = sum(shard.tokens for shard in planned)
         done = sum(shard.tokens for shard in shards.values())
@@ -240,14 +243,14 @@ class _Build:
         """Publish the manifest of one split; returns its part of the summary."""
         folder = self.destination / plan.split
         sweep(folder, alone=True)
-        knobs = ("seed", "val_fraction", "shard_tokens", "keep_order", "add_bos")
+        names = ("seed", "val_fraction", "shard_tokens", "keep_order", "add_bos")
         store = write_manifest(
             folder,
             shards,
             self.vocabulary,
             split=plan.split,
             text_bytes=plan.text_bytes,
-            settings={name: self.request[name] for name in knobs},
+            settings={name: self.request[name] for name in names},
         )
         return {
             "dataset_id": store.dataset_id,

@@ -1,15 +1,16 @@
-"""Sorted runs: what workers of a build put down between tokenising documents and writing shards in their final order.
+"""Sorted runs: tokenised documents on disk, between tokenising them and writing them to shards in their final order.
 
-An external sort by a 64-bit key. A run is a batch of documents, sorted by (key, place):
+This is an external sort by a 64-bit key. A run is a batch of documents, sorted by (key, place); a document's place is
+its file and line in the input, in one number.
 
     NAME.data       id and token bytes of each document, one after the other
-    NAME.index.npy  one uint64 row a field, one column a document: see the constants below
+    NAME.index.npy  one uint64 row per field, one column per document: see the constants below
     NAME.ids.npy    (128-bit hash of the id, place), sorted, to find an id that occurs twice
-    NAME.json       pieces of input that the run holds, its counts and rejects; written last
+    NAME.json       which pieces of the input the run holds, its counts and rejects; published last
 
-Invariants: a run without its .json does not exist; of two runs that hold a piece in common one is chosen, so nothing
-is lost or doubled when a build is killed. How documents are spread over runs leaves no trace in the merged order.
-Costs: 80 bytes a document beside its tokens, on disk; merging reads the indexes in ranges of MERGE_DOCUMENTS.
+Invariants: a run without its .json does not exist; of two runs that hold the same piece only one is used, so a killed
+build neither loses nor doubles documents. The merged order does not depend on how documents are spread over runs.
+Costs: on disk, 80 bytes per document beside its tokens; merging reads the indexes in ranges of MERGE_DOCUMENTS.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from lit_gpt.files import publish
 Columns = npt.NDArray[np.uint64]
 
 KEY, PLACE, CONTENT, OFFSET, ID_BYTES, TOKENS, TEXT_BYTES = range(7)
-"""Rows of a document index: sort key; source file and line; hash of the text; where in .data; sizes: id, ids, text."""
+"""Rows of .index.npy: sort key, place, hash of the text, offset in .data, bytes of the id, token ids, text bytes."""
 ID_HIGH, ID_LOW, ID_PLACE = range(3)
-"""Rows of an id index."""
+"""Rows of .ids.npy: the hash's two halves, place."""
 LINE_BITS = 40
+"""A place's lower bits: the line. The bits above hold the file's number."""
 MERGE_DOCUMENTS = 1 << 22
-"""Documents that a merge holds at a time (0.25 GB)."""
+"""About as many documents as a merge holds at a time (0.25 GB)."""
 
 
 def place(file: int, line: int) -> int:
@@ -48,9 +50,12 @@ class TokenisedDocument(NamedTuple):
     key: int
     place: int
     content: int
+    """xxh3 of the text (64 bits)."""
     id_hash: int
+    """xxh3 of the id (128 bits)."""
     id: bytes
     ids: npt.NDArray[Any]
+    """Token ids as stored, EOS included."""
     text_bytes: int
 
 
@@ -58,7 +63,7 @@ class RunSummary(NamedTuple):
     """The .json of a run."""
 
     pieces: list[tuple[int, int]]
-    """(file, piece), in the order they came."""
+    """(file, piece), in the order of arrival."""
     lines: int
     documents: int
     tokens: int
@@ -68,37 +73,17 @@ class RunSummary(NamedTuple):
 
 
 class TokenRun(NamedTuple):
+    """A run, opened; its two indexes are memory-mapped."""
+
     data: Path
     documents: Columns
+    """(7, documents): .index.npy."""
     ids: Columns
-
-
-class ShardPlan(NamedTuple):
-    """The documents of `split` from (key, place) `first` to `last`, both included."""
-
-    split: str
-    number: int
-    first: tuple[int, int]
-    last: tuple[int, int]
-    documents: int
-    tokens: int
-
-
-class Choice(NamedTuple):
-    """What decides on one document."""
-
-    threshold: int
-    """A text whose hash is below this is validation data."""
-    duplicates: Columns
-    """Places of the documents that are left out for their id."""
-
-    def of(self, split: str, columns: Columns) -> npt.NDArray[np.bool_]:
-        """Which columns of a document index belong to `split`."""
-        in_val = columns[CONTENT] < np.uint64(self.threshold)
-        return (in_val if split == "val" else ~in_val) & ~np.isin(columns[PLACE], self.duplicates)
+    """(3, documents): .ids.npy."""
 
 
 def write_run(folder: Path, name: str, documents: Sequence[TokenisedDocument], summary: RunSummary) -> None:
+    """Publish the run's four files; `documents` may come in any order."""
     documents = sorted(documents, key=lambda document: (document.key, document.place))
     index = np.zeros((7, len(documents)), np.uint64)
     ids = np.zeros((3, len(documents)), np.uint64)
@@ -123,7 +108,7 @@ def _npy(array: Columns) -> bytes:
 
 
 def find_runs(folder: Path) -> dict[Path, RunSummary]:
-    """The finished runs in `folder`, of those with a piece in common only the first by name."""
+    """The finished runs in `folder`, by the path of their .json; of those that share a piece, the first by name."""
     runs: dict[Path, RunSummary] = {}
     pieces: set[tuple[int, int]] = set()
     for path in sorted(folder.glob("*.json")):
@@ -136,15 +121,15 @@ def find_runs(folder: Path) -> dict[Path, RunSummary]:
 
 
 def open_run(path: Path) -> TokenRun:
-    """The run whose .json is `path`; its indexes stay on disk."""
+    """The run whose .json is `path`."""
     documents, ids = (np.load(path.with_suffix(suffix), mmap_mode="r") for suffix in (".index.npy", ".ids.npy"))
     return TokenRun(path.with_suffix(".data"), documents, ids)
 
 
 def merged(sorted_arrays: Sequence[Columns]) -> Iterator[Columns]:
-    """All columns of arrays that are each sorted by their first rows, in sorted order, a range of keys at a time.
+    """Merge arrays whose columns are each sorted by their first two rows; yields a range of the first row at a time.
 
-    Columns with equal first row are always in one range. The rows are compared in order: the first, then the next.
+    Columns that are equal in the first row are in one range.
     """
     arrays = [array for array in sorted_arrays if array.shape[1]]
     total = sum(array.shape[1] for array in arrays)
@@ -164,7 +149,10 @@ def merged(sorted_arrays: Sequence[Columns]) -> Iterator[Columns]:
 
 
 def duplicate_places(runs: Sequence[TokenRun]) -> Columns:
-    """(place, place of the first with the same id) of every document whose id came before, sorted by place."""
+    """(2, duplicates): the place of each document whose id occurs earlier, and the place of the id's first document.
+
+    Sorted by place.
+    """
     found = [np.zeros((2, 0), np.uint64)]
     for columns in merged([run.ids for run in runs]):
         columns = columns[:, np.lexsort(columns[::-1])]

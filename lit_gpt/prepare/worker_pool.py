@@ -1,9 +1,9 @@
-"""A pool of processes in which each worker keeps state between its tasks: a loaded tokenizer, a buffer to flush.
+"""A pool of processes whose workers keep state between tasks, such as a loaded tokenizer or a buffer to flush.
 
-Invariants: a worker that dies, or a task that fails, ends the whole pool with an error; when the parent is killed, its
-workers end at their next task. Workers ignore the signals that ask a program to stop: only their parent decides.
-Results come in no fixed order.
-Costs: a worker starts as a fresh interpreter (0.5 s); a task travels through a pipe (about 1 GB/s).
+Invariants: a worker that dies, or a task that fails, ends the pool with an error; when the parent is killed, its
+workers end at their next task. Workers ignore the signals that ask a program to stop: the parent decides. Results come
+in no fixed order.
+Costs: a worker starts as a fresh interpreter (0.5 s); tasks go through a pipe (about 1 GB/s).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lit_gpt.launch.signals import ignore_stop_signals, starting_helpers
 
 
 class Worker(Protocol):
-    """What runs in a process: called once a task, then finished once; both return a result for the parent."""
+    """What runs in a process: called for each task, then `finish` once; both return a result for the parent."""
 
     def __call__(self, task: Any, /) -> Any: ...
 
@@ -37,8 +37,8 @@ def run_pool(
 ) -> Iterator[Any]:
     """Each task's result, and each worker's result of `finish`, as they come.
 
-    `make_worker(*arguments)` is called in every process; both must be picklable. Tasks are drawn one ahead of need.
-    One worker is this process itself.
+    `make_worker(*arguments)` is called in every process; both must be picklable. Tasks are drawn one ahead. One worker
+    is this process itself. Raises BadInput if a worker does, else RuntimeError for a worker that fails or dies.
     """
     if workers == 1:
         worker = make_worker(*arguments)
@@ -103,7 +103,7 @@ def _receive(connection: Connection, processes: dict[Connection, SpawnProcess]) 
 def _died(process: SpawnProcess) -> RuntimeError:
     process.join()
     return RuntimeError(
-        f"a worker process ended with code {process.exitcode} (-9 is mostly a lack of memory: use fewer workers)"
+        f"a worker process ended with code {process.exitcode} (-9 mostly means too little memory: use fewer workers)"
     )
 
 

@@ -360,7 +360,7 @@ def test_too_many_rejects_stop_the_build_and_a_higher_limit_goes_on(tokenizer: P
     assert [reject["line"] for reject in rejects_of(out)] == [98, 99, 100]
     assert not (out / "train/MANIFEST.json").exists()
     said = run(*arguments(source, tokenizer, out, "--max_reject_fraction", 0.03))
-    assert "going on with the unfinished build" in said
+    assert "continuing the unfinished build" in said
     assert TokenStore.open(out / "train").documents + TokenStore.open(out / "val").documents == 97
 
 

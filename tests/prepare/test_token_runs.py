@@ -12,12 +12,11 @@ import pytest
 
 import lit_gpt.prepare.token_runs
 from lit_gpt.cli import BadInput
-from lit_gpt.prepare.shard_plan import plan_shards, split_threshold
+from lit_gpt.prepare.shard_plan import SplitRule, plan_shards, split_threshold
 from lit_gpt.prepare.token_runs import (
     KEY,
     PLACE,
     TOKENS,
-    Choice,
     RunSummary,
     TokenisedDocument,
     TokenRun,
@@ -96,7 +95,7 @@ def test_plan_equals_cutting_the_sorted_list(
     runs = in_runs(tmp_path / "runs", documents, 5)
     left_out = np.array(sorted(document.place for document in documents[::9]), np.uint64)
     threshold = split_threshold(runs, left_out, 0.2)
-    plans = plan_shards(runs, Choice(threshold, left_out), 20)
+    plans = plan_shards(runs, SplitRule(threshold, left_out), 20)
     for split, plan in plans.items():
         shards: list[list[int]] = [[]]
         for document in sorted(documents):
