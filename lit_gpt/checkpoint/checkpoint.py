@@ -2,16 +2,16 @@
 
 A checkpoint is a folder `iter-XXXXXXXX-ckpt.pth`; the number is the step, whatever the number of processes:
 
-    run.json        what the run was: model shape, settings, step, slot, data, versions; JSON, no code
+    run.json        facts about the run: model shape, settings, step, slot, data, versions
     state.pth       weights, optimizer and RNG in one file (state_dict_type full), or
     state/          the same, each rank's part in a file of its own (sharded; torch.distributed.checkpoint)
     MANIFEST.json   size and xxh3 of each file above
 
-A folder without a manifest, or with a file that does not match it, is no checkpoint: it is skipped with a warning and
-never counted by pruning. Neither is one whose weights are not finite numbers. Either kind loads on any number of
-processes. Loading runs no code (weights_only, JSON). How a running training saves is saver.py's; which checkpoint of a
-run is resumed and which stay is history.py's.
-Cost of publishing: one more read of the files for their hashes, from the page cache.
+A folder without a manifest, with a file that does not match it, or with weights that are not finite is damaged: it is
+skipped with a warning, and pruning does not count it. Both kinds load on any number of processes. Loading runs no code
+(weights_only, JSON). saver.py says how a running training saves, history.py which checkpoint of a run is resumed and
+which are kept.
+Cost of publishing: the files are read once more for their hashes, from the page cache.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ RUN, MANIFEST, FULL, SHARDED = "run.json", "MANIFEST.json", "state.pth", "state"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was saved; says which file, and what differs."""
+    """A checkpoint is not what was saved; says which file, and what differs."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint on disk and the facts in its run.json."""
+    """A checkpoint on disk."""
 
     path: Path
     facts: dict[str, Any]
+    """The content of run.json."""
 
     @property
     def step(self) -> int:
@@ -68,7 +69,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def state_xxh3(self) -> str:
-        """Names what was trained: a hash over the manifest's entries of everything but run.json."""
+        """Identifies the trained state: a hash of the manifest without run.json. Raises DamagedCheckpoint."""
         files = {name: entry for name, entry in _manifest(self.path).items() if name != RUN}
         return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
 
@@ -81,27 +82,27 @@ def checkpoint_name(step: int) -> str:
 
 
 def seal(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Publish the checkpoint `final` of the state that lies in `temporary`, whole or not at all."""
+    """Publish `temporary`, which holds the state, as the checkpoint `final`: add run.json, hash, sync, rename."""
     (temporary / RUN).write_text(json.dumps(facts, indent=1))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     listing = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": xxh3(path)} for path in files}
     (temporary / MANIFEST).write_text(json.dumps(listing, indent=1))
     fsync(temporary)
     if final.exists():
-        log.warning("%s is replaced: it was damaged, or of a branch that the run has left", final)
+        log.warning("replacing %s: it is damaged, or of a branch that the run has left", final)
         remove(final)
     rename(temporary, final)
 
 
 def temporary_path(final: Path) -> Path:
-    """Where a checkpoint is written before it is published: one folder for all ranks, so without host and pid."""
+    """Where a checkpoint is written before it is published: one folder for all ranks, so not named by host and pid."""
     return final.with_name(f".saving-{final.name}")
 
 
 def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
-    """Publish in the folder `path` a step-0 checkpoint, without optimizer state, of weights from elsewhere.
+    """Publish a step-0 checkpoint `path` of the weights `tensors` (name, tensor), without optimizer state.
 
-    Memory holds one weight at a time, the disk for a moment all of them twice.
+    Costs: memory for one weight at a time; for a while, disk for all weights twice.
     """
     temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -120,16 +121,16 @@ def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tenso
 
 
 def _mapped(tensor: Tensor, path: Path) -> Tensor:
-    """The tensor as a map of a new file, which the system reads and drops as it needs to."""
+    """The tensor as a mapping of a new file, whose pages the system may drop."""
     path.write_bytes(tensor.reshape(-1).view(torch.uint8).numpy().data)
     whole = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
     return whole.view(tensor.shape)
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool, to_host: bool) -> dict[str, Any]:
-    """Weights, optimizer and RNG under the names of a checkpoint; tensors that need no gathering are the live ones.
+    """Weights, optimizer and RNG under the names of a checkpoint; what is not gathered are the live tensors themselves.
 
-    full: whole tensors instead of this rank's shards; with to_host on rank 0 alone, in its memory.
+    full: whole tensors instead of this rank's shards; with to_host, on rank 0 alone, in host memory.
     """
     options = StateDictOptions(full_state_dict=full, cpu_offload=to_host)
     weights, optimizer_state = get_state_dict(unwrapped(model), optimizer, options=options)
@@ -137,14 +138,14 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: 
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint so that a kill in the middle leaves nothing that looks like half of one."""
+    """Remove a checkpoint; a kill on the way leaves nothing that looks like a checkpoint."""
     doomed = path.with_name(f".removing-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every file is there in its size; hashes are for those who load."""
+    """Whether every file has the manifest's size; hashes are checked by `verified`."""
     try:
         return _size_mismatch(path) is None
     except DamagedCheckpoint:
@@ -155,10 +156,10 @@ def is_whole(path: Path) -> bool:
 
 
 def verified(path: Path) -> Checkpoint:
-    """The checkpoint at `path` if every file has the manifest's size and hash, every weight is a finite number, and
-    what is no tensor is a plain value.
+    """The checkpoint at `path`; DamagedCheckpoint unless every file has the manifest's size and hash, every weight is
+    finite, and all else is plain values.
 
-    Raises DamagedCheckpoint. Cost: the files are read once for their hashes, the weights once more from the page cache.
+    Cost: the files are read once for their hashes, the weights once more from the page cache.
     """
     if mismatch := _size_mismatch(path):
         raise DamagedCheckpoint(mismatch)
@@ -199,12 +200,12 @@ def _size_mismatch(path: Path) -> str | None:
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """The folders that are named as checkpoints, whole or not."""
+    """The folders that are named as checkpoints, whole or damaged."""
     return sorted((path for path in run_dir.glob("iter-*") if NAME.fullmatch(path.name)), reverse=True)
 
 
 def names(run_dir: Path) -> str:
-    """The checkpoints of a run folder as a message names them."""
+    """The names of a run folder's checkpoints, for a message."""
     return ", ".join(path.name for path in newest_first(run_dir)) or "no checkpoint"
 
 
@@ -212,7 +213,10 @@ def names(run_dir: Path) -> str:
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's state into model and optimizer, on any number of processes, from either kind."""
+    """Load the state into model and optimizer, from either kind, on any number of processes.
+
+    Raises BadInput if the checkpoint is of another model or another optimizer.
+    """
     inner = unwrapped(model)
     if inner.config != checkpoint.config:
         differs = [k for k, v in asdict(inner.config).items() if v != checkpoint.facts["model"][k]]
@@ -225,7 +229,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
     path = checkpoint.path
     full = (path / FULL).is_file()
     try:
-        if full and not full_state.has_optimizer(path / FULL):  # an imported model: its optimizer starts afresh
+        if full and not full_state.has_optimizer(path / FULL):  # an imported model: the optimizer starts afresh
             full_state.read_into({"model": get_model_state_dict(inner)}, path / FULL)
             return
         state = training_state(model, optimizer, full=False, to_host=False)
@@ -240,7 +244,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
 
 
 def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The weights, one after another on the CPU; memory holds one at a time, whatever the kind of checkpoint."""
+    """The weights (name, tensor), one after another, on the CPU. Cost: memory for one at a time, from either kind."""
     path = checkpoint.path
     if (path / FULL).is_file():
         yield from full_state.weights(path / FULL)

@@ -1,6 +1,6 @@
-"""The file of a full checkpoint: a whole state, written by one process, of which each process reads what it holds.
+"""state.pth of a full checkpoint: the whole state, written by one process; each process reads the part it holds.
 
-Reading runs no code (weights_only). A file that does not hold the state asked for is a `MalformedState`.
+Reading runs no code (weights_only). A file that does not hold the expected state raises MalformedState.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from lit_gpt.checkpoint.sharded_state import MalformedState, one_line, plain_os_
 
 
 def write(state: dict[str, Any], path: Path) -> None:
+    """Write the state; raises OSError if the disk fails."""
     with plain_os_errors(), path.open("wb") as file:
         torch.save(state, file)
 
 
 def has_optimizer(path: Path) -> bool:
-    """Not so of a model that was imported."""
+    """Whether the file holds an optimizer's state; an imported model's does not."""
     with FakeTensorMode():
         return "optimizer" in _load(path)
 
 
 @torch.no_grad()
 def read_into(state: dict[str, Any], path: Path) -> None:
-    """Fill the tensors of `state` in place, of sharded ones this rank's part, and replace its other values.
+    """Fill the tensors of `state` in place (of sharded ones, this rank's part), and replace its other values.
 
-    Nothing is filled unless names and shapes are those of the file. Cost: the file is mapped, not read as a whole.
+    Raises MalformedState, before anything is filled, unless the file has the same names and shapes. Cost: the file is
+    mapped, so that a rank reads only its part.
     """
     found = _load(path, mmap=True)
     if differences := list(_differences(state, found, ())):
@@ -43,19 +45,19 @@ def read_into(state: dict[str, Any], path: Path) -> None:
 
 
 def weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights, one after another by plain reads.
+    """The model's weights (name, tensor), one after another, by plain reads.
 
-    torch's own mmap is a private, writable mapping of the whole file, for which Linux wants memory in reserve: it
-    refuses a file that is larger than the machine's memory.
+    torch's own mmap is a private, writable mapping of the whole file, for which Linux reserves memory: it refuses a
+    file that is larger than the machine's memory.
     """
     with FakeTensorMode():
         fakes = _load(path).get("model")
     if not isinstance(fakes, dict) or not all(isinstance(fake, Tensor) for fake in fakes.values()):
-        raise MalformedState(f"{path}: 'model' is no dictionary of tensors")
+        raise MalformedState(f"{path}: 'model' is not a dictionary of tensors")
     with path.open("rb") as file:
         for name, fake in fakes.items():
             file.seek(fake.untyped_storage()._checkpoint_offset)
-            # not the storage's own size, which torch 2.10 multiplies by that of an element
+            # not the storage's size, which torch 2.10 multiplies by the element size
             last = fake.storage_offset() + sum(
                 (n - 1) * stride for n, stride in zip(fake.shape, fake.stride(), strict=True)
             )
@@ -72,12 +74,12 @@ def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
         raise MalformedState(f"{path}: {one_line(error)}") from None
     if not isinstance(found, dict):
-        raise MalformedState(f"{path}: a {type(found).__name__}, no dictionary")
+        raise MalformedState(f"{path}: a {type(found).__name__}, not a dictionary")
     return found
 
 
 def _differences(wanted: Any, found: Any, names: tuple[str, ...]) -> Iterator[str]:
-    """In what `found` is not of the names and shapes of `wanted`; values that are no tensors may differ."""
+    """Where names and shapes of `found` and `wanted` differ; values that are not tensors may differ."""
     where = ".".join(names) or "the state"
     if isinstance(wanted, Tensor):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -88,17 +90,17 @@ def _differences(wanted: Any, found: Any, names: tuple[str, ...]) -> Iterator[st
             yield f"{where} are not of this optimizer's parameters"
     elif isinstance(wanted, dict):
         if not isinstance(found, dict):
-            yield f"{where} is a {type(found).__name__}, no dictionary"
+            yield f"{where} is a {type(found).__name__}, not a dictionary"
             return
         yield from (f"{where} lacks {name}" for name in wanted if name not in found)
-        yield from (f"{where} has, unasked, {name}" for name in found if name not in wanted)
+        yield from (f"{where} has an unknown {name}" for name in found if name not in wanted)
         for name in wanted:
             if name in found:
                 yield from _differences(wanted[name], found[name], (*names, name))
 
 
 def _members(groups: Any) -> list[list[str]] | None:
-    """The parameters of each group; which further settings a group has is torch's version's."""
+    """The parameters of each group; a group's other settings depend on the version of torch."""
     try:
         return [sorted(group["params"]) for group in groups]
     except (TypeError, KeyError):

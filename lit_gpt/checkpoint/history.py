@@ -1,14 +1,14 @@
-"""The checkpoints of a run folder as branches: which of them the run has come through, which is resumed, which stay.
+"""The checkpoints of a run folder as branches: which belong to the run's history, which is resumed, which are kept.
 
 A run that goes back, by --resume PATH to an older step or by a rollback, leaves a branch behind: checkpoints of steps
-that are no part of it any more. The datapoint log knows: each start of a run is an attempt that goes on from a place in
-an earlier one, and each checkpoint holds its own place. The run's history is the newest attempt and its ancestors; in a
-folder without a log every checkpoint is part of it.
+that the run no longer contains. The datapoint log tells them apart: each start of a run is an attempt that continues
+from a mark in an earlier one, and each checkpoint holds its own mark. The run's history is the newest attempt and its
+ancestors; in a folder without a log, every checkpoint belongs to it.
 
-Invariants: --resume auto and rollbacks take checkpoints of the history alone, so the branch that was trained last goes
-on; no other is taken silently, and none stands in for one that is missing. What was left behind stays until the
-history has passed its step, and goes with a line in the log. A damaged checkpoint is never counted and never removed.
-Costs: a run.json is read for each checkpoint; verifying is checkpoint.py's.
+Invariants: --resume auto and rollbacks only take checkpoints of the history, that is of the branch that was trained
+last, and never another instead of one that is missing. Checkpoints of branches left behind are kept until the history
+has passed their step; their removal is logged. A damaged checkpoint is neither counted nor removed.
+Costs: each question reads the run.json of every checkpoint; verifying costs what checkpoint.py says.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ log = logging.getLogger(__name__)
 
 
 def find(resume: str, run_dir: Path) -> Checkpoint | None:
-    """The checkpoint that --resume names: a folder or a file in it; "auto": the newest whole one of the run's history,
-    or None where nothing was trained yet.
+    """The checkpoint that --resume names, by its folder or a file in it. "auto": the newest whole one of the run's
+    history, or None in a run folder where nothing was trained yet.
 
-    Raises BadInput if a named one is missing or damaged; damaged ones that "auto" passes over are warned about.
+    Raises BadInput if a named one is missing or damaged, or if "auto" finds damaged ones only; "auto" warns about each
+    damaged one that it passes over.
     """
     if resume == "auto":
         return _newest(run_dir)
@@ -56,7 +57,7 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
 
 
 def _newest(run_dir: Path) -> Checkpoint | None:
-    """The newest whole one of the history, or the one of elsewhere with which the history began."""
+    """The newest whole checkpoint of the history, or that of another run from which the history began."""
     found = next(whole_newest_first(run_dir), None)
     if found is not None:
         return found
@@ -66,17 +67,19 @@ def _newest(run_dir: Path) -> Checkpoint | None:
         try:
             return verified(Path(origin))
         except DamagedCheckpoint as error:
-            raise BadInput(f"--resume auto: {run_dir} has no whole checkpoint, and it began with {error}") from None
+            raise BadInput(
+                f"--resume auto: {run_dir} has no whole checkpoint, and the one it began from is damaged: {error}"
+            ) from None
     if newest_first(run_dir):
         raise BadInput(
-            f"--resume auto: no checkpoint in {run_dir} is whole and of what was trained last ({names(run_dir)}): "
+            f"--resume auto: no checkpoint in {run_dir} is whole and of the branch trained last ({names(run_dir)}): "
             "choose one by --resume PATH, or another --out_dir"
         )
     return None
 
 
 def whole_newest_first(run_dir: Path) -> Iterator[Checkpoint]:
-    """The checkpoints of the history that verify, each read when it is asked for; damaged ones are warned about."""
+    """The history's whole checkpoints, each verified when it is asked for; warns about damaged ones."""
     others = left_behind(run_dir)
     for path in newest_first(run_dir):
         try:
@@ -87,7 +90,7 @@ def whole_newest_first(run_dir: Path) -> Iterator[Checkpoint]:
 
 
 def left_behind(run_dir: Path) -> list[Path]:
-    """The checkpoints of other branches, newest first; none that is too damaged to tell."""
+    """The checkpoints of other branches, newest first; those with an unreadable run.json are left out."""
     attempts = read_attempts(run_dir / FOLDER)
     if not attempts:
         return []
@@ -97,7 +100,7 @@ def left_behind(run_dir: Path) -> list[Path]:
         facts = _facts(path)
         if facts is None:
             continue
-        mark = facts.get("datapoint_log")  # an imported model has none: only a run can have begun with it
+        mark = facts.get("datapoint_log")  # an imported model has none: the run can only have begun with it
         if not (is_in_lineage(Mark(**mark), attempts) if mark else from_nothing):
             found.append(path)
     return found
@@ -112,16 +115,16 @@ def _facts(path: Path) -> dict[str, Any] | None:
 
 
 def tell_left_behind(run_dir: Path) -> None:
-    """Log the checkpoints of other branches; after an attempt has begun."""
+    """Warn about the checkpoints of other branches; to be called after the attempt has begun."""
     if paths := left_behind(run_dir):
         log.warning(
-            "of a branch that this run has left, and not taken by --resume auto: %s (--resume PATH takes one)",
+            "of a branch that this run has left, so --resume auto ignores them: %s (--resume PATH takes one)",
             ", ".join(path.name for path in paths),
         )
 
 
 def refuse_used(run_dir: Path) -> None:
-    """Refuse a fresh start in a folder that holds checkpoints: they would be mixed with the new run's, and pruned."""
+    """Raise BadInput if the folder holds checkpoints: a fresh run's would be mixed with them, and prune them."""
     if newest_first(run_dir):
         raise BadInput(
             f"{run_dir} holds a run already ({names(run_dir)}): go on by --resume auto, or choose another --out_dir"
@@ -129,11 +132,11 @@ def refuse_used(run_dir: Path) -> None:
 
 
 def prune(run_dir: Path, newest_step: int, *, keep_last: int, keep_every_steps: int = 0) -> None:
-    """Remove what is not kept, and what killed saves left behind; called after the one of newest_step is published.
+    """Remove old checkpoints, and what killed saves left behind; called after that of newest_step is published.
 
-    Kept are the last keep_last whole ones of the history (0 keeps all) and those whose step is a multiple of
-    keep_every_steps (0: no such), of any branch. Damaged ones are not counted and not removed: they are for a person to
-    look at. Neither are those of later steps, which are of another branch.
+    Kept are the newest keep_last whole ones of the history (0 keeps all) and, on any branch, those whose step is a
+    multiple of keep_every_steps (0: none). Damaged ones are neither counted nor removed: a person should look at them.
+    Nor are those of later steps, which belong to another branch.
     """
     for left_over in (*run_dir.glob(".saving-iter-*"), *run_dir.glob(".removing-iter-*")):
         shutil.rmtree(left_over)
@@ -146,5 +149,5 @@ def prune(run_dir: Path, newest_step: int, *, keep_last: int, keep_every_steps: 
         if path in kept or (keep_every_steps and int(path.name.split("-")[1]) % keep_every_steps == 0):
             continue
         if path in others:
-            log.warning("removing %s: it is of a branch that was left, and the run has passed its step", path)
+            log.warning("removing %s: it is of a branch that the run has left, and the run has passed its step", path)
         remove(path)

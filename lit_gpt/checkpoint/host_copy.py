@@ -1,7 +1,7 @@
-"""A copy of a training state in host memory, into buffers that are kept for the next copy.
+"""Copies of a training state in host memory; buffers are kept from one copy to the next.
 
-Large buffers are page-locked on GPUs, so that the copy runs at the bus's full rate; locking takes seconds, once. (The
-stager of torch.distributed.checkpoint does the same, but failed at its second use with torch 2.11 on an H100.)
+With a GPU, large buffers are page-locked (pinned), so that copies run at the bus's full rate; pinning takes seconds,
+once. (torch.distributed.checkpoint's stager does the same, but failed at its second use with torch 2.11 on an H100.)
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-_LOCKED_FROM_BYTES = 1 << 20
-"""Smaller buffers may share a page with others, which cannot be locked twice."""
+_PINNED_FROM_BYTES = 1 << 20
+"""Smaller buffers may share a page, which cannot be pinned twice."""
 
 
 class HostCopy:
-    """Copies of states of one structure; the newest is valid until the next is made."""
+    """Copies of states that have the same structure; a copy is valid until the next one."""
 
     def __init__(self, *, from_gpu: bool) -> None:
         self._from_gpu = from_gpu
         self._buffers: dict[int, Tensor] = {}
-        self._locked: list[int] = []
+        self._pinned: list[int] = []
 
     @torch.no_grad()
     def of(self, state: dict[str, Any]) -> dict[str, Any]:
-        """`state` with every tensor in host memory; those that are sharded stay so, each rank holding its part."""
+        """`state` with every tensor in host memory; sharded tensors stay sharded."""
         leaves, structure = tree_flatten(state)
         copied = [self._copy(number, leaf) if isinstance(leaf, Tensor) else leaf for number, leaf in enumerate(leaves)]
         if self._from_gpu:
@@ -35,10 +35,10 @@ class HostCopy:
         return tree_unflatten(copied, structure)
 
     def close(self) -> None:
-        """Give the memory back; copies are no longer valid."""
-        for address in self._locked:
+        """Free the memory; copies become invalid."""
+        for address in self._pinned:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
-        self._locked.clear()
+        self._pinned.clear()
         self._buffers.clear()
 
     def _copy(self, number: int, tensor: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class HostCopy:
 
     def _allocate(self, like: Tensor) -> Tensor:
         buffer = torch.empty(like.shape, dtype=like.dtype)
-        if self._from_gpu and buffer.nbytes >= _LOCKED_FROM_BYTES:
+        if self._from_gpu and buffer.nbytes >= _PINNED_FROM_BYTES:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-            self._locked.append(buffer.data_ptr())
+            self._pinned.append(buffer.data_ptr())
         return buffer

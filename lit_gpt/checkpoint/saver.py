@@ -1,15 +1,16 @@
-"""How a running training saves: staged in host memory, written beside the training, agreed on by all ranks.
+"""How a running training saves: the state is copied to host memory and written while training continues.
 
-A save has two halves. The training loop waits for the first: the weights are found finite and the state is copied to
-host memory, which later steps cannot change. A thread does the second: write, sync, hash, publish, prune. A save that
-must be over when it returns (a stop signal, the end of the run, async_save off) does both in place, without the copy.
+A save has two halves. The training loop waits for the first: it checks that the weights are finite and copies the state
+to host memory, where later steps cannot change it. A thread does the second: write, sync, hash, publish, prune. A save
+that must be over when it returns (at a stop signal, at the end of the run, with async_save off) does both at once,
+without the copy.
 
-Invariants: one save at a time, a second one waits for the first; older checkpoints are removed only after a newer one
-is published; ranks agree on the outcome, over a gloo group of their own, so that none waits for one that failed. A save
-that is refused (weights that are not finite) or for which there is no room leaves the training and the older
-checkpoints alone: an error is logged and `failure` says why. Any other failure is raised by the next `wait`.
-Costs: while a save runs, one copy of this rank's state in host memory, page-locked on GPUs and kept for the next save;
-of a full checkpoint of several processes, the whole state on rank 0.
+Invariants: one save runs at a time, the next waits for it; older checkpoints are removed only after a newer one is
+published; the ranks agree on the outcome, over a gloo group of their own, so that none waits for a rank that failed. If
+weights are not finite, or there is no room, nothing is saved: an error is logged, `failure` says why, and training and
+older checkpoints are untouched. Any other failure is raised by the next `wait`.
+Costs: one copy of this rank's state in host memory, page-locked with a GPU and kept for the next save; for a full
+checkpoint of several processes, the whole state on rank 0 during a save.
 """
 
 from __future__ import annotations
@@ -41,11 +42,15 @@ log = logging.getLogger(__name__)
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 SAVE_TIMEOUT = timedelta(hours=2)
-"""Longest wait of a rank for another's part of a save; ranks that die are noticed at once."""
+"""How long a rank waits for another's part of a save; a rank that dies is noticed at once."""
 
 
 class CheckpointSaver:
-    """Saves of one run. All ranks make one, and call `save`, `wait` and `close` in the same order."""
+    """The saves of one run. Each rank makes one, and all call `save`, `wait` and `close` in the same order.
+
+    full: one state.pth (state_dict_type full), else a part per rank. overlap: write in a thread (async_save).
+    keep_last, keep_every_steps: see history.prune.
+    """
 
     def __init__(
         self,
@@ -59,9 +64,9 @@ class CheckpointSaver:
         keep_every_steps: int = 0,
     ) -> None:
         self.failure: str | None = None
-        """Why the newest save came to nothing; None if it is published or still being written."""
+        """Why the newest save failed; None if it is published or still being written."""
         self.longest_s = 0.0
-        """Seconds of the longest save so far, from its call to its publication."""
+        """Seconds of the longest save so far, from call to publication."""
         self._run_dir, self._model, self._optimizer = run_dir, model, optimizer
         self._full, self._overlap = full, overlap
         self._prune = partial(history.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
@@ -70,7 +75,7 @@ class CheckpointSaver:
         device = next(model.parameters()).device
         on_gpu = device.type == "cuda"
         self._host_copy = HostCopy(from_gpu=on_gpu)
-        # a thread has a current device of its own: without this, every rank would start a context on GPU 0
+        # a new thread's current device is GPU 0: without this, every rank would create a context there
         use_device = partial(torch.cuda.set_device, device) if on_gpu else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device)
         self._running: Future[None] | None = None
@@ -78,7 +83,7 @@ class CheckpointSaver:
     def save(self, facts: dict[str, Any], *, wait: bool = False) -> None:
         """Save the state after `facts["step"]` updates; with wait=True, or without overlap, it is over on return.
 
-        `facts` goes to run.json on rank 0 and must be plain JSON; the model's shape is added to it.
+        `facts` must be JSON; with the model's shape added, rank 0 writes them to run.json. Raises as `wait` does.
         """
         began = time.monotonic()
         self.wait()
@@ -94,7 +99,7 @@ class CheckpointSaver:
             self._write(state, facts, began, None)
 
     def wait(self) -> None:
-        """Return when no save is running; raises what ended one that failed for another reason than room."""
+        """Return when no save is running; RuntimeError if one failed for another reason than lack of room."""
         running, self._running = self._running, None
         if running is not None and (error := running.exception()) is not None:
             raise RuntimeError("a checkpoint could not be written") from error
@@ -106,18 +111,18 @@ class CheckpointSaver:
 
     @property
     def broken(self) -> bool:
-        """Whether `wait` is going to raise; asks no other rank."""
+        """Whether `wait` is going to raise; needs no other rank."""
         return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def close(self) -> None:
-        """Wait for a running save, whatever ends the run; an error is logged, not to hide the one that ends it."""
+        """Wait for a running save; its error is logged, so as not to hide the one that may be ending the run."""
         if self._running is not None and (error := self._running.exception()) is not None:
             log.error("a checkpoint could not be written", exc_info=error)
         self._thread.shutdown()
         self._host_copy.close()
 
     def log_room(self) -> None:
-        """Say how many checkpoints fit into the run folder's file system; warn if there is no room for two."""
+        """Log how many checkpoints fit into the run folder's file system; warn if there is no room for two."""
         if self._rank == 0:
             size, free = self._state_bytes(), shutil.disk_usage(self._run_dir).free
             log.log(
@@ -129,7 +134,7 @@ class CheckpointSaver:
     # What the training loop waits for
 
     def _weights_are_finite(self) -> bool:
-        """The largest weight of each rank's shards, found on its device; NaN counts as larger than any."""
+        """Whether all ranks' weights are finite, judged by the largest absolute value, which is NaN if any is."""
         local = [shard for p in self._model.parameters() if (shard := _local(p.detach())).numel()]
         largest = torch.nn.utils.get_total_norm(local, torch.inf) if local else torch.zeros(())
         bad = torch.tensor([not torch.isfinite(largest)], dtype=torch.int64)
@@ -142,13 +147,13 @@ class CheckpointSaver:
         state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=gathered)
         if not gathered:
             return self._host_copy.of(state)
-        # Gathering copies what is sharded; the rest (the optimizer's step counters) is still the optimizer's own.
+        # Gathering has copied sharded tensors; the others (step counters) are still the optimizer's own.
         tensors = [*self._model.parameters(), *(t for s in self._optimizer.state.values() for t in s.values())]
         live = {_address(t) for t in tensors if isinstance(t, Tensor)}
         return tree_map_only(Tensor, lambda t: t.clone() if _address(t) in live else t, state)
 
     def _state_bytes(self) -> int:
-        """Size of a checkpoint: each weight and Adam's two averages of it, in its own precision."""
+        """Size of a checkpoint: each weight and Adam's two moments of it, in the weight's precision."""
         return sum(3 * p.numel() * p.element_size() for p in self._model.parameters())
 
     # What a thread may do
@@ -177,7 +182,7 @@ class CheckpointSaver:
             self._remove_old(facts["step"])
 
     def _make_room(self, temporary: Path) -> None:
-        """An empty folder, if the file system has room for what will be written: others write there too."""
+        """Make an empty folder; OSError if the file system lacks the room by now, as others write there too."""
         shutil.rmtree(temporary, ignore_errors=True)  # left over by a save that was killed
         size, free = self._state_bytes(), shutil.disk_usage(self._run_dir).free
         if free < size:
@@ -187,7 +192,7 @@ class CheckpointSaver:
     def _remove_old(self, newest_step: int) -> None:
         try:
             self._prune(newest_step)
-        except OSError as error:  # the new checkpoint is published all the same
+        except OSError as error:  # the new checkpoint is published nevertheless
             log.error("old checkpoints could not be removed: %s", error)
 
     def _give_up(self, step: int, reason: str) -> None:
@@ -196,7 +201,7 @@ class CheckpointSaver:
             log.error("the checkpoint of step %d was NOT saved: %s. Older ones are untouched", step, reason)
 
     def _on_rank_zero_or_raise(self, call: Callable[[], None]) -> None:
-        """Make the call on rank 0; if it fails, all ranks raise."""
+        """Make the call on rank 0; if it fails, all ranks raise (others OSError with its errno, or RuntimeError)."""
         error: Exception | None = None
         if self._rank == 0:
             try:
@@ -214,7 +219,7 @@ class CheckpointSaver:
 
 
 def _no_room(error: BaseException) -> str | None:
-    """What the file system said, if lack of room is all that went wrong, on whichever ranks."""
+    """The file system's message, if lack of room was the only failure on all ranks; else None."""
     failures = [error]
     if isinstance(error, CheckpointException):
         failures = [failure for failure, _ in error.failures.values()]

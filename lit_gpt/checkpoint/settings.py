@@ -10,22 +10,22 @@ from lit_gpt.cli import SettingsSlice
 
 @dataclass(frozen=True)
 class CheckpointSettings(SettingsSlice):
-    """Checkpoints: when and how they are saved, which stay, and where a run goes on from."""
+    """Checkpoints: when and how they are saved, which are kept, and from which the run continues."""
 
     resume: str | None = None
-    """A checkpoint to go on from, or "auto": the newest whole one of what the run folder trained last, or a fresh start
-    in an empty one."""
+    """Checkpoint to continue from, or "auto": the newest whole one of the run's latest branch, or a fresh start in an
+    empty run folder."""
     save_interval_steps: int = 10_000
     """Steps between checkpoints; the last step and a stop signal always save."""
     keep_last_checkpoints: int = 2
-    """Newest checkpoints that stay when a new one is whole; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
     keep_every_steps: int = 0
-    """Checkpoints of steps that are a multiple of this stay for ever; 0: none does."""
+    """Checkpoints of steps that are a multiple of this are kept for ever; 0: none is."""
     state_dict_type: Literal["auto", "sharded", "full"] = "auto"
-    """Checkpoints: each rank writes its part, or rank 0 one state.pth. auto: full on one process, else sharded."""
+    """sharded: each rank writes its part; full: rank 0 writes state.pth; auto: full on one process, else sharded."""
     async_save: bool | None = None
-    """Write checkpoints beside the training, from a copy of the state in host memory; the last one is waited for.
-    Default: on GPUs; on CPUs both would compete for the same cores."""
+    """Write checkpoints while training continues, from a copy of the state in host memory; the run waits for the last
+    one. Default: true on GPUs, false on CPUs, where both would compete for the same cores."""
 
     def check(self) -> None:
         super().check()

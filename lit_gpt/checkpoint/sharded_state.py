@@ -1,9 +1,9 @@
-"""The folder state/ of a sharded checkpoint: each rank's part in a file, through torch.distributed.checkpoint.
+"""state/ of a sharded checkpoint: each rank's part in a file, through torch.distributed.checkpoint (DCP).
 
-Reading runs no code, which torch alone does not promise: it unpickles the index `.metadata` and every value that is no
-tensor without limits. Here the index may name only the classes an index is made of, and values pass weights_only;
-what does not is a `MalformedState`.
-A disk that refuses is told as the system's own OSError, which torch.save hides behind a RuntimeError of its own.
+Reading runs no code. DCP alone does not ensure that: it unpickles its index `.metadata`, and every value that is not a
+tensor, without limits. Here the index may name only the classes of an index, and values are loaded with weights_only;
+anything else raises MalformedState.
+A failing disk raises the system's OSError, which torch.save hides behind a RuntimeError.
 """
 
 from __future__ import annotations
@@ -35,22 +35,28 @@ _INDEX_NAMES = {
 
 
 class MalformedState(ValueError):
-    """Files that do not hold the state that is asked for; says what is wrong with them, in one line."""
+    """The files do not hold the expected state; says what is wrong with them, in one line."""
 
 
 def write(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write the state; all ranks of the group call it, and all raise where one fails. Files are synced to disk."""
+    """Write the state and sync its files; all ranks of the group call it, and all raise if one fails.
+
+    Raises CheckpointException (or OSError, without a group).
+    """
     _silence_missing_group()
     dcp.save(state, storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
 
 
 def read_into(state: dict[str, Any], folder: Path) -> None:
-    """Fill the tensors of `state` in place, and replace its other values; each rank reads what it holds."""
+    """Fill the tensors of `state` in place, and replace its other values; each rank reads the part it holds.
+
+    Raises MalformedState if the files do not hold this state.
+    """
     _load(state, folder, no_dist=not dist.is_initialized())
 
 
 def check_values(folder: Path) -> None:
-    """Read every value that is no tensor; asks no other rank."""
+    """Raise MalformedState unless every value that is not a tensor is a plain one. Needs no other rank."""
     entries = _Reader(folder).read_metadata().state_dict_metadata.items()
     values = {key: None for key, entry in entries if isinstance(entry, BytesStorageMetadata)}
     if values:
@@ -58,7 +64,7 @@ def check_values(folder: Path) -> None:
 
 
 def tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors whose names begin with `prefix`, without it, one after another; asks no other rank."""
+    """The tensors whose names begin with `prefix`, which is cut off, one after another. Needs no other rank."""
     for key, entry in _Reader(folder).read_metadata().state_dict_metadata.items():
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -70,7 +76,7 @@ def _load(state: dict[str, Any], folder: Path, *, no_dist: bool) -> None:
     _silence_missing_group()
     try:
         dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
-    except CheckpointException as error:  # of all ranks; each raises it
+    except CheckpointException as error:  # holds the failures of all ranks, and is raised on each
         failure, _ = next(iter(error.failures.values()))
         if isinstance(failure, OSError):
             raise failure from None
@@ -78,13 +84,13 @@ def _load(state: dict[str, Any], folder: Path, *, no_dist: bool) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What torch says in paragraphs, or the error's class where it says nothing."""
+    """The error's message in one line, or its class where there is no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextmanager
 def plain_os_errors() -> Iterator[None]:
-    """Raise the OSError that lies behind an error of torch.save's in its place."""
+    """Raise the OSError behind torch.save's RuntimeError instead of that."""
     try:
         yield
     except RuntimeError as error:
@@ -94,17 +100,17 @@ def plain_os_errors() -> Iterator[None]:
 
 
 def _silence_missing_group() -> None:
-    """Without a process group torch warns, at each call, that it is going to do as it was told (no_dist)."""
+    """Without a process group torch warns, at each call, that it does without, though no_dist asks for that."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path) -> None:
-        # copying ahead would synchronize the thread's stream for each tensor, and that stream is the training's
+        # copying ahead would synchronize the thread's current stream, which is the training's, at each tensor
         super().__init__(folder, per_thread_copy_ahead=0)
 
     def write_data(self, *arguments: Any, **more: Any) -> Any:
-        with plain_os_errors():  # an exception loses its context on the way to the other ranks
+        with plain_os_errors():  # exceptions lose their context when they are sent to the other ranks
             return super().write_data(*arguments, **more)
 
 
@@ -115,7 +121,7 @@ class _Reader(dcp.FileSystemReader):
                 index = _IndexUnpickler(file).load()
             except OSError:
                 raise
-            except Exception as error:  # noqa: BLE001 - a broken pickle raises whatever class it comes to
+            except Exception as error:  # noqa: BLE001 - a broken pickle may raise any class
                 raise MalformedState(f"{self.path}: .metadata: {one_line(error)}") from None
         if not isinstance(index, Metadata):
             raise MalformedState(f"{self.path}: .metadata holds a {type(index).__name__}, not an index")
@@ -138,7 +144,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 class _Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Hand over a copy of what weights_only lets through: the base class would unpickle anything."""
+        """Load with weights_only, and hand the base class, which would unpickle anything, a copy of the result."""
         clean = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), clean)
         clean.seek(0)

@@ -268,10 +268,10 @@ FIRST = "transformer.h.0.norm_1.weight"
     ("edit", "told"),
     [
         (lambda s: s["model"].pop(FIRST), f"model lacks {FIRST}$"),
-        (lambda s: s["model"].update(x=torch.zeros(1)), "model has, unasked, x$"),
+        (lambda s: s["model"].update(x=torch.zeros(1)), "model has an unknown x$"),
         (lambda s: s["model"].update({FIRST: torch.zeros(3)}), rf"model\.{FIRST} is \(3,\), not \(16,\)$"),
         (lambda s: s["optimizer"]["state"].pop(FIRST), rf"optimizer\.state lacks {FIRST}$"),
-        (lambda s: s["optimizer"]["state"].update({FIRST: 1}), rf"state\.{FIRST} is a int, no dictionary$"),
+        (lambda s: s["optimizer"]["state"].update({FIRST: 1}), rf"state\.{FIRST} is a int, not a dictionary$"),
         (lambda s: s["optimizer"]["state"][FIRST].pop("exp_avg"), rf"{FIRST} lacks exp_avg$"),
         (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "not of this optimizer's parameters$"),
         (lambda s: s["optimizer"].update(param_groups=None), "not of this optimizer's parameters$"),

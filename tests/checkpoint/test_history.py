@@ -61,7 +61,7 @@ def test_auto_follows_the_branch_that_was_trained_last(wound_back: Path, caplog:
     assert auto(wound_back) == 4
     assert steps(left_behind(wound_back)) == [12, 8]
     tell_left_behind(wound_back)
-    assert "not taken by --resume auto: iter-00000012-ckpt.pth, iter-00000008-ckpt.pth" in caplog.text
+    assert "so --resume auto ignores them: iter-00000012-ckpt.pth, iter-00000008-ckpt.pth" in caplog.text
     go_on(wound_back, find("auto", wound_back), 6, until=7)
     assert auto(wound_back) == 6
     go_on(wound_back, find(str(wound_back / checkpoint_name(12)), wound_back), until=13)
@@ -83,7 +83,7 @@ def test_a_rollback_stays_in_the_branch(wound_back: Path) -> None:
 def test_no_other_branch_stands_in(wound_back: Path) -> None:
     """With the only checkpoint of the branch damaged, neither a later one nor a fresh start is taken."""
     os.truncate(wound_back / checkpoint_name(4) / "state.pth", 100)
-    wanted = r"no checkpoint .* is whole and of what was trained last \(iter-00000012.*, iter-00000004-ckpt.pth\)"
+    wanted = r"no checkpoint .* is whole and of the branch trained last \(iter-00000012.*, iter-00000004-ckpt.pth\)"
     with pytest.raises(BadInput, match=wanted):
         find("auto", wound_back)
     assert find(str(wound_back / checkpoint_name(8)), wound_back).step == 8  # type: ignore[union-attr]
@@ -119,7 +119,10 @@ def test_a_run_that_began_elsewhere_goes_back_there(wound_back: Path, tmp_path: 
     assert find("auto", fork).path == fork / checkpoint_name(10)  # type: ignore[union-attr]
     shutil.rmtree(fork / checkpoint_name(10))
     shutil.rmtree(origin)
-    with pytest.raises(BadInput, match=r"fork has no whole checkpoint, and it began with .*00000008.*not a checkpoint"):
+    with pytest.raises(
+        BadInput,
+        match=r"fork has no whole checkpoint, and the one it began from is damaged: .*00000008.*not a checkpoint",
+    ):
         find("auto", fork)
 
 
@@ -144,7 +147,7 @@ def test_the_program_goes_on_where_it_was_wound_back_to(store: Path, tmp_path: P
         env=environment(FAULTS="6:0:kill"),
     )
     assert done.returncode == -signal.SIGKILL
-    assert "not taken by --resume auto: iter-00000012-ckpt.pth, iter-00000008-ckpt.pth" in done.stderr
+    assert "so --resume auto ignores them: iter-00000012-ckpt.pth, iter-00000008-ckpt.pth" in done.stderr
     log = train(store, tmp_path, resume="auto", **changed).stderr
     assert f"resumed from {tmp_path / checkpoint_name(4)}: step 4" in log
     for step in (8, 12):
