@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     import transformers
 
     from lit_gpt.export.hf_import import import_folder
-    from lit_gpt.export.parity import Twin
+    from lit_gpt.export.parity import Reference
 
     parity = import_folder(
         arguments.checkpoint_dir.absolute(),
         arguments.destination_path.absolute(),
-        Twin(transformers),
+        Reference(transformers),
         model_name=arguments.model_name,
         tokenizer_path=arguments.tokenizer_path,
     )

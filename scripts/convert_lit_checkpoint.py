@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
 
 if TYPE_CHECKING:
-    from lit_gpt.export.hf_export import Form
-    from lit_gpt.export.parity import Twin
+    from lit_gpt.export.hf_export import WeightFormat
+    from lit_gpt.export.parity import Reference
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import transformers
 
-    from lit_gpt.export.hf_export import Form, export, open_checkpoint, open_tokenizer
+    from lit_gpt.export.hf_export import WeightFormat, export, open_checkpoint, open_tokenizer
     from lit_gpt.export.hf_weights import DTYPES
-    from lit_gpt.export.parity import Twin
+    from lit_gpt.export.parity import Reference
 
-    form = Form(DTYPES[arguments.dtype], arguments.vocabulary == "cut", arguments.max_shard_size)
+    format = WeightFormat(DTYPES[arguments.dtype], arguments.vocabulary == "cut", arguments.max_shard_size)
     destination = arguments.destination_path.absolute()
     if arguments.run_dir is not None:
-        _export_run(arguments, destination, form, Twin(transformers))
+        _export_run(arguments, destination, format, Reference(transformers))
         return
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.model_name)
     tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
-    parity = export(checkpoint, tokenizer, destination, form, Twin(transformers), arguments.license)
+    parity = export(checkpoint, tokenizer, destination, format, Reference(transformers), arguments.license)
     log.info("logits agree: %s", parity)
     log.info("published %s", destination)
 
@@ -104,21 +104,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _export_run(arguments: argparse.Namespace, destination: Path, form: Form, twin: Twin) -> None:
-    from lit_gpt.export.hub_repository import HubRepository, Patience, UploadFailed
-    from lit_gpt.export.run_export import RunExport, Target
+def _export_run(arguments: argparse.Namespace, destination: Path, format: WeightFormat, reference: Reference) -> None:
+    from lit_gpt.export.hub_repository import HubRepository, RetryPolicy, UploadFailed
+    from lit_gpt.export.run_export import ExportOptions, RunExport
 
     os.nice(NICENESS)
-    patience = Patience(arguments.attempts, arguments.first_wait_s)
+    retries = RetryPolicy(arguments.attempts, arguments.first_wait_s)
     try:
-        hub = HubRepository(arguments.push_to, patience, private=arguments.private) if arguments.push_to else None
+        hub = HubRepository(arguments.push_to, retries, private=arguments.private) if arguments.push_to else None
     except UploadFailed as error:
         raise BadInput(str(error)) from None
-    target = Target(
-        destination, form, arguments.license, arguments.tokenizer_path, arguments.model_name, hub,
+    options = ExportOptions(
+        destination, format, arguments.license, arguments.tokenizer_path, arguments.model_name, hub,
         arguments.remove_uploaded,
     )  # fmt: skip
-    run = RunExport(arguments.run_dir, target, twin)
+    run = RunExport(arguments.run_dir, options, reference)
     while True:
         try:
             found = run.export_new()

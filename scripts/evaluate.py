@@ -96,9 +96,9 @@ def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Ite
 
     import transformers
 
-    from lit_gpt.export.hf_export import Form, export, open_checkpoint, open_tokenizer
+    from lit_gpt.export.hf_export import WeightFormat, export, open_checkpoint, open_tokenizer
     from lit_gpt.export.hf_weights import DTYPES
-    from lit_gpt.export.parity import Twin
+    from lit_gpt.export.parity import Reference
 
     checkpoint = open_checkpoint(arguments.checkpoint, None)
     tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
@@ -106,8 +106,8 @@ def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Ite
         raise BadInput(f"--val_data_dir {arguments.val_data_dir} was made with another tokenizer than the checkpoint's")
     with tempfile.TemporaryDirectory(prefix="evaluate-", dir=arguments.scratch_dir) as scratch:
         folder = Path(scratch) / checkpoint.path.name
-        form = Form(DTYPES[arguments.dtype], cut_vocabulary=False, max_shard_bytes=5 * 10**9)
-        export(checkpoint, tokenizer, folder, form, Twin(transformers), "unknown")
+        format = WeightFormat(DTYPES[arguments.dtype], cut_vocabulary=False, max_shard_bytes=5 * 10**9)
+        export(checkpoint, tokenizer, folder, format, Reference(transformers), "unknown")
         yield folder
 
 

@@ -1,1 +1,1 @@
-"""To Hugging Face, GGUF and the Hub, and back; nothing is published before its logits are proved."""
+"""Conversion to Hugging Face, GGUF and the Hub, and back; nothing is published before its logits are checked."""

@@ -1,12 +1,12 @@
-"""A Hugging Face folder of ours -> one GGUF file for llama.cpp, with the tokenizer inside.
+"""Convert an exported Hugging Face folder to one GGUF file for llama.cpp, with the tokenizer inside.
 
-Matrices are stored as f16, bf16 or q8_0 (blocks of 32 weights with one scale), vectors as f32. llama.cpp turns
-neighbouring dimensions of a head where transformers turns i and i + D / 2, so the rows of q and k are re-ordered. Cost:
-one weight in fp32 at a time. Needs the package `gguf`.
+Matrices are stored as f16, bf16 or q8_0 (blocks of 32 weights with one scale), vectors as f32. llama.cpp's rotary
+embedding rotates neighbouring dimensions of a head, transformers' rotates i and i + D / 2, so the rows of q and k are
+re-ordered. Cost: memory for one weight in fp32. Needs the package `gguf`.
 
-llama.cpp knows two kinds of BPE. Over characters ("llama"): the merge order becomes scores; a character that the
-vocabulary lacks makes llama.cpp stop, where training saw <unk>. Over bytes ("gpt2"): the first split is chosen among
-those llama.cpp has names for, the first that gives our ids on probe texts.
+llama.cpp has two kinds of BPE. For BPE over characters ("llama"), the merge order becomes scores; llama.cpp stops at a
+character that the vocabulary lacks, where training saw <unk>. For BPE over bytes ("gpt2"), the first split must be one
+that llama.cpp has a name for: the first that gives our ids on probe texts.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ SPLITS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-"""First splits that llama.cpp has known by name since 2024 (src/llama-vocab.cpp), the one most like our own first.
+"""First splits that llama.cpp has known by name since 2024 (src/llama-vocab.cpp); the most similar to ours is first.
 
-Ours differs from qwen2's in two rare cases, left out of the probes: a word behind an apostrophe that begins like an
+Ours differs from qwen2's in two rare cases, which the probes leave out: a word after an apostrophe that begins like an
 English contraction ('Test), and combining marks, if the vocabulary has a token that joins one with its letter.
 """
 
 
 def write_gguf(folder: Path, destination: Path, kind: str) -> None:
-    """Write `destination` from a folder that create.sh wrote; BadInput and no file where that is not possible."""
+    """Write `destination` from a folder that create.sh wrote; kind: f16, bf16 or q8_0. If it cannot, BadInput and no
+    file."""
     gguf = _package()
     fields = llama_fields(read_json(folder / "config.json"))
     tokenizer, weights = Tokenizer.from_folder(folder), HFWeights(folder)
@@ -93,12 +94,12 @@ def _add_fields(writer: Any, fields: dict[str, Any], name: str, file_type: int) 
 
 
 def _write_weights(writer: Any, gguf: ModuleType, fields: dict[str, Any], weights: HFWeights, kind: int) -> None:
-    """The header must name every tensor's size before the first is written: the weights are gone through twice."""
+    """Two passes: the header needs every tensor's size before the first tensor is written."""
     names = sorted(weights.names)
     to_gguf = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, fields["num_hidden_layers"])
     for name in names:
-        its_name = to_gguf.get_name(name, try_suffixes=(".weight",))
-        if its_name is None:
+        gguf_name = to_gguf.get_name(name, try_suffixes=(".weight",))
+        if gguf_name is None:
             raise BadInput(f"weight {name!r} has no place in a GGUF file of a LLaMA")
         shape, stored = weights.shape(name), _stored(gguf, weights.shape(name), kind)
         block_weights, block_bytes = gguf.GGML_QUANT_SIZES[stored]
@@ -107,7 +108,7 @@ def _write_weights(writer: Any, gguf: ModuleType, fields: dict[str, Any], weight
                 f"weight {name!r} has rows of {shape[-1]}: {stored.name} needs a multiple of {block_weights}"
             )
         writer.add_tensor_info(
-            its_name, shape, np.dtype(np.float32), int(np.prod(shape)) // block_weights * block_bytes, stored
+            gguf_name, shape, np.dtype(np.float32), int(np.prod(shape)) // block_weights * block_bytes, stored
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -122,7 +123,7 @@ def _stored(gguf: ModuleType, shape: tuple[int, ...], kind: int) -> Any:
 
 
 def _reordered(name: str, values: npt.NDArray[np.float32], fields: dict[str, Any]) -> npt.NDArray[np.float32]:
-    """Rows i and i + D / 2 of each query and key head side by side; every other weight as it is."""
+    """Rows i and i + D / 2 of each query and key head side by side; other weights unchanged."""
     heads = {"q_proj": fields["num_attention_heads"], "k_proj": fields["num_key_value_heads"]}
     for part, count in heads.items():
         if f".{part}." in name:
@@ -166,22 +167,25 @@ def _add_vocabulary(writer: Any, gguf: ModuleType, folder: Path, tokenizer: Toke
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """tokenizer.json of either age: "a b" or ["a", "b"]."""
+    """A merge in tokenizer.json's older weight_format, "a b", or newer weight_format, ["a", "b"]."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
 def _scores(rules: dict[str, Any], rows: int) -> Iterator[float]:
-    """llama.cpp merges the pair with the highest score first: minus the place of a token's first merge."""
-    places: dict[str, int] = {}
-    for place, merge in enumerate(rules["model"]["merges"]):
-        places.setdefault("".join(_pair(merge)), place)
-    by_id = {id: -float(places.get(text, len(places))) for text, id in rules["model"]["vocab"].items()}
+    """Each id's score. llama.cpp merges the highest first, so it is minus the rank of the token's first merge."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(rules["model"]["merges"]):
+        ranks.setdefault("".join(_pair(merge)), rank)
+    by_id = {id: -float(ranks.get(text, len(ranks))) for text, id in rules["model"]["vocab"].items()}
     return (by_id.get(id, 0.0) for id in range(rows))
 
 
 def split_name(rules: dict[str, Any]) -> str:
-    """llama.cpp's name for a first split that gives the ids of `rules` (a byte-level tokenizer.json) on probe texts."""
+    """llama.cpp's name for a first split that gives the ids of `rules` (a byte-level tokenizer.json) on probe texts.
+
+    Raises BadInput if there is none.
+    """
     probes = [GERMAN_TEXT, *TRICKY_TEXTS]
 
     def ids(pre_tokenizer: dict[str, Any]) -> list[list[int]]:

@@ -1,9 +1,9 @@
-"""A checkpoint -> a Hugging Face folder, proved before it is published.
+"""Export a checkpoint as a Hugging Face folder, which is published only after every check has passed.
 
-In order: every file of the checkpoint against its hash; the tokenizer against the run's; the ids of transformers'
-tokenizer against ours; the weights streamed out and read back, bit for bit; the logits of transformers' model against
-ours, both in fp32 with the weights as stored; the model card. Only then does the folder get its name. No GPU; memory as
-parity.py says. transformers itself is handed in by the program, so that the library does not depend on it.
+The checks, in order: every file of the checkpoint against its hash; the tokenizer against the run's; the ids of
+transformers' tokenizer against ours; the weights, written as a stream and read back, bit for bit; the logits of
+transformers' model against ours, both in fp32 with the weights as stored. No GPU is needed; parity.py says what memory.
+The program hands in transformers, so that the library does not depend on it.
 """
 
 from __future__ import annotations
@@ -25,60 +25,66 @@ from lit_gpt.export.hf_folder import HFWeights, require_hashes, write_weights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
 from lit_gpt.export.hf_weights import SHAPE_FIELDS, hf_config, hf_generation_config, hf_shapes, to_hf
 from lit_gpt.export.model_card import Card, write_card
-from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Twin, compare, our_logits, their_logits
+from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits, their_logits
 from lit_gpt.files import publishing_new, write_json
 
 log = logging.getLogger(__name__)
 
 
-class Form(NamedTuple):
-    """How the weights are stored."""
+class WeightFormat(NamedTuple):
+    """How an exported folder stores the weights."""
 
     dtype: torch.dtype
     cut_vocabulary: bool
-    """Leave out the rows of the embedding and of the head that no token has."""
+    """Leave out the padding rows of the embedding and of the output projection."""
     max_shard_bytes: int
+    """Largest weight file."""
 
     def vocabulary_rows(self, config: Config) -> int:
-        """Rows of the embedding and of the head."""
+        """Rows of the embedding and of the output projection."""
         return config.vocab_size if self.cut_vocabulary else config.padded_vocab_size
 
 
 def export(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, destination: Path, form: Form, twin: Twin, license: str
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    destination: Path,
+    format: WeightFormat,
+    reference: Reference,
+    license: str,
 ) -> Parity:
-    """Publish `destination`; BadInput, and nothing published, if a proof fails."""
+    """Publish the folder `destination`; if a check fails, raises BadInput and publishes nothing."""
     config = checkpoint.config
-    rows = form.vocabulary_rows(config)
+    rows = format.vocabulary_rows(config)
     shapes = hf_shapes(config, rows)
     sample, add_bos = _sample(checkpoint, tokenizer)
 
-    def rounded() -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor.to(form.dtype)) for name, tensor in model_tensors(checkpoint))
+    def as_stored() -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.to(format.dtype)) for name, tensor in model_tensors(checkpoint))
 
     with publishing_new(destination, folder=True) as folder:
-        _write_facts(folder, config, tokenizer, form)
+        _write_configs(folder, config, tokenizer, format)
         write_tokenizer(tokenizer, folder, block_size=config.block_size, add_bos=add_bos)
-        require_same_ids(tokenizer, twin.encoder(folder), (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=add_bos)
-        hashes = write_weights(folder, shapes, form.dtype, to_hf(config, rounded(), rows), form.max_shard_bytes)
+        require_same_ids(tokenizer, reference.encoder(folder), (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=add_bos)
+        hashes = write_weights(folder, shapes, format.dtype, to_hf(config, as_stored(), rows), format.max_shard_bytes)
         require_hashes(folder, hashes)
-        theirs = their_logits(twin.model(folder), HFWeights(folder).read, sample)
-        parity = compare(our_logits(config, rounded(), sample), theirs)
-        write_card(folder, checkpoint, Card(license, str(form.dtype).removeprefix("torch."), parity))
+        theirs = their_logits(reference.model(folder), HFWeights(folder).read, sample)
+        parity = compare(our_logits(config, as_stored(), sample), theirs)
+        write_card(folder, checkpoint, Card(license, str(format.dtype).removeprefix("torch."), parity))
         return parity
 
 
-def config_facts(config: Config, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
-    """What config.json says of a model of `config`, exported in `form`."""
-    rows = form.vocabulary_rows(config)
-    return hf_config(config, dtype=form.dtype, vocabulary_rows=rows, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+def config_fields(config: Config, tokenizer: Tokenizer, format: WeightFormat) -> dict[str, Any]:
+    """The content of config.json for a model of `config`, stored in `format`."""
+    rows = format.vocabulary_rows(config)
+    return hf_config(config, dtype=format.dtype, vocabulary_rows=rows, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
 
-def _write_facts(folder: Path, config: Config, tokenizer: Tokenizer, form: Form) -> None:
-    write_json(folder / "config.json", config_facts(config, tokenizer, form))
+def _write_configs(folder: Path, config: Config, tokenizer: Tokenizer, format: WeightFormat) -> None:
+    write_json(folder / "config.json", config_fields(config, tokenizer, format))
     generation = hf_generation_config(
         vocab_size=config.vocab_size,
-        vocabulary_rows=form.vocabulary_rows(config),
+        vocabulary_rows=format.vocabulary_rows(config),
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
     )
@@ -86,7 +92,10 @@ def _write_facts(folder: Path, config: Config, tokenizer: Tokenizer, form: Form)
 
 
 def _sample(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[Tensor, bool]:
-    """The beginning of the run's validation set, or of our own text where that is not here; whether it has BOS."""
+    """(T,) token ids to compare logits on, and whether the training data has BOS.
+
+    The ids are the beginning of the run's validation set, or of our own text where that is not on this machine.
+    """
     config, folder = checkpoint.config, checkpoint.facts.get("val_data_dir")
     tokens = min(SAMPLE_TOKENS, config.block_size)
     if folder and (Path(folder) / MANIFEST).is_file():
@@ -102,7 +111,7 @@ def _sample(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[Tensor, bool]
 
 
 def open_checkpoint(path: Path, model_name: str | None) -> Checkpoint:
-    """The checkpoint at `path`, every file hashed; with `model_name`, one of that registered shape."""
+    """The checkpoint at `path`, verified; BadInput if it is damaged or not of the registered model `model_name`."""
     if not path.is_dir():
         raise BadInput(f"--checkpoint {path}: no such checkpoint folder")
     try:
@@ -114,7 +123,7 @@ def open_checkpoint(path: Path, model_name: str | None) -> Checkpoint:
 
 
 def require_shape(checkpoint: Checkpoint, model_name: str | None) -> None:
-    """BadInput unless the checkpoint has the shape of the registered model; None asks for none."""
+    """Raise BadInput unless the checkpoint has the shape of the registered model; None allows any."""
     if model_name is None:
         return
     entry, config = Config.from_name(model_name), checkpoint.config
@@ -130,7 +139,7 @@ def open_tokenizer(checkpoint: Checkpoint, path: Path | None) -> Tokenizer:
     """The tokenizer in `path`, or the run's own; BadInput unless the run was trained with it."""
     path = path or checkpoint.facts.get("tokenizer_path")
     if path is None:
-        raise BadInput("the run knows of no tokenizer folder: name it with --tokenizer_path")
+        raise BadInput("the checkpoint names no tokenizer folder: give it by --tokenizer_path")
     tokenizer = Tokenizer.from_folder(path)
     if tokenizer.vocab_size != checkpoint.config.vocab_size:
         raise BadInput(

@@ -1,9 +1,9 @@
 """The weights of a Hugging Face model folder: written as a stream, read one by one.
 
-Safetensors is an 8-byte header length, a JSON header, then the bytes of all tensors. Since every shape is known before
-the first weight arrives, the headers are written first and each weight goes straight to its place: the memory of one
-weight, not of one shard. Reading takes safetensors, or the older .bin through torch's weights_only loader; nothing in
-a folder is ever executed.
+A safetensors file is an 8-byte header length, a JSON header, then the bytes of all tensors. All shapes are known before
+the first weight arrives, so the headers are written first and each weight goes straight to its offset. Weights are read
+from safetensors files, or from the older .bin through torch's weights_only loader; nothing in a folder is executed.
+Cost: memory for one weight.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from lit_gpt.files import read_json, write_json
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _HEADER_ALIGNMENT_BYTES = 8
-"""safetensors pads its header with spaces to this, so that the data can be mapped as whole numbers."""
+"""safetensors pads its header with spaces to a multiple of this, so that mapped data is aligned."""
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
 class _Place(NamedTuple):
+    """Where a weight is written."""
+
     file: str
     start: int
-    """Byte in the file."""
+    """Offset in the file, in bytes."""
     shape: tuple[int, ...]
 
 
-def plan_shards(shapes: Mapping[str, tuple[int, ...]], item_bytes: int, max_shard_bytes: int) -> list[list[str]]:
-    """The names of each file, in order: as many as fit, and at least one."""
+def split_into_files(shapes: Mapping[str, tuple[int, ...]], item_bytes: int, max_shard_bytes: int) -> list[list[str]]:
+    """The names of the weights in each file, in order: as many as fit into max_shard_bytes, and at least one."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
@@ -60,13 +62,16 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_bytes: int,
 ) -> dict[str, str]:
-    """Write `tensors`, which must be just those of `shapes`, in any order, as safetensors; returns each one's hash."""
-    shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
+    """Write `tensors` (name, tensor), which must be exactly those of `shapes`, in any order; returns xxh3 by name.
+
+    Raises BadInput if the disk lacks the room, or if a weight is not finite.
+    """
+    shards = split_into_files(shapes, dtype.itemsize, max_shard_bytes)
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     if (free := shutil.disk_usage(folder).free) < total:
         raise BadInput(f"no space for the weights: {total / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free at {folder}")
     names = [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
-    files = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (as many as shards; closed below)
+    files = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed below)
     try:
         places: dict[str, _Place] = {}
         for file, shard in zip(names, shards, strict=True):
@@ -120,13 +125,13 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def require_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Read every weight of `folder` back: just the names and the bits that write_weights was given."""
+    """Read every weight of `folder` back; BadInput unless its bits are those that write_weights was given."""
     found = HFWeights(folder)
     assert found.names == set(hashes), sorted(found.names ^ set(hashes))
     for name, expected in hashes.items():
         if xxhash.xxh3_64_hexdigest(_bytes(found.read(name))) != expected:
             raise BadInput(
-                f"weight {name!r} was not read from {folder} as it was written: the disk is not to be trusted"
+                f"weight {name!r} reads back from {folder} otherwise than it was written: the disk is faulty"
             )
 
 
@@ -134,9 +139,10 @@ def require_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 class HFWeights:
-    """The weights of a folder by name. Files are mapped, so that only what is read takes memory.
+    """The weights of a folder by name. Files are mapped, so only what is read takes memory.
 
-    The exception is a .bin that torch wrote before version 1.6: it is no zip file and is held whole.
+    The exception is a .bin that torch wrote before version 1.6: it is not a zip file and is loaded whole. Raises
+    BadInput if a file is missing or damaged, or holds more than weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -153,6 +159,7 @@ class HFWeights:
         return set(self._files)
 
     def read(self, name: str) -> Tensor:
+        """One weight, in the type in which it is stored; BadInput if it is not finite."""
         file = self._files[name]
         tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
         if not tensor.isfinite().all():
@@ -160,7 +167,7 @@ class HFWeights:
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the weight."""
+        """The shape of a weight, without reading it."""
         file = self._files[name]
         return tuple(file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape())
 
@@ -178,7 +185,7 @@ class HFWeights:
 
 
 def _open_weights(path: Path) -> tuple[list[str], Any]:
-    """The names in one file, and the opened file."""
+    """The names in a file, and the opened file."""
     try:
         if path.suffix == ".safetensors":
             opened = safe_open(path, framework="pt")

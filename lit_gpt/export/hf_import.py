@@ -1,7 +1,7 @@
-"""A Hugging Face folder of a LLaMA -> a step-0 checkpoint to go on training from, proved before it is published.
+"""Import a Hugging Face LLaMA as a step-0 checkpoint to continue training from, checked before it is published.
 
-The weights are kept in fp32, which holds bf16 and fp16 exactly: exporting the checkpoint again gives the same bits. The
-logits of transformers' model and of ours are compared in fp32 on text in the folder's own tokenizer.
+The weights are kept in fp32, which represents bf16 and fp16 exactly, so exporting the checkpoint gives the same bits
+again. The check compares the logits of transformers' model and ours, in fp32, on text in the folder's tokenizer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lit_gpt.data.tokenizer import FILES, Tokenizer
 from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids
 from lit_gpt.export.hf_weights import config_from_hf, to_lit
-from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Twin, compare, our_logits, their_logits
+from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits, their_logits
 from lit_gpt.files import read_json
 
 log = logging.getLogger(__name__)
 
 
 def import_folder(
-    folder: Path, destination: Path, twin: Twin, *, model_name: str | None, tokenizer_path: Path | None
+    folder: Path, destination: Path, reference: Reference, *, model_name: str | None, tokenizer_path: Path | None
 ) -> Parity:
-    """Publish the checkpoint `destination`; BadInput, and nothing published, if the folder is not ours to train."""
+    """Publish the checkpoint `destination`; raises BadInput, and publishes nothing, if we cannot train this model."""
     if destination.exists():
         raise BadInput(f"{destination} exists already: name another destination, or remove it first")
     fields = read_json(folder / "config.json")
@@ -43,7 +43,7 @@ def import_folder(
 
     sample = _sample(tokenizer, config.vocab_size)[: config.block_size]
     ours = our_logits(config, tensors(), sample)
-    parity = compare(ours, their_logits(twin.model(folder), weights.read, sample))
+    parity = compare(ours, their_logits(reference.model(folder), weights.read, sample))
     run: dict[str, Any] = {"step": 0, "slot": 0, "tokens": 0, "settings": {}, "imported_from": str(folder)}
     if tokenizer:
         run |= {"tokenizer_path": str(tokenizer_path), "tokenizer_fingerprint": tokenizer.fingerprint}
@@ -55,7 +55,7 @@ def import_folder(
 
 
 def _tokenizer(folder: Path, path: Path | None) -> tuple[Tokenizer | None, Path | None]:
-    """The tokenizer to go on with and its folder: the one named, which must give the folder's ids, or the folder's."""
+    """The tokenizer for the training, and its folder: `path`, which must give the same ids, or the folder's own."""
     own = Tokenizer.from_folder(folder) if any((folder / name).is_file() for name in FILES[:2]) else None
     if path is None:
         return own, folder if own else None

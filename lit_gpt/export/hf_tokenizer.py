@@ -1,9 +1,9 @@
-"""A tokenizer folder for transformers' AutoTokenizer that gives the ids our models were trained on.
+"""Write the tokenizer so that transformers' AutoTokenizer gives the ids our models were trained on.
 
-Written, not copied: an original folder reads differently in different versions of transformers (LlamaTokenizer makes
-rules of its own from a few flags, whatever tokenizer.json says). So tokenizer.json holds the very rules that training
-used, and the class is the plain one that takes them as they stand. A BOS is put before a text only if the training data
-had one. The one difference, on purpose: a control token spelled out in a text is that token, as chat templates need.
+It is written, not copied, because versions of transformers read an original folder differently (LlamaTokenizer derives
+its own rules from a few flags, whatever tokenizer.json says). The written tokenizer.json holds the rules that training
+used, and the plain class that takes them as they are. A text begins with BOS only if the training data had it. There is
+one intended difference: a control token spelled out in a text is that token, as chat templates need.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.files import write_json
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
-"""The class of transformers 4 and 5 that takes tokenizer.json as it stands."""
+"""The class of transformers 4 and 5 that takes tokenizer.json as it is."""
 
 TRICKY_TEXTS = (
     "Hallo Welt",
@@ -29,11 +29,11 @@ TRICKY_TEXTS = (
     "e\u0301 🐑 漢字 \u0000\u200b",
     "1234567890 3,14159",
 )
-"""Where versions of tokenizers are known to differ: beginnings, runs of spaces, added tokens, unknown letters."""
+"""Where tokenizers are known to differ: beginnings, runs of spaces, added tokens, unknown characters."""
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_bos: bool) -> None:
-    """tokenizer.json and tokenizer_config.json for `tokenizer`."""
+    """Write tokenizer.json and tokenizer_config.json; BadInput if BOS is wanted but the tokenizer has none."""
     rules: dict[str, Any] = json.loads(tokenizer._backend.to_str())
     contents = {token["id"]: token["content"] for token in rules["added_tokens"]}
     bos = contents[tokenizer.bos_id] if tokenizer.bos_id is not None else None
@@ -52,14 +52,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
-        # transformers 4 would give generate() token types too, which no LLaMA takes
+        # else transformers 4 gives generate() token types, which LLaMA does not take
         "model_input_names": ["input_ids", "attention_mask"],
     }
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def _bos_template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
-    """The post-processor that puts `bos` before each text, in tokenizer.json's own form."""
+    """The post-processor that puts `bos` before each text, as tokenizer.json states it."""
 
     def part(kind: str, id: str | None, type_id: int) -> dict[str, Any]:
         return {kind: {"id": id, "type_id": type_id}}
@@ -78,10 +78,10 @@ def _bos_template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
 def require_same_ids(
     tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]], texts: Sequence[str], *, add_bos: bool
 ) -> None:
-    """BadInput unless `encode`, which is transformers' reading of the written folder, gives our ids for every text."""
+    """Raise BadInput unless `encode`, transformers' tokenizer from the written folder, gives our ids for every text."""
     for text in texts:
         ours = [tokenizer.bos_id] * add_bos + tokenizer.encode(text)
         if (theirs := list(encode(text))) != ours:
             raise BadInput(
-                f"transformers reads the tokenizer otherwise: {text!r} is {theirs[:9]} there, {ours[:9]} in training"
+                f"transformers reads the tokenizer differently: {text!r} is {theirs[:9]} there, {ours[:9]} in training"
             )

@@ -1,11 +1,11 @@
-"""Our weights <-> the weights and config.json of a Hugging Face LLaMA. One table; both directions are derived from it.
+"""Convert weights and config between our model and a Hugging Face LLaMA, in both directions by one table.
 
-A row block of one of our matrices is a matrix of its own there: q, k and v lie one after another in our `attn.qkv`,
-gate and up in our `mlp.gate_up`. Rotary positions have the half-split form on both sides, so no row is permuted.
-Our vocabulary matrices have `padded_vocab_size` rows; a folder may hold fewer (the padding cut off).
+Our `attn.qkv` holds Hugging Face's q, k and v as blocks of rows, one after another; `mlp.gate_up` holds gate and up.
+Both sides use the half-split form of the rotary embedding, so no row is permuted. Our vocabulary matrices have
+`padded_vocab_size` rows; a folder's may be cut to fewer.
 
-Invariants: every name on either side is in the table exactly once; a name too many, a name too few or another shape is
-an error that says which. Converted tensors have the bits they had. Cost: one weight in memory at a time.
+Invariants: every name of either side is in the table exactly once; an unknown name, a missing name or another shape is
+an error that names it. Conversion keeps every bit. Cost: memory for one weight at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import REGISTRY, Config
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Names of the command line for what a folder's weights are stored in."""
+"""Types of a folder's weights, by their names on the command line."""
 
 SHAPE_FIELDS = {
     "n_layer": "num_hidden_layers",
@@ -30,14 +30,14 @@ SHAPE_FIELDS = {
     "n_embd": "hidden_size",
     "intermediate_size": "intermediate_size",
 }
-"""Fields that fix every shape but the vocabulary's, and their names in config.json."""
+"""The fields of Config that determine all shapes but the vocabulary's -> their names in config.json."""
 
 _RECOMPUTED = ".rotary_emb.inv_freq"
-"""Old transformers stored the rotary frequencies; they follow from rope_theta and are skipped."""
+"""Old versions of transformers stored the rotary frequencies; they follow from rope_theta, so they are skipped."""
 
 
 class Weight(NamedTuple):
-    """One weight of ours and the Hugging Face weights that are its row blocks, in order."""
+    """One of our weights, and the Hugging Face weights that are its blocks of rows, in order."""
 
     name: str
     parts: dict[str, int]
@@ -45,7 +45,7 @@ class Weight(NamedTuple):
     columns: int | None
     """None: a vector."""
     of_vocabulary: bool = False
-    """One row for each id, so that a folder may leave the padding out."""
+    """Whether it has one row per id, so that a folder may leave out the padding."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class Weight(NamedTuple):
 
 
 def weights(config: Config) -> Iterator[Weight]:
-    """The table, in the order in which a forward pass needs the weights."""
+    """The table, in the order of a forward pass."""
     width, hidden, vocabulary = config.n_embd, config.intermediate_size, config.padded_vocab_size
     queries, keys = config.n_head * config.head_size, config.n_query_groups * config.head_size
     yield Weight("transformer.wte.weight", {"model.embed_tokens.weight": vocabulary}, width, of_vocabulary=True)
@@ -77,7 +77,7 @@ def weights(config: Config) -> Iterator[Weight]:
 
 
 def hf_shapes(config: Config, vocabulary_rows: int) -> dict[str, tuple[int, ...]]:
-    """Every weight of a folder whose vocabulary matrices have `vocabulary_rows` rows, in the table's order."""
+    """Name -> shape of a folder's weights, in the table's order; vocabulary matrices have `vocabulary_rows` rows."""
     return {
         name: ((vocabulary_rows if weight.of_vocabulary else rows), *weight.shape[1:])
         for weight in weights(config)
@@ -86,7 +86,10 @@ def hf_shapes(config: Config, vocabulary_rows: int) -> dict[str, tuple[int, ...]
 
 
 def to_hf(config: Config, tensors: Iterable[tuple[str, Tensor]], vocabulary_rows: int) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's (name, tensor) out of ours, as they come; views, not copies."""
+    """Convert our (name, tensor) to Hugging Face's, in the order given; views, not copies.
+
+    Raises BadInput if a weight is missing, unknown or of another shape.
+    """
     awaited = {weight.name: weight for weight in weights(config)}
     for name, tensor in tensors:
         if name not in awaited:
@@ -105,7 +108,10 @@ def to_hf(config: Config, tensors: Iterable[tuple[str, Tensor]], vocabulary_rows
 def to_lit(
     config: Config, names: Collection[str], read: Callable[[str], Tensor], vocabulary_rows: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our (name, tensor) in the table's order; `names` are all that the folder has, `read` gives one of them."""
+    """Our (name, tensor), in the table's order, from a folder's weights: all its `names`, which `read` reads.
+
+    Raises BadInput if a weight is missing, unknown or of another shape.
+    """
     shapes = hf_shapes(config, vocabulary_rows)
     if missing := [name for name in shapes if name not in names]:
         raise BadInput(f"weight {missing[0]!r} is missing ({len(missing)} missing in all)")
@@ -122,10 +128,11 @@ def to_lit(
 
 
 def _pad_vocabulary(tensor: Tensor, config: Config, weight: Weight) -> Tensor:
-    """`tensor` with rows for the ids that no token has, up to the multiple that our matrices are padded to.
+    """`tensor` with padding rows, for ids that no token has, up to padded_vocab_size rows.
 
-    The head's are the mean row: their logit is the mean logit, at most the mean in exp, so that k of them on V ids
-    raise no loss by more than log(1 + k / V) (0.0017 for the published vocabulary). A zero row has no such bound.
+    The output projection's are the mean of its rows, so their logit is the mean logit. Its exp is at most the mean exp
+    of the V logits (Jensen), so k padding rows raise a loss by at most log(1 + k / V): 0.0017 for the published
+    vocabulary. Zero rows have no such bound.
     """
     absent = config.padded_vocab_size - len(tensor)
     if not absent:
@@ -142,7 +149,7 @@ def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def hf_config(
     config: Config, *, dtype: torch.dtype, vocabulary_rows: int, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
-    """config.json. rope_theta and torch_dtype are the names that transformers 4 and 5 both read."""
+    """The content of config.json. transformers 4 and 5 both read the names rope_theta and torch_dtype."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -169,7 +176,7 @@ def hf_config(
 def hf_generation_config(
     *, vocab_size: int, vocabulary_rows: int, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
-    """generation_config.json: greedy, ends at the document's end, never gives an id that stands for no token."""
+    """The content of generation_config.json: greedy, ends at EOS, never generates a padding id."""
     padding = list(range(vocab_size, vocabulary_rows))
     return {
         "bos_token_id": bos_id,
@@ -180,10 +187,10 @@ def hf_generation_config(
 
 
 def config_from_hf(fields: Mapping[str, Any], *, model_name: str | None, vocab_size: int | None) -> Config:
-    """Our shape for a config.json; BadInput where it is no LLaMA that this project trains.
+    """Our Config for a config.json; BadInput if this project does not train such a model.
 
-    The name is `model_name`, or the first registered model of that shape. `vocab_size` is the tokenizer's (None: no
-    tokenizer at hand): the matrices must have just so many rows, or as many as its padding gives.
+    Its name is `model_name`, or the first registered model of that shape. `vocab_size` is the tokenizer's (None: there
+    is no tokenizer): the vocabulary matrices must have that many rows, or as many as its padding gives.
     """
     stated = llama_fields(fields)
     shape = {ours: stated[hf] for ours, hf in SHAPE_FIELDS.items()}
@@ -215,9 +222,9 @@ def config_from_hf(fields: Mapping[str, Any], *, model_name: str | None, vocab_s
 
 
 def llama_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json states; BadInput that names the fact and its value where our blocks do not compute it."""
+    """A config.json's fields, completed; BadInput names a field, and its value, that our model does not support."""
     stated: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
-    if "num_attention_heads" in stated:  # grouped heads came later: without them, keys have as many as queries
+    if "num_attention_heads" in stated:  # older files lack it: then there are as many key-value heads as query heads
         stated.setdefault("num_key_value_heads", stated["num_attention_heads"])
     for key in ("model_type", "vocab_size", "max_position_embeddings", "rms_norm_eps", *SHAPE_FIELDS.values()):
         if key not in stated:
@@ -243,5 +250,5 @@ def rope_base(fields: Mapping[str, Any]) -> float:
 
 
 def _rope(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling."""
+    """transformers 5 writes rope_parameters; transformers 4 wrote rope_theta and rope_scaling."""
     return fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta"), **fields.get("rope_scaling", {})}

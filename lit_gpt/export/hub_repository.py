@@ -1,9 +1,9 @@
-"""A model repository on the Hugging Face Hub, as a place for whole folders: each a branch, put there in one commit.
+"""A model repository on the Hugging Face Hub that holds whole folders: each on a branch, pushed in one commit.
 
-A revision is there when its branch's newest commit bears its name. The commit comes after all uploads and is one
-request, so a push that was cut off, at whatever point, leaves no half of a revision and is taken up by the next. What
-may pass (no connection, a time-out, an answer 408, 429 or 5xx) is tried again, with waits that double; what will not
-(no permission, no such owner) is told at once. The token is huggingface_hub's own business: nothing here sees it.
+A branch holds a folder if its newest commit has the folder's title. The commit is one request after all uploads, so an
+interrupted push leaves nothing half done, and the next push completes it. Transient failures (no connection, a
+time-out, status 408, 429 or 5xx) are retried, with waits that double; others (no permission, no such owner) are raised
+at once. Only huggingface_hub handles the token.
 """
 
 from __future__ import annotations
@@ -31,41 +31,42 @@ Result = TypeVar("Result")
 
 MAIN = "main"
 _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
-"""Base of the errors of the HTTP library that the installed huggingface_hub is built on: there were three so far."""
-_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+"""Base of the HTTP library's errors; versions of huggingface_hub have used three such libraries so far."""
+_TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _ALWAYS_THERE = ".gitattributes"
-"""The Hub's own file: it says which files are large."""
+"""Made by the Hub: it says which files are large."""
 
 
 class UploadFailed(Exception):
-    """Not uploaded after all attempts: the network or the Hub may be well again later."""
+    """All attempts failed; the network or the Hub may work again later."""
 
 
-class Patience(NamedTuple):
-    """How long a request is tried."""
+class RetryPolicy(NamedTuple):
+    """How often a request is tried, and the seconds between."""
 
     attempts: int
     first_wait_s: float
     longest_wait_s: float = 300.0
 
     def waits_s(self) -> list[float]:
-        """Between the attempts."""
+        """Seconds between the attempts."""
         return [min(self.first_wait_s * 2**n, self.longest_wait_s) for n in range(self.attempts - 1)]
 
 
 class HubRepository:
-    """The model repository `name`, "owner/model"; made where it is missing."""
+    """The model repository `name`, "owner/model"; created if missing. Raises BadInput if the Hub refuses, UploadFailed
+    if all attempts fail; so do its methods."""
 
-    def __init__(self, name: str, patience: Patience, *, private: bool) -> None:
+    def __init__(self, name: str, retries: RetryPolicy, *, private: bool) -> None:
         self.name = name
-        self._patience = patience
+        self._retries = retries
         self._api = HfApi()
-        for library in ("httpx", "httpx2"):  # a line a request
+        for library in ("httpx", "httpx2"):  # they log a line per request
             logging.getLogger(library).setLevel(logging.WARNING)
         self._try(f"open {name}", lambda: self._api.create_repo(name, exist_ok=True, private=private or None))
 
     def title(self, branch: str) -> str | None:
-        """The title of the branch's newest commit, which says what it holds; None where there is no such branch."""
+        """The title of the branch's newest commit; None where there is no such branch."""
 
         def newest() -> str | None:
             try:
@@ -77,11 +78,11 @@ class HubRepository:
         return self._try(f"look at {branch}", newest)
 
     def push(self, folder: Path, title: str, branch: str) -> None:
-        """Make `folder`'s files all that `branch` holds, under this title; nothing if it is so already."""
+        """Replace what `branch` holds by the folder's files, in a commit with this title, unless that is done."""
         additions = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
 
         def commit() -> None:
-            if self.title(branch) == title:  # an earlier attempt's commit, whose answer was lost
+            if self.title(branch) == title:  # an earlier attempt's commit went through, but its response was lost
                 return
             if branch != MAIN:
                 self._api.create_branch(self.name, branch=branch, exist_ok=True)
@@ -94,18 +95,18 @@ class HubRepository:
         self._try(f"upload {title} to {self.name}, branch {branch}", commit)
 
     def _try(self, what: str, call: Callable[[], Result]) -> Result:
-        """`call`'s result; BadInput if the Hub refuses it, UploadFailed if it failed in every attempt."""
-        for wait_s in (*self._patience.waits_s(), None):
+        """The result of `call`; BadInput if the Hub refuses it, UploadFailed if every attempt fails."""
+        for wait_s in (*self._retries.waits_s(), None):
             try:
                 return call()
             except (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
                 raise BadInput(f"cannot {what}: {_first_line(error)}") from None
-            except (_HTTP_ERROR, OSError, RuntimeError) as error:  # threads of an upload end in a RuntimeError
+            except (_HTTP_ERROR, OSError, RuntimeError) as error:  # an upload's threads raise RuntimeError
                 status = _status(error)
-                if status is not None and status not in _PASSING_STATUS:
+                if status is not None and status not in _TRANSIENT_STATUS:
                     raise BadInput(f"the Hub refuses to {what}: {_first_line(error)}{_advice(status)}") from None
                 if wait_s is None:
-                    failed = f"could not {what} in {self._patience.attempts} attempts: {_first_line(error)}"
+                    failed = f"could not {what} in {self._retries.attempts} attempts: {_first_line(error)}"
                     raise UploadFailed(failed) from error
                 log.warning("could not %s: %s; trying again in %g s", what, _first_line(error), wait_s)
                 time.sleep(wait_s)
@@ -113,7 +114,7 @@ class HubRepository:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that caused `error`, if it came that far."""
+    """The HTTP status that caused `error`, if there was a response."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:

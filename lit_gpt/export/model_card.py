@@ -1,7 +1,7 @@
-"""The README.md of an exported folder, written from what the run recorded; nothing in it is typed by hand.
+"""The model card: README.md of an exported folder, written only from what the run recorded.
 
 Every figure comes from the checkpoint's run.json, the run folder's metrics.csv, or the data set's manifest. What is not
-recorded, or not on this machine, is said to be unknown. Paths of the machine and the environment stay out.
+recorded, or not on this machine, is called unknown. Paths and environment variables are left out.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from lit_gpt.export.parity import Parity
 
 PICTURE = "loss.png"
 _PATH_ENDINGS = ("_dir", "_path", "resume")
-"""Settings that are places on a machine."""
+"""Settings that are paths."""
 
 
 class Card(NamedTuple):
-    """What the card tells beside the checkpoint itself."""
+    """What the card says beside what the checkpoint records."""
 
     license: str
-    """Identifier of Hugging Face's list, such as apache-2.0; "unknown" where the exporter named none."""
+    """Identifier from Hugging Face's list, such as apache-2.0; "unknown" if none is given."""
     weights: str
-    """Type and size of the weights."""
+    """Type of the stored weights, such as bfloat16."""
     parity: Parity
 
 
 def write_card(folder: Path, checkpoint: Checkpoint, card: Card) -> None:
-    """README.md, with loss.png where the run folder has metrics."""
+    """Write README.md, and loss.png if the run folder has metrics."""
     metrics = read_metrics(checkpoint.path.parent / "metrics.csv", checkpoint.step)
     if metrics:
         _draw(metrics, folder / PICTURE)
@@ -40,7 +40,7 @@ def write_card(folder: Path, checkpoint: Checkpoint, card: Card) -> None:
 
 
 def tells_of(folder: Path, checkpoint: Checkpoint) -> bool:
-    """Whether the folder's card was written for this checkpoint, and not for one of its name."""
+    """Whether the folder's card was written for this very state, not another checkpoint of the same step."""
     card = folder / "README.md"
     return card.is_file() and checkpoint.state_xxh3 in card.read_text(encoding="utf-8")
 
@@ -97,7 +97,7 @@ def _data(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _counts(facts: dict[str, Any]) -> str:
-    """From the manifests, if the very data sets of the run are on this machine."""
+    """Documents and tokens, from the manifests if the run's data sets are on this machine."""
     try:
         stores = [TokenStore.open(folder) for folder in facts["train_data_dir"]]
     except (BadInput, KeyError):

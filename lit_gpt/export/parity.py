@@ -1,9 +1,9 @@
-"""Proof that two models of the same weights compute the same: ours and transformers', logits in fp32 on real text.
+"""Check that transformers' model and ours compute the same with the same weights: logits in fp32, on real text.
 
-Each model is built without memory and runs once; the weights of a piece (the embedding, one block, the final norm, the
-head) are read when the pass reaches it and dropped when it has passed. So a model of any size needs the memory of its
-largest piece in fp32 (7B: 0.8 GB), and each side's own forward code is what is tested.
-Cost: one forward pass a side.
+Each model is built on the meta device and runs once. The weights of a piece (the embedding, one block, the final norm,
+the output projection) are read when the forward pass reaches it and dropped afterwards. So a model of any size needs
+memory for its largest piece in fp32 (7B: 0.8 GB), and each side runs its own forward code.
+Cost: one forward pass on each side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lit_gpt.config import Config
 from lit_gpt.model.gpt import GPT
 
 BOUND = 1e-5
-"""Largest difference of two logits, relative to the largest logit: some rounding errors of fp32, no more."""
+"""Largest allowed difference of two logits, relative to the largest logit: a few rounding errors of fp32."""
 
 GERMAN_TEXT = (
     "Im Morgengrauen zog die Schäferin mit ihren Lämmern über die Mainbrücke. Der Nebel lag noch über den Weinbergen, "
@@ -30,42 +30,41 @@ GERMAN_TEXT = (
     "fraßen ruhig, und niemand außer einem müden Bäckerlehrling blickte ihnen nach.\nAm Abend schrieb sie in ihr Heft: "
     "Wer zählen kann, verliert kein Lamm. Wer zuhören kann, findet auch das, das sich im Schilf versteckt hat."
 )
-"""Written for this project: what is compared on where no validation set is at hand."""
+"""Written for this project; compared on where there is no validation set."""
 
 Fetch = Callable[[list[str]], dict[str, Tensor]]
-"""Weights by name, given when a piece of the model needs them; each name is asked for once, in the model's order."""
-
+"""Gives the weights of a piece by name; each name is asked for once, in the model's order."""
 
 SAMPLE_TOKENS = 256
-"""Length of what is compared on."""
+"""Tokens to compare logits on."""
 
 
-class Twin:
-    """What transformers, handed in as a module, makes of a folder; the library itself does not import it."""
+class Reference:
+    """transformers' reading of a folder. The program hands in the module, as the library does not import it."""
 
     def __init__(self, transformers: ModuleType) -> None:
         self._transformers = transformers
 
     def model(self, folder: Path) -> Any:
-        """Its model of the folder's config.json, without memory; attention as plain matrix products."""
+        """The model of the folder's config.json, on the meta device, with eager attention."""
         config = self._transformers.AutoConfig.from_pretrained(folder)
         config.use_cache = False
         with torch.device("meta"):
             model = self._transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # frequencies are no weights: they must be real
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # a buffer, not a weight: it must be real
         return model
 
     def encoder(self, folder: Path) -> Callable[[str], Sequence[int]]:
-        """Its tokenizer, called as a user calls it."""
+        """The folder's tokenizer, called as a user calls it."""
         tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder)
-        return lambda text: tokenizer(text, verbose=False).input_ids  # quiet about texts beyond the context
+        return lambda text: tokenizer(text, verbose=False).input_ids  # no warning about texts longer than the context
 
 
 class Parity(NamedTuple):
-    """How far the logits of two models lie apart."""
+    """How far apart the logits of two models are."""
 
     difference: float
-    """Largest difference of two logits over the largest logit."""
+    """Largest difference of two logits, divided by the largest logit."""
     largest_logit: float
     tokens: int
     """Positions compared."""
@@ -85,7 +84,7 @@ def our_logits(config: Config, tensors: Iterable[tuple[str, Tensor]], tokens: Te
 
 
 def their_logits(model: nn.Module, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
-    """The logits of transformers' `model`, whose weights `read` gives."""
+    """The logits (T, V) in fp32 of transformers' `model`, whose weights `read` reads, for tokens (T,)."""
     return logits(model, lambda names: {name: read(name) for name in names}, tokens)
 
 
@@ -106,8 +105,8 @@ def logits(model: nn.Module, fetch: Fetch, tokens: Tensor) -> Tensor:
 
 
 def pieces(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of what is loaded together: each element of a module list, and each module outside of one that
-    holds weights itself."""
+    """(name, module) of each piece, which is loaded as a whole: every element of a ModuleList, and outside of these
+    every module that holds weights itself."""
     listed: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(listed) and listed:
@@ -136,7 +135,7 @@ def _dropper(module: nn.Module, _inputs: Any, _output: Any) -> None:
 
 
 def fetch_from(stream: Iterable[tuple[str, Tensor]]) -> Fetch:
-    """Fetch from a stream of (name, tensor) in about the model's order; what comes too early waits in memory."""
+    """Fetch from a stream of (name, tensor) in roughly the model's order; what comes too early is kept in memory."""
     source, waiting = iter(stream), dict[str, Tensor]()
 
     def fetch(names: list[str]) -> dict[str, Tensor]:
@@ -148,7 +147,7 @@ def fetch_from(stream: Iterable[tuple[str, Tensor]]) -> Fetch:
 
 
 def compare(ours: Tensor, theirs: Tensor) -> Parity:
-    """The distance of two (T, V) logits; BadInput above BOUND. A folder may lack the padding's logits: they are cut."""
+    """Compare logits (T, V); BadInput above BOUND. Where one side has no padding, the other's is ignored."""
     vocabulary = min(ours.shape[1], theirs.shape[1])
     largest = ours[:, :vocabulary].abs().max().item()
     difference = (ours[:, :vocabulary] - theirs[:, :vocabulary]).abs().max().item() / largest

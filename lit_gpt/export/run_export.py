@@ -1,12 +1,12 @@
-"""Every checkpoint of a run -> a Hugging Face folder of its own and, if asked, a branch of a repository on the Hub.
+"""Export every checkpoint of a run: each to its own Hugging Face folder and, if asked, to a branch on the Hub.
 
-A folder and its branch are named by what the checkpoint has seen: step-00010000-tokens-21B. Oldest first: that is what
-the run's retention takes first. Checkpoints of branches that the run has left are not exported. The run is only read,
-never locked or waited for: a checkpoint that goes while it is exported is passed over. What is there already is
-skipped, so the same command goes on after any end. README.md and the title of the commit on the Hub hold a hash of the
-state: where a run was taken back and trained anew, a folder of that name from before is refused, a branch gets a
-further commit. On the Hub, main holds the newest.
-Costs: as hf_export.py for each checkpoint; two requests to the Hub for one that is there.
+A folder and its branch are named by step and tokens: step-00010000-tokens-21B. Checkpoints are exported oldest first,
+in the order in which the run prunes them; those of branches that the run has left are not exported. The run is only
+read, never locked or waited for: a checkpoint that is pruned during its export is passed over. What is exported already
+is skipped, so the same command continues after any interruption. README.md and the title of the commit on the Hub hold
+a hash of the state: where a run went back and trained a step again, the step's older folder is refused, and its branch
+gets a further commit. On the Hub, main holds the newest.
+Costs: those of hf_export.py for each checkpoint; two requests for one that is on the Hub already.
 """
 
 from __future__ import annotations
@@ -19,64 +19,67 @@ from typing import NamedTuple
 from lit_gpt.checkpoint.checkpoint import RUN, Checkpoint, DamagedCheckpoint, newest_first, verified
 from lit_gpt.checkpoint.history import left_behind
 from lit_gpt.cli import BadInput
-from lit_gpt.export.hf_export import Form, config_facts, export, open_tokenizer, require_shape
+from lit_gpt.export.hf_export import WeightFormat, config_fields, export, open_tokenizer, require_shape
 from lit_gpt.export.hub_repository import MAIN, HubRepository
 from lit_gpt.export.model_card import tells_of
-from lit_gpt.export.parity import Twin
+from lit_gpt.export.parity import Reference
 from lit_gpt.files import read_json
 
 log = logging.getLogger(__name__)
 
 _UNITS = ("", "K", "M", "B", "T")
 _STEP_CHARS = len("step-00000000")
-"""Of a revision's name: their fixed width makes them an order."""
+"""The part of a revision's name that sorts by step."""
 
 
-class Target(NamedTuple):
-    """What is made of a checkpoint, and where it goes."""
+class ExportOptions(NamedTuple):
+    """How each checkpoint is exported, and to where."""
 
     destination: Path
-    """Folder of the exported folders."""
-    form: Form
+    """Folder for the exported folders."""
+    format: WeightFormat
     license: str
     tokenizer_path: Path | None = None
-    """None: the run's own."""
+    """Tokenizer folder; None: the run's own."""
     model_name: str | None = None
-    """The registered model that each checkpoint must be, if one is named."""
+    """The registered model that each checkpoint must be; None: any."""
     hub: HubRepository | None = None
     remove_uploaded: bool = False
     """Remove a folder once its branch is on the Hub."""
 
 
 def revision_name(step: int, tokens: int) -> str:
-    """The name of a checkpoint's folder and branch, tokens to three digits."""
+    """The name of a checkpoint's folder and branch; tokens to three digits."""
     power = next(power for power in range(len(_UNITS)) if round(tokens / 1000**power) < 1000)
     return f"step-{step:08d}-tokens-{tokens / 1000**power:.3g}{_UNITS[power]}"
 
 
 class RunExport:
-    """The export of the run in `run_dir`; remembers what it has dealt with."""
+    """The export of the run in `run_dir`; remembers which checkpoints it has handled."""
 
-    def __init__(self, run_dir: Path, target: Target, twin: Twin) -> None:
+    def __init__(self, run_dir: Path, options: ExportOptions, reference: Reference) -> None:
         if not run_dir.is_dir():
             raise BadInput(f"--run_dir {run_dir}: no such folder")
-        self._run_dir, self._target, self._twin = run_dir, target, twin
+        self._run_dir, self._options, self._reference = run_dir, options, reference
         self._seen: set[str] = set()
         self.damaged: list[str] = []
-        """Names of the checkpoints that were passed over because they are damaged."""
+        """Names of the damaged checkpoints that were passed over."""
         self.run_is_over = False
-        """The newest checkpoint that was dealt with is that of the run's last step."""
+        """Whether the newest handled checkpoint is of the run's last step."""
 
     def export_new(self) -> int:
-        """Deal with the checkpoints that appeared since the last call; their number."""
+        """Export the checkpoints that have appeared since the last call; returns their number.
+
+        Raises BadInput if an existing folder is of another state or other options, UploadFailed if the Hub fails.
+        """
         others = left_behind(self._run_dir)
         new = [path for path in newest_first(self._run_dir)[::-1] if path.name not in self._seen and path not in others]
         for path in new:
-            self._deal_with(path, newest=path is new[-1])
+            self._export_one(path, newest=path is new[-1])
             self._seen.add(path.name)
         return len(new)
 
-    def _deal_with(self, path: Path, *, newest: bool) -> None:
+    def _export_one(self, path: Path, *, newest: bool) -> None:
         try:
             checkpoint = Checkpoint(path, read_json(path / RUN))
         except BadInput as error:
@@ -90,19 +93,19 @@ class RunExport:
             self._pass_over(path, error)
             return
         branches = self._missing_branches(revision, title, newest=newest)
-        if self._target.hub is not None and not branches:
+        if self._options.hub is not None and not branches:
             log.info("%s is on the Hub already", revision)
-        elif (folder := self._folder(checkpoint, revision)) is not None and self._target.hub is not None:
+        elif (folder := self._folder(checkpoint, revision)) is not None and self._options.hub is not None:
             for branch in branches:
-                self._target.hub.push(folder, title, branch)
-                log.info("uploaded %s to %s, branch %s", revision, self._target.hub.name, branch)
-            if self._target.remove_uploaded:
+                self._options.hub.push(folder, title, branch)
+                log.info("uploaded %s to %s, branch %s", revision, self._options.hub.name, branch)
+            if self._options.remove_uploaded:
                 shutil.rmtree(folder)
         self.run_is_over = checkpoint.step == last_step
 
     def _missing_branches(self, revision: str, title: str, *, newest: bool) -> list[str]:
-        """The branches that get a commit with `title`: the revision's own, and main unless that holds a later step."""
-        hub = self._target.hub
+        """The branches that need a commit: the revision's own and, for the newest, main if it holds no later step."""
+        hub = self._options.hub
         if hub is None:
             return []
         branches = [revision] if hub.title(revision) != title else []
@@ -114,15 +117,13 @@ class RunExport:
         return branches
 
     def _folder(self, checkpoint: Checkpoint, revision: str) -> Path | None:
-        """The exported folder, made unless it is there; None if the checkpoint cannot be exported any more."""
-        target, folder = self._target, self._target.destination / revision
+        """The exported folder, made if missing; None if the checkpoint is damaged or was removed."""
+        options, folder = self._options, self._options.destination / revision
         try:
             if folder.exists():
-                tokenizer = open_tokenizer(checkpoint, target.tokenizer_path)
-                if read_json(folder / "config.json") != config_facts(checkpoint.config, tokenizer, target.form):
-                    raise BadInput(
-                        f"{folder} was exported otherwise than is asked for now: remove it, or export elsewhere"
-                    )
+                tokenizer = open_tokenizer(checkpoint, options.tokenizer_path)
+                if read_json(folder / "config.json") != config_fields(checkpoint.config, tokenizer, options.format):
+                    raise BadInput(f"{folder} was exported with other options than now: remove it, or export elsewhere")
                 if not tells_of(folder, checkpoint):
                     raise BadInput(
                         f"{folder} was exported from another state of the run, by its README.md: remove it, or export "
@@ -131,9 +132,9 @@ class RunExport:
                 log.info("%s is there already", folder)
                 return folder
             whole = verified(checkpoint.path)
-            require_shape(whole, target.model_name)
-            tokenizer = open_tokenizer(whole, target.tokenizer_path)
-            parity = export(whole, tokenizer, folder, target.form, self._twin, target.license)
+            require_shape(whole, options.model_name)
+            tokenizer = open_tokenizer(whole, options.tokenizer_path)
+            parity = export(whole, tokenizer, folder, options.format, self._reference, options.license)
         except DamagedCheckpoint as error:
             self._pass_over(checkpoint.path, error)
             return None

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_gpt.cli import BadInput
-from lit_gpt.export.hf_folder import HFWeights, plan_shards, require_hashes, write_weights
+from lit_gpt.export.hf_folder import HFWeights, require_hashes, split_into_files, write_weights
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -29,8 +29,8 @@ def write(
 
 def test_shards_are_filled_in_order_and_hold_one_weight_at_least() -> None:
     shapes = {"a": (10,), "b": (10,), "c": (100,), "d": (1,)}
-    assert plan_shards(shapes, 4, 80) == [["a", "b"], ["c"], ["d"]]
-    assert plan_shards(shapes, 2, 10**9) == [["a", "b", "c", "d"]]
+    assert split_into_files(shapes, 4, 80) == [["a", "b"], ["c"], ["d"]]
+    assert split_into_files(shapes, 2, 10**9) == [["a", "b", "c", "d"]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -308,7 +308,7 @@ def test_a_folder_that_was_exported_otherwise_is_not_taken_for_the_export(
     made = (tmp_path / "out" / names[0]).stat().st_mtime_ns
     export_all(run, tmp_path / "out")
     assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == made
-    with pytest.raises(BadInput, match="was exported otherwise than is asked for now"):
+    with pytest.raises(BadInput, match="was exported with other options than now"):
         export_all(run, tmp_path / "out", "--dtype", "fp32")
 
 
