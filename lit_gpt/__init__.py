@@ -1,3 +1,3 @@
-"""LLäMmlein pretraining: one noun a file, imports only downwards (tests/test_layering.py says how)."""
+"""LLäMmlein pretraining: rooms of files, one noun per file; docs/architecture.md is the tour."""
 
 __version__ = "0.1.0"

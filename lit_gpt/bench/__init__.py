@@ -1,1 +1,1 @@
-"""Measurements, each beside its reference from the same run."""
+"""Measurements, each beside a reference that is measured in the same run."""

@@ -1,1 +1,1 @@
-"""Training states that can be trusted: written whole or not at all, verified, loaded on any number of ranks."""
+"""Training states that can be trusted: published whole or not at all, verified, loaded on any number of ranks."""

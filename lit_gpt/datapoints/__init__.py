@@ -1,1 +1,1 @@
-"""What a run saw and what it was, and the questions that can be asked about it afterwards."""
+"""The record of what a run was and what each step saw, and how to query it."""

@@ -1,1 +1,1 @@
-"""What an exported model scores."""
+"""Scores of an exported model: validation loss, and tasks of lm-eval."""

@@ -1,8 +1,8 @@
 """What an exported folder scores: loss on a validation split, and tasks of lm-eval.
 
-The loss is that of training: our own model with the folder's weights, the same rows, documents that do not see each
-other, the same sum. So for weights in fp32 it is the run's own validation loss. Tasks run through transformers and
-lm-eval, as anybody would evaluate the published folder.
+The loss is that of training: our model with the folder's weights, the same rows, no attention across documents (unless
+asked for), the same sum. So for weights in fp32 it equals the run's own validation loss. Tasks run through transformers
+and lm-eval, as anybody would evaluate the published folder.
 Costs: the weights in memory, for the loss in fp32.
 """
 
@@ -28,12 +28,13 @@ from lit_gpt.train.validation import Validation, validate
 
 
 class Score(NamedTuple):
-    """A task's metric."""
+    """One metric of a task."""
 
     task: str
     metric: str
     value: float
     stderr: float | None
+    """Standard error; None where lm-eval gives none."""
 
 
 def folder_loss(
@@ -45,7 +46,10 @@ def folder_loss(
     max_rows: int | None,
     cross_document_attention: bool,
 ) -> Validation:
-    """Loss of the folder's model on the first rows (all, or max_rows) of `store`."""
+    """Loss of the folder's model on the first `max_rows` rows (None: all) of `store`.
+
+    Raises BadInput if the folder is not of a model that we train, or if its tokenizer is not the store's.
+    """
     fields = read_json(folder / "config.json")
     _require_vocabulary(Tokenizer.from_folder(folder), folder, store)
     config = config_from_hf(fields, model_name=None, vocab_size=store.vocab_size)
@@ -58,7 +62,7 @@ def folder_loss(
     }
     model.load_state_dict(state, assign=True)
     model.eval()
-    # Without the rows that the folder left out and that reading it pads: no token stands behind them.
+    # to_lit adds padding rows, which have no token: drop those that the folder leaves out.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight[: fields["vocab_size"]], requires_grad=False)
 
     def loss(batch: Batch) -> Tensor:
@@ -70,7 +74,7 @@ def folder_loss(
 
 
 def _require_vocabulary(tokenizer: Tokenizer, folder: Path, store: TokenStore) -> None:
-    """The export writes the tokenizer's files anew, so their fingerprint says nothing here; size and EOS do."""
+    """Compare vocabulary size and EOS: the export writes new tokenizer files, so the fingerprint differs anyway."""
     found, made_with = (tokenizer.vocab_size, tokenizer.eos_id), (store.vocab_size, store.eos_id)
     if found != made_with:
         raise BadInput(
@@ -88,13 +92,16 @@ def task_scores(
     batch_size: int,
     limit: int | None,
 ) -> list[Score]:
-    """The scores of lm-eval's tasks, of those in `task_dir` too; in the type that the weights are stored in."""
+    """The scores of lm-eval's tasks, including those in `task_dir`, computed in the type of the stored weights.
+
+    limit: items per task (None: all). Raises BadInput if a task is unknown or its data is not available.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(task_dir), include_defaults=False) if task_dir else TaskManager()
-    if task_dir and not set(tasks) <= set(manager.all_tasks):  # lm-eval's own take it 20 s to look through
+    if task_dir and not set(tasks) <= set(manager.all_tasks):  # finding lm-eval's own tasks takes 20 s
         manager = TaskManager(include_path=str(task_dir))
     for task in tasks:
         if task not in manager.all_tasks:
@@ -107,13 +114,13 @@ def task_scores(
         results = simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
         )
-    except OSError as error:  # the data set: not here and offline, or not on the Hub
-        raise BadInput(f"--tasks {' '.join(tasks)}: the data cannot be had: {str(error).splitlines()[0]}") from None
+    except OSError as error:  # the data set is not in the cache and the machine is offline, or it is not on the Hub
+        raise BadInput(f"--tasks {' '.join(tasks)}: the data is not available: {str(error).splitlines()[0]}") from None
     return [score for task, values in results["results"].items() for score in _scores(task, values)]
 
 
 def _scores(task: str, values: dict[str, Any]) -> list[Score]:
-    """lm-eval names a metric "acc,none" and its error "acc_stderr,none", the filter behind the comma."""
+    """lm-eval's keys are metric and filter: "acc,none", and "acc_stderr,none" for its standard error."""
     scores = []
     for key, value in values.items():
         metric, _, filtered = key.partition(",")

@@ -1,6 +1,6 @@
-"""What is computed: the decoder, its attention, its MLP and its loss, in bf16 and in 8 bits.
+"""What is computed: the decoder, its attention, its MLP and its loss, in bf16 and in float8.
 
-`from lit_gpt.model import GPT` works; torch is imported by that, not by importing the room.
+`from lit_gpt.model import GPT` works, and only that imports torch: importing the room does not.
 """
 
 from typing import Any

@@ -1,1 +1,1 @@
-"""Writing: documents to a token store, in several processes, restartable."""
+"""Writing: documents to a token store, by several processes; a killed build continues where it was."""

@@ -1,1 +1,1 @@
-"""Tasks that a model is scored on."""
+"""Tasks on which a model is scored."""

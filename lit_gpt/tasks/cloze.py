@@ -1,8 +1,8 @@
-"""A cloze task out of held-out text: which of four sentences goes on from here? Written as a task of lm-eval.
+"""Make a cloze task for lm-eval from held-out text: which of four sentences comes next?
 
-The true choice is the document's own next sentence; the others are sentences of other documents, of about its length,
-so that neither length nor style decides. Nothing is downloaded, and equal text, seed and number give equal items.
-Chance is 25 %. Costs: the texts of at most `max_documents` documents in memory.
+The true choice is the document's next sentence; the others are sentences of other documents, of about the same length,
+so that neither length nor style gives the answer away. Nothing is downloaded; the same text, seed and number give the
+same items. Chance is 25 %. Costs: the texts of at most `max_documents` documents in memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lit_gpt.prepare.document_source import Document, Fields, check_source, find
 CHOICES = 4
 _CONTEXT_SENTENCES = 3
 _SENTENCE_CHARACTERS = range(30, 301)
-"""Shorter ones say too little, longer ones are often lists."""
+"""Length of a choice: shorter sentences say too little, longer ones are often lists."""
 _DISTRACTORS_DRAWN = 12
-"""Of so many, those nearest in length are taken."""
+"""Number of sentences drawn, of which those nearest in length are taken."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ»„\"])")
 
 
@@ -41,7 +41,7 @@ class Item(NamedTuple):
 
 
 def texts_of_files(sources: Sequence[str], fields: Fields) -> Iterator[str]:
-    """The documents of files, as prepare_data.py reads them; rejected lines are left out."""
+    """The texts in files, as prepare_data.py reads them; rejected lines are left out. BadInput as from find_sources."""
     for number, source in enumerate(find_sources(sources)):
         check_source(source, fields)
         for piece in read_pieces(source, number, fields):
@@ -49,7 +49,7 @@ def texts_of_files(sources: Sequence[str], fields: Fields) -> Iterator[str]:
 
 
 def texts_of_store(store: TokenStore, tokenizer: Tokenizer) -> Iterator[str]:
-    """The documents of a split, decoded."""
+    """The texts of a store's documents, decoded; BadInput if the store was made with another tokenizer."""
     if store.tokenizer_fingerprint != tokenizer.fingerprint:
         raise BadInput(f"{store.path} was made with another tokenizer than the one named")
     control = {tokenizer.bos_id, tokenizer.eos_id}
@@ -61,7 +61,7 @@ def texts_of_store(store: TokenStore, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def make_items(texts: Iterable[str], count: int, seed: int, *, max_documents: int) -> list[Item]:
-    """At most `count` items out of the first documents; BadInput where they do not give a single one."""
+    """At most `count` items from the first `max_documents` texts; BadInput if there is too little text for one."""
     documents = [_sentences(text) for text in itertools.islice(texts, max_documents)]
     places = [
         (number, place)
@@ -74,14 +74,14 @@ def make_items(texts: Iterable[str], count: int, seed: int, *, max_documents: in
             f"{len(documents)} documents, too little text for a cloze task: {CHOICES} or more must have two sentences, "
             f"of {_SENTENCE_CHARACTERS[0]} to {_SENTENCE_CHARACTERS[-1]} characters"
         )
-    choice = random.Random(seed)
+    rng = random.Random(seed)
     items = []
-    for number, place in choice.sample(places, min(count, len(places))):
+    for number, place in rng.sample(places, min(count, len(places))):
         truth = documents[number][place]
-        others = _distractors(choice, documents, places, number, truth)
+        others = _distractors(rng, documents, places, number, truth)
         if len(others) < CHOICES - 1:
             continue
-        answer = choice.randrange(CHOICES)
+        answer = rng.randrange(CHOICES)
         context = " ".join(documents[number][max(0, place - _CONTEXT_SENTENCES) : place])
         items.append(Item(context, [*others[:answer], truth, *others[answer:]], answer))
     if not items:
@@ -94,24 +94,24 @@ def _sentences(text: str) -> list[str]:
 
 
 def _distractors(
-    choice: random.Random,
+    rng: random.Random,
     documents: Sequence[Sequence[str]],
     places: Sequence[tuple[int, int]],
     number: int,
     truth: str,
 ) -> list[str]:
-    """Sentences that do not stand in document `number`, nearest to `truth` in length; in an order drawn by `choice`."""
-    drawn = choice.sample(places, min(_DISTRACTORS_DRAWN, len(places)))
+    """Sentences that are not in document `number`, nearest to `truth` in length; shuffled."""
+    drawn = rng.sample(places, min(_DISTRACTORS_DRAWN, len(places)))
     own = set(documents[number])
     found = dict.fromkeys(documents[other][place] for other, place in drawn if other != number)
     near = sorted((text for text in found if text not in own), key=lambda text: abs(len(text) - len(truth)))
     nearest = near[: CHOICES - 1]
-    choice.shuffle(nearest)
+    rng.shuffle(nearest)
     return nearest
 
 
 def write_task(folder: Path, name: str, items: Sequence[Item], source: str) -> None:
-    """name.yaml and name.jsonl in `folder`: a task for lm-eval's --include_path and for scripts/evaluate.py."""
+    """Write name.yaml and name.jsonl in `folder`: a task for lm-eval's --include_path and for scripts/evaluate.py."""
     folder.mkdir(parents=True, exist_ok=True)
     data = (folder / f"{name}.jsonl").absolute()
     data.write_text("".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
