@@ -1,4 +1,4 @@
-"""Fixtures that every tier of tests shares, and how tests are spread over processes (pytest-xdist)."""
+"""Fixtures that all tests share, and how tests are spread over processes (pytest-xdist)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tests.support.training import make_store
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES_A_WORKER = 5 << 30
-"""Room for a worker and for the four ranks that a test may start."""
+"""Memory for a worker and for the four ranks that a test may start."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """-n auto: a worker a core, as far as memory goes."""
+    """-n auto: one worker per core, as far as memory allows."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_A_WORKER))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """A file's tests stay in one worker, so that its fixtures are built once; so do all tests of the one GPU."""
+    """One worker runs all tests of a file, so that its fixtures are built once, and all tests of the one GPU."""
     from xdist.scheduler import LoadFileScheduling  # not needed where pytest runs in one process
 
     class FileScheduling(LoadFileScheduling):
@@ -39,20 +39,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with most slow tests first: a worker that began one last would end long after the others."""
+    """Run files with many slow tests first: else the worker that gets one last ends long after the others."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
 
 def _once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
-    """What make(folder) returns, made by the first worker that asks; the others wait for it."""
+    """The result of make(folder), which the first worker calls; the others wait for it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with (folder.with_suffix(".lock")).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = folder.with_suffix(".made")
         if not result.exists():
-            folder.mkdir()  # fails where another worker's attempt failed: its test has the reason
+            folder.mkdir()  # fails if another worker's make failed; that worker's test shows why
             result.write_text(str(make(folder)))
         return Path(result.read_text())
 
@@ -68,7 +68,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small made store with the splits train and val; tests only read it."""
+    """The stores train/ and val/ of tests/support/training.py; tests only read them."""
     return _once(tmp_path_factory, "store", make_store)
 
 

@@ -1,4 +1,4 @@
-"""Publishing, locking, hashing and torn tails: right values, real kills, full disks, a file system without locks."""
+"""Publishing, locking, hashing and torn lines: right values, kills, full disks, a file system without locks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DEAD_PID = 2**22 + 1  # above the largest that Linux gives
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A Python process of the code; sys and files are imported."""
+    """Start a Python process that runs the code; sys and files are imported."""
     begin = "import os, signal, sys, time\nfrom pathlib import Path\nfrom lit_gpt import files\n"
     return subprocess.Popen(
         [sys.executable, "-c", begin + code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": ROOT},
@@ -256,7 +256,7 @@ with files.Lock(Path(sys.argv[1])):
 
 @pytest.fixture(params=["locks", "no locks"])
 def patch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Code for another process, and this one as well: a file system that has locks, or one that has none."""
+    """The file system with or without locks, for this process; returns the code that does it in another."""
     if request.param == "locks":
         return ""
     without_locks(monkeypatch)
@@ -302,7 +302,7 @@ def test_waiting_for_a_holder(tmp_path: Path, patch: str) -> None:
 
 
 def test_many_processes_never_hold_one_lock_together(tmp_path: Path, patch: str) -> None:
-    """Each adds one to a number that it reads and writes back; the lock's file goes with every release."""
+    """Each adds one to a number that it reads and writes back; every release removes the lock's file."""
     (tmp_path / "number").write_text("0")
     code = (
         patch
@@ -375,7 +375,7 @@ def test_an_owner_touches_its_file_and_says_when_it_lost_it(
 
 
 def test_one_winner_among_many_that_find_a_dead_owner(tmp_path: Path) -> None:
-    """A file system without locks, a dead owner, and six processes at once: one at a time may hold it."""
+    """Without locks, with a dead owner, and six processes at once: only one at a time holds it."""
     code = """files._POLL_S = 0.001
 with files.Lock(Path(sys.argv[1]), wait=True):
     os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))

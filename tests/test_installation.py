@@ -1,4 +1,4 @@
-"""The ways to the code: a checkout that nobody installed, the requirements, a wheel."""
+"""Ways to run the code: from a checkout without installing, from the requirements, from a wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores, records, checkpoints and exports outlive the code that wrote them: files of version 0.1.0, kept here, serve.
+"""Files of version 0.1.0 still work: stores, records, checkpoints and exports outlive the code that wrote them.
 
 tests/support/kept.py says how they were made. A change of the code must not need a change of the archive.
 """

@@ -1,4 +1,4 @@
-"""The architecture, held by machine: the table of rooms in docs/architecture.md, fences, imports without work.
+"""The architecture, as docs/architecture.md states it: order of the rooms, fences, imports without side effects.
 
 `python -m tests.test_layering` counts files, rooms and the arrows between them.
 """
@@ -132,7 +132,7 @@ def arrows(texts: dict[str, str]) -> dict[str, set[str]]:
 
 
 def circle(texts: dict[str, str]) -> list[str]:
-    """Files that import each other in a circle, if there are such."""
+    """Files that import each other in a circle; empty if there are none."""
     try:
         list(TopologicalSorter(arrows(texts)).static_order())
     except CycleError as error:

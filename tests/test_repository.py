@@ -1,4 +1,4 @@
-"""The repository tells the truth: what the documents name exists, and what the code imports is declared."""
+"""The repository agrees with itself: what the documents name exists, and what the code imports is declared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FENCED = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def tracked() -> list[Path]:
-    """The files that git keeps."""
+    """The files that git tracks."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")

@@ -1,4 +1,4 @@
-"""Checkpoints under damage: what is found, what is refused, what pruning keeps; nothing in a file is executed."""
+"""Damaged checkpoints: they are found, refused or passed over, pruning keeps the whole ones, and no file runs code."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def save(
     full: bool,
     keep_last: int = 0,
 ) -> Path:
-    """One save, over when it returns."""
+    """Save at once; returns the checkpoint's path."""
     saver = CheckpointSaver(run_dir, model, optimizer, full=full, overlap=False, keep_last=0)
     saver.save(facts)
     saver.close()
@@ -191,7 +191,7 @@ def test_a_pickle_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: py
 
 
 def published_anew(path: Path) -> Path:
-    """The checkpoint with a manifest that fits what was done to it."""
+    """The checkpoint, with a new manifest that matches its changed files."""
     kept = json.loads((path / "run.json").read_text())
     (path / "MANIFEST.json").unlink()
     aside = path.rename(path.with_name("aside"))
@@ -200,7 +200,7 @@ def published_anew(path: Path) -> Path:
 
 
 def test_an_index_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a sharded checkpoint, which torch itself would run; nor does a broken one end in a traceback."""
+    """A malicious index of a sharded checkpoint, which torch would run, is refused; a broken one gives no traceback."""
     monkeypatch.setenv("PROOF_OF_EXECUTION", str(tmp_path / "executed"))
     path = run_dir / checkpoint_name(20)
     for content, told in ((pickle.dumps(Malicious()), r"names posix\.mkdir"), (b"", "Ran out of input")):
@@ -229,7 +229,7 @@ def test_values_of_a_sharded_checkpoint_are_checked(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     value: Callable[[], bytes], told: str,
 ) -> None:  # fmt: skip
-    """One that is no tensor, in the optimizer's settings: refused in one line, passed over by auto."""
+    """A malicious value among the optimizer's settings: refused in one line by name, passed over by auto."""
     monkeypatch.setenv("PROOF_OF_EXECUTION", str(tmp_path / "executed"))
     path = save(run_dir, facts(40), *model_and_optimizer(), full=False)
     index = path / "state" / ".metadata"
@@ -250,7 +250,7 @@ def test_values_of_a_sharded_checkpoint_are_checked(
 
 
 def test_a_sharded_state_of_another_shape_is_one_line(run_dir: Path) -> None:
-    """Its run.json speaks of a wider model than its tensors are of."""
+    """run.json states a wider model than the tensors have."""
     path = run_dir / checkpoint_name(20)
     kept = json.loads((path / "run.json").read_text())
     kept["model"]["intermediate_size"] = 32
@@ -318,7 +318,7 @@ while True:
     "delay_ms", [0, 3, 7, 11, 17, 23, 31, *(pytest.param(ms / 4, marks=pytest.mark.long) for ms in range(200))]
 )
 def test_killed_while_saving(tmp_path: Path, delay_ms: float) -> None:
-    """SIGKILL at some moment of endless saving: the newest published checkpoint is whole, and what is left is swept."""
+    """SIGKILL during endless saving: the newest published checkpoint is whole, and what is left over is swept."""
     code = SAVING.format(paths=[str(Path(__file__).parents[2])], run_dir=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while len(list(tmp_path.glob("iter-*"))) < 3:

@@ -1,4 +1,4 @@
-"""Runs that went back: --resume auto follows the branch that was trained last, and nothing of another goes silently."""
+"""Runs that went back: --resume auto follows the branch trained last, and other branches are never removed silently."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.train.test_step_guard import FAULTY
 
 
 def go_on(run_dir: Path, start: Checkpoint | None, *saved: int, until: int) -> None:
-    """An attempt that goes on from `start` to step `until`, and saves some steps on its way."""
+    """An attempt that continues from `start` to step `until`, and saves some steps on the way."""
     mark = start.facts.get("datapoint_log") if start else None
     details = {"resumed_from": str(start.path) if start else None}
     with DatapointLog.open(
@@ -51,7 +51,7 @@ def auto(run_dir: Path) -> int:
 
 @pytest.fixture
 def wound_back(tmp_path: Path) -> Path:
-    """Steps 4, 8 and 12 were saved; then the run went on from 4, and was killed at step 5."""
+    """A run that saved steps 4, 8 and 12, then continued from 4 and was killed at step 5."""
     go_on(tmp_path, None, 4, 8, 12, until=13)
     go_on(tmp_path, find(str(tmp_path / checkpoint_name(4)), tmp_path), until=5)
     return tmp_path
@@ -90,7 +90,7 @@ def test_no_other_branch_stands_in(wound_back: Path) -> None:
 
 
 def test_retention_counts_the_branch_alone(wound_back: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Those that were left stay until the branch has passed their step, go with a line, and never push out its own."""
+    """Checkpoints of a branch left behind stay until the run has passed their step, and displace none of the run's."""
     with caplog.at_level(logging.WARNING):
         go_on(wound_back, find("auto", wound_back), 6, 7, until=7)
         prune(wound_back, 7, keep_last=2)
@@ -109,7 +109,7 @@ def test_retention_counts_the_branch_alone(wound_back: Path, caplog: pytest.LogC
 
 
 def test_a_run_that_began_elsewhere_goes_back_there(wound_back: Path, tmp_path: Path) -> None:
-    """Killed before its first save: neither afresh, nor, once the origin is gone, anything else."""
+    """Killed before its first save, it resumes from its origin; if that is gone, it is refused."""
     fork, origin = tmp_path / "fork", wound_back / checkpoint_name(8)
     go_on(fork, verified(origin), until=9)
     found = find("auto", fork)
@@ -127,7 +127,7 @@ def test_a_run_that_began_elsewhere_goes_back_there(wound_back: Path, tmp_path: 
 
 
 def test_an_imported_model_is_part_of_what_began_with_it(tmp_path: Path) -> None:
-    """It holds no place in a log, and is none to roll back to: it has no optimizer's state."""
+    """It has no mark in a log, and is not rolled back to, as it has no optimizer state."""
     imported = verified(save(tmp_path, facts(0), *model_and_optimizer(), full=True))
     go_on(tmp_path, imported, until=3)
     assert auto(tmp_path) == 0

@@ -1,4 +1,4 @@
-"""A training state copied to host memory, again and again."""
+"""Repeated copies of a training state to host memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving beside the training: what is written is the moment of the save, whatever happens then; full disks; NaN."""
+"""Saving while training continues: a checkpoint holds the state at the save; full disks, quotas, NaN, kills."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Held:
 
 @KINDS
 def test_what_is_written_is_the_moment_of_the_save(tmp_path: Path, full: bool) -> None:
-    """Weights and optimizer change while the thread has not begun to write; twice, as host copies are reused."""
+    """Weights and optimizer change before the thread begins to write; twice, as host copies are reused."""
     model, optimizer = model_and_optimizer(seed=5)
     saver = open_saver(tmp_path, (model, optimizer), full=full)
     wanted = {}
@@ -112,7 +112,7 @@ def test_an_error_in_the_background_surfaces_with_its_cause(tmp_path: Path) -> N
 def test_weights_that_are_not_finite_are_refused(
     tmp_path: Path, value: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At save; and at load, had they come to be saved all the same. The good ones stay."""
+    """When saved, and when loaded in case they were saved after all. Good checkpoints stay."""
     model, optimizer = model_and_optimizer()
     saver = open_saver(tmp_path, (model, optimizer), keep_last=1)
     saver.save(facts(1), wait=True)
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_refused(
 def test_a_full_disk_costs_a_checkpoint_only(
     tmp_path: Path, full: bool, overlap: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Three ways to be full: known beforehand; found out while writing, as files have overhead; no inode left."""
+    """Three ways: known beforehand; found while writing, as files have overhead; no inode left."""
     state = model_and_optimizer()
     size = sum(3 * p.numel() * p.element_size() for p in state[0].parameters())
     page = 4096
@@ -222,7 +222,7 @@ for step in range(100, 100_000):
     ("full", "last"), [(False, "state/.metadata"), (False, "run.json"), (True, "state.pth"), (True, "MANIFEST.json")]
 )
 def test_killed_before_the_rename(tmp_path: Path, full: bool, last: str) -> None:
-    """SIGKILL when a file of the save has just appeared, until it once hit before the rename."""
+    """SIGKILL just after a file of the save has appeared; repeated until it hits before the rename."""
     for attempt in range(20):
         run_dir = tmp_path / str(attempt)
         run_dir.mkdir()

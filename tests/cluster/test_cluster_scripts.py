@@ -1,4 +1,4 @@
-"""Batch scripts and container definition without Slurm or Apptainer: command lines, refusals, exit codes, the %test."""
+"""Batch scripts and container definition, without Slurm or Apptainer: command lines, refusals, exit codes, %test."""
 
 from __future__ import annotations
 

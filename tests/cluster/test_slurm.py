@@ -1,7 +1,7 @@
 """The real batch script on a real Slurm: what signals, the time limit, a dead rank and scancel do to two ranks.
 
-Slurm is one node on loopback (start_slurm.sh), installed on the way if this is root on a Debian; else these tests skip
-and say why. The whole file takes four to five minutes on two cores.
+Slurm is one node on loopback (start_slurm.sh), installed by the tests if they run as root on Debian; else they skip and
+say why. The file takes four to five minutes on two cores.
 """
 
 from __future__ import annotations

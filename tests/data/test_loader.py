@@ -1,4 +1,4 @@
-"""Rows, batches and steps against a brute-force walk over the documents; ranks, resume, faults."""
+"""Rows, batches and steps, compared with a brute-force walk over the documents; ranks, resume, faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node's cache: staging, sharing, the bound, and every way in which it can break without breaking the run."""
+"""The node's shard cache: staging, sharing, the size limit, and failures that must not stop the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Iterator[ShardCache]:
 
 
 def is_held(lock: Path) -> bool:
-    """Some cache holds the lock: its file alone may have been made by one that is about to take it."""
+    """Whether a cache holds the lock; the file may exist before that."""
     if not lock.exists():
         return False
     with lock.open() as file:

@@ -1,4 +1,4 @@
-"""The store on disk: what is written is read, and every kind of damage is found and located."""
+"""The token store: what was written is read back, and every kind of damage is found and located."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = [[5, 6, 2], [7, 2], [8, 9, 10, 2], [2], [11, 12, 13, 14, 2]]
 
 
 def small_store(path: Path, vocab_size: int = 100, shard_tokens: int = 6) -> TokenStore:
-    """Five documents of 3, 2, 4, 1 and 5 tokens: with 6 tokens a shard, shards of 5, 5 and 5."""
+    """Five documents of 3, 2, 4, 1 and 5 tokens; at most 6 tokens per shard gives shards of 5, 5 and 5."""
     return write_store(
         path,
         [(f"doc{number}", ids) for number, ids in enumerate(IDS)],

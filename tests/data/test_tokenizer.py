@@ -1,4 +1,4 @@
-"""The tokenizer gives the published ids, keeps control tokens in a text as text, and refuses what is no tokenizer."""
+"""The tokenizer gives the published ids, reads control tokens in a text as text, and refuses other folders."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 import lit_gpt.data.tokenizer
 from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import Tokenizer
+from tests.support.small_tokenizer import write_byte_level
 
 TEXT = "Der Bär läuft.\n\nDie Bärin    läuft auch: 12 km/h!\n\n\n </s> Straße \r\n Ende <s>"
 
@@ -31,20 +32,8 @@ def golden(shared: Path) -> list[dict]:
 
 
 def byte_level(folder: Path) -> Path:
-    """A byte-level BPE as GPT-2's, with a prefix-free configuration that must not turn it into a Metaspace one."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([TEXT] * 3, trainer)
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "</s>", "legacy": False, "add_prefix_space": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    """A byte-level BPE like GPT-2's, whose configuration forbids an added space: it must not become a Metaspace one."""
+    return write_byte_level(folder, [TEXT] * 3, {"eos_token": "</s>", "legacy": False, "add_prefix_space": False})
 
 
 def llama_like(folder: Path, **config: object) -> Path:

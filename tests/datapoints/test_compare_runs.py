@@ -1,4 +1,4 @@
-"""Losses of two real runs on the same rows, one in bf16: numbers, refusals, picture."""
+"""Comparing the losses of two real runs on the same rows, one in bf16: numbers, refusals, picture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compare(capsys: pytest.CaptureFixture[str], *arguments: Path | str) -> list[
 
 
 def changed_copy(run: Path, folder: Path) -> Path:
-    """Without checkpoints."""
+    """A changed copy of a run folder, without checkpoints."""
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*-ckpt.pth"))
     return folder
 
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_is_compared_as_far_as_it_is(
 
 
 def test_other_rows_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One digit of the digest of step 4 is another."""
+    """One digit of step 4's digest is changed."""
     other = changed_copy(runs[1], tmp_path / "other")
     steps = other / "datapoints" / "steps.jsonl"
     lines = steps.read_text().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""scripts/datapoints.py against brute force, over two epochs, a crash and a resume on another number of ranks."""
+"""scripts/datapoints.py, compared with brute force over two epochs, crashes and resumes on other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ with StepLoader(dataset, rank=rank, world_size=world, first_slot=first, **sizes)
 
 
 def trained(store: TokenStore, world_size: int, first_slot: int) -> list[tuple[int, int, int]]:
-    """(first slot, targets, digest) of each step, by `world_size` real processes that know nothing of each other."""
+    """(first slot, targets, digest) of each step, from `world_size` independent processes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -61,14 +61,14 @@ def trained(store: TokenStore, world_size: int, first_slot: int) -> list[tuple[i
 
 
 class Run:
-    """A run folder that is written as the trainer writes it."""
+    """A run folder, written as the trainer writes it."""
 
     def __init__(self, folder: Path, store: TokenStore, packing: str = "window") -> None:
         self.folder, self.store = folder, store
         self.dataset = PackedDataset(store, BLOCK, 7, packing=packing, max_epochs=2)
 
     def attempt(self, world_size: int, steps: Sequence[int], parent: Mark | None = None) -> Mark:
-        """Train `steps`; the last one's mark."""
+        """Train `steps`; returns the mark after the last one."""
         details = {
             "world_size": world_size, "micro_batch_size": 2, "train_data_dir": str(self.store.path),
             "tokenizer_path": None,
@@ -97,7 +97,7 @@ class Run:
 
 
 def brute_parts(run: Run) -> Iterator[tuple[int, int, int, str, int, int]]:
-    """(step, row, epoch, document, start, length) of a window run, token by token, with the order taken as given."""
+    """(step, row, epoch, document, start, length) of a run packed by window, found token by token, given the order."""
     owners = []
     for shard in run.store.shards:
         ends, ids = document_ends(run.store, shard).tolist(), documents(run.store, shard)["id"].to_pylist()
@@ -284,7 +284,7 @@ def test_verify_finds_a_flipped_token(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_verify_finds_a_swapped_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two rows of a shard change places, and the store is sealed again as if it had been built so."""
+    """Two rows of a shard are swapped, and its hashes and manifest written again to match."""
     store = make_store(tmp_path / "store", 60)
     run = Run(tmp_path / "run", store)
     run.attempt(1, range(1, run.last_step // 2))

@@ -1,4 +1,4 @@
-"""The log: lineage over attempts, marks, torn lines, refusals, and a writer that is really killed."""
+"""The datapoint log: lineage over attempts, marks, torn lines, refusals, and a writer killed by SIGKILL."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def start_writer(folder: Path, before: str) -> subprocess.Popen:
 def test_a_killed_writer_loses_no_step_and_blocks_nobody(
     folder: Path, locks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the file system has no locks."""
+    """With locks, and on a file system without."""
     if not locks:
         without_locks(monkeypatch)
     process = start_writer(folder, "" if locks else NO_LOCKS)

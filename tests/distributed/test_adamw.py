@@ -1,4 +1,4 @@
-"""Weights of bf16 that several processes share are rounded as one process rounds them whole."""
+"""Stochastic rounding of sharded bf16 weights gives the bits that one process gives."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The plan's memory over several processes against what FSDP2 holds on each rank, to the byte (gloo, CPU); and that a
-step reduces its gradients once.
+"""The memory plan for several processes equals what FSDP2 holds on each rank, to the byte (gloo, CPU); and a step
+reduces its gradients once.
 
-The sizes of weights, gradients and moments do not depend on the device. What the GPU's streams add to them is not seen
-here: the block that is fetched ahead, and the buffer that it comes in.
+The sizes of weights, gradients and moments do not depend on the device. What a GPU adds is not tested here: the
+prefetched block and its all-gather buffer.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def wait_until_gone(process_ids: list[int]) -> None:
-    """A killed process's children are others' to reap: a zombie counts as gone."""
+    """Wait until the processes are gone; a zombie counts as gone, as another process has to reap it."""
     deadline = time.monotonic() + 90
     for number in process_ids:
         while os.path.exists(f"/proc/{number}"):
@@ -49,7 +49,7 @@ def wait_until_gone(process_ids: list[int]) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_while_weights_are_written(store: Path, unbroken: Path, tmp_path: Path, rank: int) -> None:
-    """No half checkpoint is taken for one, the other rank ends too, and the resumed run repeats the unbroken one."""
+    """No partial checkpoint counts, the other rank ends too, and the resumed run equals the uninterrupted one."""
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command(store, tmp_path / "run", **PARTS), env=environment(), stderr=log)
         while not (written := list((tmp_path / "run").glob(".saving-iter-0000000[4-9]*/state/__1_0.distcp"))):
@@ -71,7 +71,7 @@ def test_a_rank_killed_while_weights_are_written(store: Path, unbroken: Path, tm
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 def test_a_full_disk_costs_checkpoints_only(store: Path, tmp_path: Path, kind: str) -> None:
-    """Room for one checkpoint and a half, of which two are to be kept: training goes on to its end, which says so."""
+    """Room for one and a half checkpoints, of which two are to be kept: training runs to its end and reports it."""
     with small_disk(tmp_path / "disk", size=18 << 20) as disk:
         done = train(store, disk / "run", expect=74, state_dict_type=kind, **PARTS | {"save_interval_steps": 4})
         assert "room for 1" in done.stderr

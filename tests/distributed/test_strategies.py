@@ -1,4 +1,4 @@
-"""Several processes on this machine (gloo) against one: same rows, losses and weights, for every strategy."""
+"""Several processes on this machine (gloo) give the rows, losses and weights of one, for every strategy."""
 
 from __future__ import annotations
 

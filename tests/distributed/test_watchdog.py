@@ -1,4 +1,4 @@
-"""A rank that hangs, for real: SIGSTOP to one of two processes (fault case 13), and who is named for it."""
+"""A rank that hangs: SIGSTOP to one of two processes (fault case 13), and which rank the watchdog names."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(store: Path, tmp_path: Path, s
 
 
 def state(pid: int) -> str:
-    """Z once it has ended and its stopped parent has not taken notice."""
+    """The state of a process: Z once it has ended and its stopped parent has not reaped it."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a folder and of a checkpoint: the run's own validation loss, the same numbers both ways, no network."""
+"""Evaluation of a folder and of a checkpoint: both give the run's own validation loss, without a network."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_folder_and_checkpoint_give_the_same_numbers_offline(
 
 
 def accuracy(model: Path, task_dir: Path) -> float:
-    """By transformers alone: the share of items whose true choice is the likeliest of the four."""
+    """Computed by transformers alone: the share of items whose true choice is the likeliest of the four."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)

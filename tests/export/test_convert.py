@@ -1,4 +1,4 @@
-"""Checkpoint -> Hugging Face folder -> checkpoint: loads there, same logits, same bits; a fault leaves nothing."""
+"""Checkpoint to Hugging Face folder and back: loads in transformers, same logits, same bits; faults publish nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_gpt.checkpoint import checkpoint as checkpoints
@@ -28,6 +26,7 @@ from lit_gpt.export.parity import GERMAN_TEXT
 from lit_gpt.model.gpt import GPT, initialize
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint, generate
 from tests.checkpoint.test_checkpoint import save
+from tests.support.small_tokenizer import write_byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,18 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level tokenizer of 300 ids, which the vocabulary pads to 320."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([GERMAN_TEXT], trainer)
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return folder
+    return write_byte_level(tmp_path_factory.mktemp("tokenizer"), [GERMAN_TEXT])
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +249,7 @@ def test_paths_and_sizes(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_forward_pass_publishes_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof is of the computation, not of the files alone: a slightly wrong norm_eps is found."""
+    """The check covers the computation, not only the files: it finds a slightly wrong norm_eps."""
     monkeypatch.setattr(
         hf_export, "hf_config", lambda *args, **facts: hf_config(*args, **facts) | {"rms_norm_eps": 2e-5}
     )

@@ -1,4 +1,4 @@
-"""GGUF files: read back by gguf, loaded by transformers, and by llama.cpp, which gives the same greedy tokens."""
+"""GGUF files: read by gguf, transformers and llama.cpp, which generates the same greedy tokens."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_model(folder: Path, tokenizer_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With one of the project's own byte-level tokenizers."""
+    """An exported model with one of the project's own byte-level tokenizers."""
     root = tmp_path_factory.mktemp("gguf")
     record = {"id": "a", "text": GERMAN_TEXT}
     (root / "text.jsonl").write_text(json.dumps(record) + "\n")
@@ -95,7 +95,7 @@ def test_gguf_reads_back_every_weight_and_fact(model: Path, tmp_path: Path, kind
 
 
 def test_rows_of_queries_and_keys_lie_as_llama_cpp_turns_them(model: Path, tmp_path: Path) -> None:
-    """It turns rows 2 i and 2 i + 1 of a head together; transformers i and i + 16 (heads of 32)."""
+    """llama.cpp rotates rows 2 i and 2 i + 1 of a head together; transformers i and i + 16 (heads of 32)."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(convert(model, tmp_path / "m.gguf", "f16")).tensors}
     for name, heads in (("q", 4), ("k", 2)):
         expected = HFWeights(model).read(f"model.layers.1.self_attn.{name}_proj.weight").half().numpy()
@@ -107,7 +107,7 @@ def test_rows_of_queries_and_keys_lie_as_llama_cpp_turns_them(model: Path, tmp_p
 
 
 def test_transformers_computes_the_same_from_it(model: Path, tmp_path: Path) -> None:
-    """transformers turns the rows of q and k back by code of its own."""
+    """transformers reorders the rows of q and k back, by its own code."""
     pytest.importorskip("accelerate")
     convert(model, tmp_path / "m.gguf", "f16")
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A model folder on disk: what safetensors reads of what we stream, whole publication or none, damage named."""
+"""A model folder on disk: safetensors reads what we stream, folders are published whole or not, damage is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exported tokenizer through transformers' AutoTokenizer: the ids that training used, the published golden ids."""
+"""The exported tokenizer in transformers' AutoTokenizer: it gives the training's ids and the published golden ids."""
 
 from __future__ import annotations
 
@@ -6,31 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
+from tests.support.small_tokenizer import write_byte_level
 
 
 @pytest.fixture
 def byte_level(tmp_path: Path) -> Path:
     """A folder with a small byte-level tokenizer."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["Hallo Welt, hallo Wald"] * 9, trainer)
-    folder = tmp_path / "source"
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return folder
+    return write_byte_level(tmp_path / "source", ["Hallo Welt, hallo Wald"] * 9)
 
 
 def exported(source: Path, folder: Path, *, add_bos: bool = False) -> tuple[Tokenizer, AutoTokenizer]:

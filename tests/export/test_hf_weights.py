@@ -1,4 +1,4 @@
-"""The table of weights against transformers' own LlamaForCausalLM: names, shapes, order of row blocks, and errors."""
+"""The table of weights, compared with transformers' LlamaForCausalLM: names, shapes, order of row blocks; errors."""
 
 from __future__ import annotations
 

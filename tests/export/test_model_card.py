@@ -1,4 +1,4 @@
-"""The model card: front matter that Hugging Face parses, figures of the run, no secret and no path of the machine."""
+"""The model card: front matter that Hugging Face parses, the run's figures, no secret and no path of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CARD = Card("apache-2.0", "bfloat16", Parity(3e-7, 12.5, 256))
 
 
 def published(path: Path, facts: dict[str, Any]) -> Checkpoint:
-    """With a manifest, and without the files that it names: a card needs none."""
+    """A checkpoint with a manifest but without the files that it names: a card does not need them."""
     path.mkdir(parents=True)
     (path / "MANIFEST.json").write_text(json.dumps({"state.pth": {"bytes": 5, "xxh3": "0123456789abcdef"}}))
     return Checkpoint(path, facts)
@@ -31,7 +31,7 @@ def published(path: Path, facts: dict[str, Any]) -> Checkpoint:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    """Of a run with metrics to step 30, data on this machine, and a checkpoint at step 20."""
+    """The checkpoint of step 20 of a run with metrics to step 30 and its data on this machine."""
     write_store(
         tmp_path / "train", [("a", [5, 6, 1]), ("b", [7, 1])],
         tokenizer_fingerprint="fingerprint", vocab_size=300, bos_id=0, eos_id=1,

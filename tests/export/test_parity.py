@@ -1,4 +1,4 @@
-"""The logits proof: the streamed pass equals the plain one bit for bit, ours equals transformers', a fault is found."""
+"""The comparison of logits: a streamed pass equals a plain one bit for bit, ours equals transformers', faults show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""create.sh --all: every checkpoint of a run as a folder, and as a branch of a stand-in of the Hub, through faults."""
+"""create.sh --all: exports every checkpoint of a run to a folder, and to a branch of a fake Hub, despite faults."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_revision_names() -> None:
 
 @pytest.fixture(scope="module")
 def names(german_run: Path) -> list[str]:
-    """Of the run's revisions, oldest first."""
+    """The names of the run's revisions, oldest first."""
     facts = [json.loads((german_run / checkpoint_name(step) / "run.json").read_text()) for step in STEPS]
     return [revision_name(fact["step"], fact["tokens"]) for fact in facts]
 
@@ -59,7 +59,7 @@ def copy_of(run: Path, folder: Path, *steps: int) -> Path:
 
 
 def environment(tmp_path: Path, address: str, token: str = TOKEN, **variables: str) -> dict[str, str]:
-    """Of a user who set HF_TOKEN. Xet, the Hub's other way of uploading, has no stand-in."""
+    """The environment of a user who set HF_TOKEN, without Xet, which the fake Hub lacks."""
     return {
         **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "HF_ENDPOINT": address, "HF_TOKEN": token,
         "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1", **variables,
@@ -78,7 +78,7 @@ def create_all(
 
 
 def revisions(hub: Hub, branch: str) -> list[str]:
-    """Of the branch's commits, newest first: their titles without the hash of the state."""
+    """The titles of a branch's commits, newest first, without the hash of the state."""
     return [title.split()[0] for title in hub.titles(REPOSITORY, branch)]
 
 
@@ -94,7 +94,7 @@ def assert_no_token(folder: Path, *texts: str) -> None:
 def test_every_checkpoint_becomes_a_branch_through_faults_and_again(
     german_run: Path, names: list[str], hub: tuple[Hub, str], tmp_path: Path
 ) -> None:
-    """500s, a connection cut in an upload, a commit whose answer is lost; then a later one, and nothing twice."""
+    """Status 500, an upload cut off, a commit whose response is lost; then a later checkpoint, and nothing twice."""
     state, address = hub
     run = copy_of(german_run, tmp_path / "run", *STEPS[:2])
     state.faults += [
@@ -140,7 +140,7 @@ def test_every_checkpoint_becomes_a_branch_through_faults_and_again(
 def test_watching_takes_what_appears_and_ends_with_the_last_step(
     german_run: Path, names: list[str], hub: tuple[Hub, str], tmp_path: Path
 ) -> None:
-    """A Hub that is away is waited for; SIGKILL in the middle costs nothing; at the last step of the run it ends."""
+    """It waits for a Hub that is down, continues after a SIGKILL, and ends with the run's last step."""
     state, address = hub
     run = copy_of(german_run, tmp_path / "run", STEPS[0])
     command = [
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_retention_removes_meanwhile_is_passed_over(
     german_run: Path, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """Removed as training does it, after the hashes were right and before the weights were read."""
+    """Removed as training does it, after the hashes were checked and before the weights are read."""
     run = copy_of(german_run, tmp_path / "run", *STEPS[:2])
     proofs = hf_export.require_same_ids
 

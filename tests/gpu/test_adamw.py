@@ -1,4 +1,4 @@
-"""The step of bf16 weights that torch.compile makes, against the same function uncompiled on the CPU."""
+"""The update of bf16 weights, compiled on a GPU, compared with the same function uncompiled on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every attention backend of this GPU against SDPA with a mask in fp32: forward, backward, compiled without a break."""
+"""Every attention backend of this GPU, compared with SDPA with a mask in fp32: forward, backward, no graph break."""
 
 from __future__ import annotations
 

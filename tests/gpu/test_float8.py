@@ -1,4 +1,4 @@
-"""The float8 kernels against their plain torch versions, and float8 products against fp32 and torchao's."""
+"""The float8 kernels, compared with plain torch versions; float8 matmuls, compared with fp32 and torchao."""
 
 from __future__ import annotations
 

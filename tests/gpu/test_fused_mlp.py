@@ -1,4 +1,4 @@
-"""Products fused by quack against fp64."""
+"""quack's fused GEMMs, compared with fp64."""
 
 from __future__ import annotations
 

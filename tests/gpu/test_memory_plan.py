@@ -1,7 +1,7 @@
-"""The memory that the plan names against what the training program allocates, on one GPU.
+"""The planned memory, compared with what the training program allocates on one GPU.
 
-Some programs run at once, since their starts take most of the time; what a process allocates is its own. None of them
-is let save its checkpoint at the end.
+Some programs run at once, since starting takes most of their time; each measures its own allocations. They are killed
+before they save a checkpoint.
 """
 
 from __future__ import annotations

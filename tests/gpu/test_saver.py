@@ -1,4 +1,4 @@
-"""Checkpoints written beside a model on a GPU: more than one, each what the state was when it was asked for."""
+"""Checkpoints written while a model on a GPU changes: each of several holds the state at its save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a GPU: bad updates change nothing, clipping scales, and none of it makes the host wait for the device."""
+"""On a GPU: bad updates change nothing, clipping scales gradients, and neither synchronizes the host."""
 
 from __future__ import annotations
 

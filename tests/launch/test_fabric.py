@@ -1,4 +1,4 @@
-"""Fabric is there without lightning's Trainer, which whoever asks for it gets all the same."""
+"""Importing Fabric does not import lightning's Trainer, which is still there for those who ask for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of a node: on this machine's CPU with one and two processes, and how findings are judged."""
+"""The node check: on this machine's CPU with one and two processes, and how it judges measurements."""
 
 from __future__ import annotations
 

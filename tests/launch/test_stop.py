@@ -1,4 +1,4 @@
-"""When a run stops early: signals at any moment, the end of the job, a port that is taken, a rank that fails."""
+"""Runs that stop early: signals at any moment, the end of the job, a port in use, a rank that fails."""
 
 from __future__ import annotations
 

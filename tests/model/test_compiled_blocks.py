@@ -1,4 +1,4 @@
-"""Blocks under torch.compile on a CPU: no graph break, one compilation for all, whatever they recompute or cast."""
+"""Blocks under torch.compile on a CPU: no graph break, one compilation for all, with checkpointing and float8 too."""
 
 from __future__ import annotations
 

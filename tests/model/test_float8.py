@@ -1,4 +1,4 @@
-"""Float8 products on a CPU, where 8-bit numbers are multiplied in full precision; tests/gpu has the kernels."""
+"""Float8 matmuls on a CPU, which multiplies 8-bit numbers in full precision; tests/gpu tests the kernels."""
 
 from __future__ import annotations
 

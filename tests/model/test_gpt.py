@@ -1,4 +1,4 @@
-"""The model: equal to transformers' LLaMA in logits and gradients, with documents apart, and properly initialised."""
+"""The model: transformers' LLaMA's logits and gradients, no attention across documents, initialization."""
 
 from __future__ import annotations
 

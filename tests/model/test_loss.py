@@ -1,4 +1,4 @@
-"""The fused loss against torch's cross-entropy on whole logits, in value and gradients."""
+"""The fused loss, compared with torch's cross-entropy on whole logits: values and gradients."""
 
 from __future__ import annotations
 

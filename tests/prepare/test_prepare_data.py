@@ -1,4 +1,4 @@
-"""The builder: every document once and on one side, every other line in the ledger, the same bytes whatever happens."""
+"""The builder: each document once and in one split, each rejected line in the ledger, the same bytes after any kill."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_all(folder: Path, tokenizer: Path) -> list[tuple[str, str, str, int]]:
-    """(id, text, source, line) of every document of a split, in order; each must end with EOS."""
+    """(id, text, source, line) of every document of a split, in order; asserts that each ends with EOS."""
     coder = Tokenizer.from_folder(tokenizer)
     store = TokenStore.open(folder)
     found = []
@@ -218,7 +218,7 @@ def test_same_bytes_for_every_number_of_workers_and_run_size(
 def test_planning_in_small_ranges_gives_the_same_bytes(
     built: Path, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a corpus is planned whose indexes do not fit into memory."""
+    """As for a corpus whose indexes do not fit into memory."""
     monkeypatch.setattr(lit_gpt.prepare.token_runs, "MERGE_DOCUMENTS", 50)
     more = ["--shard_tokens", 40_000, "--val_fraction", 0.1, "--run_bytes", 10_000]
     run(*arguments(corpus, tokenizer, tmp_path / "data", *more))
@@ -244,7 +244,7 @@ def test_seed_changes_order_and_split(built: Path, corpus: Path, tokenizer: Path
 
 
 def test_duplicate_text_never_on_both_sides(tokenizer: Path, tmp_path: Path) -> None:
-    """60 texts, each under 10 ids: with single documents drawn at random, a text on one side only would be rare."""
+    """60 texts, each under 10 ids: if documents were drawn singly, nearly every text would be in both splits."""
     texts = [record["text"] for record in made_up(60)]
     records = [{"id": f"{copy}-{number}", "text": text} for copy in range(10) for number, text in enumerate(texts)]
     (tmp_path / "a.jsonl").write_bytes(lines_of(records))
@@ -293,7 +293,7 @@ BAD_LINES = [
 
 @pytest.mark.parametrize("keep_order", [False, True])
 def test_each_reject_is_counted_and_located(tokenizer: Path, tmp_path: Path, keep_order: bool) -> None:
-    """Line 1 is good, then bad and good lines take turns: a bad line costs only itself."""
+    """Line 1 is good, then bad and good lines alternate: a bad line affects no other."""
     good = [json.dumps(record).encode() for record in made_up(len(BAD_LINES) + 1)]
     lines = [good[0]]
     for (bad, _), record in zip(BAD_LINES, good[1:], strict=True):
@@ -405,7 +405,7 @@ def test_document_longer_than_a_shard_or_a_part(tokenizer: Path, tmp_path: Path)
 
 
 def kill_when(process: subprocess.Popen[str], seen: Callable[[], bool]) -> bool:
-    """SIGKILL the builder, workers left to find out; False if it ended before."""
+    """SIGKILL the builder, but not its workers; False if it ended before."""
     while process.poll() is None:
         if seen():
             os.kill(process.pid, signal.SIGKILL)
@@ -417,7 +417,7 @@ def kill_when(process: subprocess.Popen[str], seen: Callable[[], bool]) -> bool:
 
 @pytest.mark.slow
 def test_same_bytes_after_kills_at_every_stage(tokenizer: Path, tmp_path: Path) -> None:
-    """Killed when the first run, a later run, the first shard, the last manifest appear; then left to finish."""
+    """Killed when the first run, a later run, the first shard and the last manifest appear; then run to its end."""
     source = tmp_path / "a.jsonl"
     source.write_bytes(lines_of(made_up(25_000)))  # 5 MB: five pieces
     more = ["--workers", 2, "--shard_tokens", 500_000, "--run_bytes", 1_000_000]
@@ -448,7 +448,7 @@ def test_same_bytes_after_kills_at_every_stage(tokenizer: Path, tmp_path: Path) 
 
 
 def test_files_that_a_killed_builder_was_writing_are_swept(tokenizer: Path, tmp_path: Path) -> None:
-    """Those of today and of earlier versions; in pieces/ a number once was read from every name."""
+    """Names of today and of earlier versions, which read a number from every name in pieces/."""
     source, out = tmp_path / "a.jsonl", tmp_path / "data"
     source.write_bytes(lines_of(made_up(20_000)))
     assert kill_when(start(*arguments(source, tokenizer, out)), lambda: (out / "build/request.json").exists())
@@ -565,7 +565,7 @@ def test_verify_names_shard_and_block(built: Path, tmp_path: Path) -> None:
 
 
 def test_german_text_with_the_published_tokenizer(shared: Path, tmp_path: Path) -> None:
-    """All 524 documents of the handbook, as the library itself encodes them."""
+    """All 524 documents of the handbook have the ids that the library gives."""
     source = shared / "data/debian-handbook-de.jsonl.gz"
     run(*arguments(source, shared / "tokenizer", tmp_path / "data", "--workers", 2, "--shard_tokens", 100_000))
     expected = {}

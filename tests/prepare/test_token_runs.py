@@ -1,4 +1,4 @@
-"""Runs merge to one order however documents lie in them, a range at a time; workers fail loudly."""
+"""Sorted runs merge to one order, however documents are spread over them; failing workers end the pool."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lit_gpt.prepare.worker_pool import run_pool
 
 
 def some_documents(count: int, keys: int, seed: int = 0) -> list[TokenisedDocument]:
-    """`keys` small makes many documents share a key and many share an id."""
+    """Random documents; with few `keys`, many share a key and many share an id."""
     random = np.random.default_rng(seed)
     return [
         TokenisedDocument(
@@ -109,7 +109,7 @@ def test_plan_equals_cutting_the_sorted_list(
 
 
 def test_of_runs_with_a_common_piece_one_is_taken(tmp_path: Path) -> None:
-    """What two builders may leave when the first was killed while its worker still wrote."""
+    """As a killed builder, whose worker still wrote, and the next builder may leave them."""
     documents = some_documents(6, 100)
     for name, pieces in (("a", [(0, 1), (0, 2)]), ("b", [(0, 2), (0, 3)]), ("c", [(1, 2)])):
         write_run(tmp_path, name, documents, RunSummary(pieces, 6, 6, 0, 0, []))
@@ -130,7 +130,7 @@ def test_tokens_are_found_at_their_offset(tmp_path: Path) -> None:
 
 
 class Squares:
-    """A worker with state: it counts its tasks; some numbers end it in a bad way."""
+    """A worker that counts its tasks; some numbers make it fail."""
 
     def __init__(self, bad: dict[int, str]) -> None:
         self._bad = bad

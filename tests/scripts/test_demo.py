@@ -1,4 +1,4 @@
-"""The demo's proofs can fail: each is shown a run that differs in the one thing that it is there to see."""
+"""The demo's proofs can fail: each is given a run that differs in the one thing it should detect."""
 
 from __future__ import annotations
 

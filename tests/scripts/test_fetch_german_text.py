@@ -1,4 +1,4 @@
-"""The demo's text: the handbook's pages become documents, and what cannot be had is named, never passed over."""
+"""The demo's text: the handbook's pages become documents; a source that is not available is named, never ignored."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The training program on a machine that computes wrongly: FAULTS says at which step, on which rank, and what.
+"""The training program with injected faults: FAULTS lists step:rank:kind.
 
-A fault may also lie in the data: then a slot stands in place of step and rank, and meets whoever reads its row.
+A fault of the data has a slot in place of step and rank: it hits the rank that reads that row.
 FAULTS="5:1:nan_activation slot40:gradient_x100 slot56:kill" python tests/support/faulty_training.py [flags]
 """
 
@@ -36,7 +36,7 @@ Place = tuple[int, int] | int
 
 
 def faults() -> dict[Place, str]:
-    """Place -> kind."""
+    """FAULTS as place -> kind."""
     found: dict[Place, str] = {}
     for entry in os.environ["FAULTS"].split():
         *place, kind = entry.split(":")

@@ -1,9 +1,9 @@
-"""Programs without the seconds of their imports: a process that has imported everything once forks one for each run.
+"""Runs programs without the seconds of their imports: a process that has imported everything forks for each run.
 
-The child is the interpreter from there on: the program's file is run as `__main__` with its own arguments, folder,
-environment and files for stdin, stdout and stderr, and Python ends it as any other, with its exit code, handlers of
-atexit and tracebacks. The server has started no CUDA and no thread, else a fork would not be safe; but for pyarrow's
-allocator's, jemalloc's, which jemalloc itself starts anew in a child.
+The child acts as a new interpreter: it runs the program's file as `__main__` with its own arguments, folder,
+environment, stdin, stdout and stderr, and Python ends it as usual, with exit code, atexit handlers and tracebacks. So
+that forking is safe, the server has not initialized CUDA and has no threads but those of jemalloc (pyarrow's
+allocator), which jemalloc restarts in a child.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PACKAGES = (
     "jsonargparse", "yaml", "pandas", "torch.utils.tensorboard", "transformers.models.auto",
     "transformers.models.llama",
 )  # fmt: skip
-"""Beside what the modules of lit_gpt import. pandas comes with pyarrow's first table where it is installed."""
+"""Imported beside what lit_gpt's modules import. pyarrow's first table imports pandas, if installed."""
 LARGEST_REQUEST_BYTES = 1 << 20
 
 
 def preload() -> None:
-    """Import what programs import, as a program does: logging has been set up by then (lit_gpt.cli.run_program)."""
-    handler = logging.NullHandler()  # lightning gives its loggers handlers of their own where the root has none
+    """Import what programs import, with logging set up, as in a program (lit_gpt.cli.run_program)."""
+    handler = logging.NullHandler()  # without one, lightning gives its loggers handlers of their own
     logging.getLogger().addHandler(handler)
     import lit_gpt
 
@@ -49,17 +49,17 @@ def preload() -> None:
 
 
 def serve(descriptor: int) -> None:
-    """Answer requests until the other end is closed; returns only in a child, when its program has ended.
+    """Answer requests until the other end is closed; a child never returns from here.
 
-    A request is one message: JSON of argv, cwd and env, with the three files. Answers: the child's process id, and
-    what os.waitpid says of its end.
+    A request is one message: JSON of argv, cwd and env, with the three files. The answers are the child's process id,
+    then its status from os.waitpid.
     """
     connection = socket.socket(fileno=descriptor)
     path = [entry for entry in sys.path if entry != str(ROOT) or entry in os.environ.get("PYTHONPATH", "").split(":")]
     own = Path("/proc/self/comm").read_text().strip()
     preload()
     gc.collect()
-    gc.freeze()  # what is here now is no garbage of a child's
+    gc.freeze()  # so that a child's collector does not touch, and copy, the shared pages
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")} - {own, "jemalloc_bg_thd"}
     assert not threads, f"threads after the imports: {threads}; a fork would not be safe"
     while True:
@@ -81,7 +81,7 @@ def serve(descriptor: int) -> None:
 
 
 def run(argv: list[str], cwd: str, env: dict[str, str], path: list[str]) -> NoReturn:
-    """What the interpreter does for `python PROGRAM ...`; it ends with what the program ends with."""
+    """What the interpreter does for `python PROGRAM ...`; exits as the program does."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

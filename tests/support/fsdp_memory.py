@@ -1,5 +1,5 @@
-"""What FSDP2 holds on each rank in a step of the training program, in bytes, and how often it reduces gradients over
-ranks: one JSON list over the ranks.
+"""Prints a JSON list with, for each rank, the bytes that FSDP2 holds in a training step and the number of its gradient
+reductions.
 
 python tests/support/fsdp_memory.py '{"devices": 2, "sharding_strategy": "FULL_SHARD", ...}'    (values of StepSettings)
 """

@@ -1,4 +1,4 @@
-"""A finished run on German text with its tokenizer, stores and three checkpoints: what exports and evaluations need."""
+"""A finished run on German text, with its tokenizer, stores and three checkpoints; tests export and evaluate it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from scripts.fetch_german_text import from_grammar
 from tests.support.training import train
 
 STEPS = (4, 8, 12)
-"""Of the checkpoints."""
+"""Steps of its checkpoints."""
 
 
 def make_german_run(folder: Path) -> Path:
-    """folder/run, and beside it text.jsonl, tokenizer/ and data/."""
+    """Make text.jsonl, tokenizer/, data/ and run/ in `folder`; returns the run folder."""
     text, tokenizer, data, run = (folder / name for name in ("text.jsonl", "tokenizer", "data", "run"))
     documents = [document._asdict() for document in from_grammar(300)]
     text.write_text("".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub: the requests of its interface that an upload makes, over real HTTP, with faults.
+"""A fake Hugging Face Hub: serves the requests that an upload makes, over HTTP, and injects faults.
 
-It keeps branches as lists of commits and large files by hash, refuses what the Hub refuses (no token, a commit of a
-large file that was not uploaded, a wrong hash), and injects faults where a request matches.
+It keeps branches as lists of commits, and large files by hash. It refuses what the Hub refuses: no token, a commit of a
+large file that was not uploaded, a wrong hash.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKEN = "hf_stand-in-token-that-nothing-may-write-down"
 
 
 class Hub:
-    """The state of the stand-in, for tests to look into."""
+    """The fake's state, for tests to read."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -34,12 +34,12 @@ class Hub:
         self.lock = threading.Lock()
 
     def files(self, name: str, branch: str) -> dict[str, bytes]:
-        """What a user who takes the branch gets."""
+        """The content of a branch, by path."""
         files = self.repositories[name][branch][0]["files"]
         return {path: self.large[held] if isinstance(held, str) else held for path, held in files.items()}
 
     def titles(self, name: str, branch: str) -> list[str]:
-        """Newest first."""
+        """The titles of a branch's commits, newest first."""
         return [commit["title"] for commit in self.repositories[name][branch]]
 
     def take_fault(self, request: str) -> str | None:
@@ -54,7 +54,7 @@ class Hub:
 
 @contextmanager
 def serving() -> Iterator[tuple[Hub, str]]:
-    """The state and the address of a running stand-in."""
+    """Run a fake Hub; yields its state and its address."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def _revision(self, branches: dict[str, Any], revision: str, _: Any) -> Any:
-        """huggingface_hub before 1 asks here how large files go up: this Hub knows no chunks (Xet)."""
+        """huggingface_hub before 1.0 asks here how to upload large files: not in chunks (Xet)."""
         return {"id": "lsx/model", "sha": branches[revision][0]["id"], "xetEnabled": False}
 
     def _tree(self, branches: dict[str, Any], revision: str, _: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One of the project's programs with a model size so small that a run's files can be kept in the repository.
+"""Runs one of the project's programs with a model so small that a run's files can be kept in the repository.
 
     python tests/support/kept.py pretrain/tinyllama_fabric.py --model_name kept ...
 

@@ -1,4 +1,4 @@
-"""A file system without locks, as Lustre is without `-o flock`: every flock is answered by an error."""
+"""A file system without locks, like Lustre without `-o flock`: every flock fails."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def flock(descriptor, operation):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 fcntl.flock = flock
 """
-"""Code that makes it so for another process."""
+"""Code to run in another process, in which every flock fails then."""
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOLCK) -> None:
-    """For this process."""
+    """Make every flock of this process fail with errno `number`."""
 
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""How tests run a program to its end: in a fork of a process that has its imports, or in a fresh interpreter."""
+"""How tests run a program to its end: forked from a process that has its imports, or in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 READ_AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "TORCH", "PYTORCH", "CUDA", "CUBLAS", "TRITON", "HF_", "TOKENIZERS_")
-"""Beginnings of variables that a package may read when it is imported."""
+"""Prefixes of environment variables that a package may read when it is imported."""
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread a process, and no launcher of the machine that the tests run on."""
+    """The environment of this process, but one thread per process, and no trace of a launcher (Slurm, torchrun)."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k != "MODEL_NAME"}
     return {**clean, "OMP_NUM_THREADS": "1", **extra}
 
@@ -30,11 +30,10 @@ def run_program(
     command: Sequence[object], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 300,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """`python PROGRAM [argument ...]` to its end, with what it wrote.
+    """Run `python PROGRAM [argument ...]` to its end; returns its exit code and output. Default of env: environment().
 
-    fresh: in an interpreter of its own, for tests of what happens while a program starts, and of several processes.
-    So runs also a program of another checkout, and one whose environment (default: environment()) a package may have
-    read when the server imported it.
+    fresh: in a new interpreter, for tests of how a program starts, and of several processes. A program of another
+    checkout also runs so, and one with variables that packages may have read when the server imported them.
     """
     python, program, *arguments = map(str, command)
     assert python == sys.executable
@@ -53,7 +52,7 @@ def _differs(env: Mapping[str, str]) -> bool:
 
 
 class _ForkServer:
-    """The client's side of tests/support/fork_server.py; the server ends with this process."""
+    """The client of tests/support/fork_server.py; the server ends with this process."""
 
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -97,5 +96,5 @@ class _ForkServer:
 
 @functools.cache
 def _server() -> _ForkServer:
-    """One for the tests of this process."""
+    """The server for all tests of this process."""
     return _ForkServer()

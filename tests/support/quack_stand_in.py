@@ -1,4 +1,4 @@
-"""The interface of quack-kernels 0.6 as far as it is called, in plain PyTorch, for machines without a Hopper GPU."""
+"""A fake of quack-kernels 0.6 in plain PyTorch: the functions that we call, for machines without a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def swiglu(mixed: Tensor) -> Tensor:
 
 
 class Quack(ModuleType):
-    """concat_layout names the tensors whose halves lie one after the other, where the kernels have them alternate."""
+    """concat_layout names the tensors whose halves are concatenated; the kernels' own layout interleaves them."""
 
     @staticmethod
     def gemm(

@@ -1,4 +1,4 @@
-"""Small token stores for tests, and their tokens read without the code under test."""
+"""Small token stores for tests, and a reader for them that is independent of the tested code."""
 
 from __future__ import annotations
 

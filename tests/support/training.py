@@ -1,4 +1,4 @@
-"""What tests of the training program share: a small store of learnable text, and the program run as a user runs it."""
+"""Shared by tests of the training program: a small store of learnable data, and the program run as a user runs it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def documents(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
 
 
 def make_store(folder: Path) -> Path:
-    """folder/train and folder/val."""
+    """Make the stores folder/train and folder/val."""
     for split, count, seed in (("train", 200, 1), ("val", 10, 2)):
         write_store(
             folder / split, documents(count, seed), tokenizer_fingerprint="test", vocab_size=VOCABULARY, bos_id=1,
@@ -57,7 +57,7 @@ def command(store: Path, out_dir: Path, *, program: Path = PROGRAM, **settings: 
 
 @contextmanager
 def small_disk(path: Path, *, size: int, inodes: int = 0) -> Iterator[Path]:
-    """A real file system of `size` bytes, on which the kernel answers ENOSPC; skips where none can be mounted."""
+    """A mounted file system of `size` bytes, where the kernel returns ENOSPC; skips where none can be mounted."""
     path.mkdir()
     options = f"size={size}" + (f",nr_inodes={inodes}" if inodes else "")
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True).returncode:
@@ -70,9 +70,9 @@ def small_disk(path: Path, *, size: int, inodes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def small_quota(path: Path, *, size: int) -> Iterator[Path]:
-    """A real quota of `size` bytes on a file system with room, on which the kernel answers EDQUOT.
+    """A file system with room and a quota of `size` bytes, where the kernel returns EDQUOT.
 
-    btrfs, since its quotas hold for root too and are in most kernels; skips where none can be made.
+    It is btrfs, whose quotas also bind root and are in most kernels; skips where none can be made.
     """
     image, run = path.with_suffix(".img"), path / "quota"
     path.mkdir()
@@ -97,7 +97,7 @@ SECRETS = {"WANDB_API_KEY": "0badc0de" * 5, "HF_TOKEN": "hf_" + "Secret42" * 4}
 
 
 def assert_no_secret(folder: Path, *logs: str) -> None:
-    """No key of SECRETS stands in any file below the folder, or in a log."""
+    """Assert that no key of SECRETS is in a file below the folder, or in a log."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
     for name, value in SECRETS.items():
@@ -106,7 +106,7 @@ def assert_no_secret(folder: Path, *logs: str) -> None:
 
 
 def train(store: Path, out_dir: Path, *, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end and check its exit code."""
+    """Run the training program to its end, and check its exit code."""
     done = run_program(command(store, out_dir, **settings), fresh=settings.get("devices", 1) != 1)
     assert done.returncode == expect, done.stderr
     return done
@@ -127,13 +127,13 @@ DETERMINED = (
 
 
 def metrics(out_dir: Path) -> list[dict[str, str]]:
-    """Lines of metrics.csv without what depends on the clock."""
+    """The lines of metrics.csv, without columns that depend on the clock."""
     with (out_dir / "metrics.csv").open(newline="") as file:
         return [{name: row[name] for name in DETERMINED} for row in csv.DictReader(file)]
 
 
 def seen_rows(out_dir: Path) -> dict[int, tuple[int, int, int, str]]:
-    """step -> (first slot, rows, targets, digest), of the lines that the newest attempt of each step wrote."""
+    """step -> (first slot, rows, targets, digest), from the newest attempt that wrote the step."""
     lines = [json.loads(line) for line in (out_dir / "datapoints" / "steps.jsonl").read_text().splitlines()]
     return {
         line["step"]: (line["slot"], line["rows"], line["targets"], line["digest"]) for line in lines if "slot" in line

@@ -1,4 +1,4 @@
-"""AdamW for weights of bf16: what PyTorch's computes, but rounded so that small updates are not lost."""
+"""AdamW for bf16 weights: PyTorch's AdamW with stochastic rounding, so that small updates are not lost."""
 
 from __future__ import annotations
 

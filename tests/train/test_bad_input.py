@@ -1,4 +1,4 @@
-"""A newcomer's mistakes: each is told in one line that names what is wrong, with exit code 2 and no traceback."""
+"""A user's mistakes: each gives one line that names what is wrong, exit code 2 and no traceback."""
 
 from __future__ import annotations
 

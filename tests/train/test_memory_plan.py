@@ -1,4 +1,4 @@
-"""The plan of a run: by hand, against what the compiler keeps, and against what was measured."""
+"""The plan of a run, compared with hand calculations, with what the compiler keeps, and with measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `auto` and None stand for: decided once, written down, and told where a repeat decides otherwise."""
+"""What `auto` and None stand for: resolved once, written down, and logged where a repeat resolves differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of the running model: what transformers would write, the same on every rank, and no trace in the training."""
+"""Samples of the running model: transformers' text, the same on every rank, without effect on the training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning goes on under trouble: updates that would do harm are skipped, recorded and repeated by a resume."""
+"""The step guard: harmful updates are skipped and recorded, and a resume skips them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights & Biases down, unknown, refusing or offline (fault case 23); keys in the environment (case 24)."""
+"""Weights & Biases down, without DNS, refusing or offline (fault case 23); keys in the environment (case 24)."""
 
 from __future__ import annotations
 

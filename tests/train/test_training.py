@@ -40,7 +40,7 @@ def assert_equal_runs(run: Path, unbroken: Path) -> None:
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """Losses of 20 steps of `debug` on a CPU in fp32. A change that is not meant to change results keeps them.
+    """Losses of 20 steps of `debug` on a CPU in fp32. A change that is not meant to change results must keep them.
 
     The file is changed by hand only (CONTRIBUTING.md). Machines differ in the order of their sums: about 1e-6 here.
     """
