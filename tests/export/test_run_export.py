@@ -1,4 +1,4 @@
-"""create.sh --all: exports every checkpoint of a run to a folder, and to a branch of a fake Hub, despite faults."""
+"""create.sh --all: exports every checkpoint of a run to a folder, and to a branch of a stand-in Hub, despite faults."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def copy_of(run: Path, folder: Path, *steps: int) -> Path:
 
 
 def environment(tmp_path: Path, address: str, token: str = TOKEN, **variables: str) -> dict[str, str]:
-    """The environment of a user who set HF_TOKEN, without Xet, which the fake Hub lacks."""
+    """The environment of a user who set HF_TOKEN, without Xet, which the stand-in lacks."""
     return {
         **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "HF_ENDPOINT": address, "HF_TOKEN": token,
         "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1", **variables,

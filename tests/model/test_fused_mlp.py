@@ -1,4 +1,4 @@
-"""The fused GEMMs, through a fake of quack-kernels 0.6's interface; tests/gpu tests the real one."""
+"""The fused GEMMs, through a stand-in for quack-kernels 0.6; tests/gpu tests the real one."""
 
 from __future__ import annotations
 

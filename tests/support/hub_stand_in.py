@@ -1,4 +1,4 @@
-"""A fake Hugging Face Hub: serves the requests that an upload makes, over HTTP, and injects faults.
+"""A stand-in for the Hugging Face Hub: serves the requests that an upload makes, over HTTP, and injects faults.
 
 It keeps branches as lists of commits, and large files by hash. It refuses what the Hub refuses: no token, a commit of a
 large file that was not uploaded, a wrong hash.
@@ -21,7 +21,7 @@ TOKEN = "hf_stand-in-token-that-nothing-may-write-down"
 
 
 class Hub:
-    """The fake's state, for tests to read."""
+    """The state of the stand-in, for tests to read."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -54,7 +54,7 @@ class Hub:
 
 @contextmanager
 def serving() -> Iterator[tuple[Hub, str]]:
-    """Run a fake Hub; yields its state and its address."""
+    """Run a stand-in; yields its state and its address."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True

@@ -1,4 +1,4 @@
-"""A fake of quack-kernels 0.6 in plain PyTorch: the functions that we call, for machines without a Hopper GPU."""
+"""A stand-in for quack-kernels 0.6 in plain PyTorch: the functions that we call, for machines without a Hopper GPU."""
 
 from __future__ import annotations
 
