@@ -297,7 +297,7 @@ class _OwnerFile:
                     log.warning("%s cannot be touched: %s", self._path, error.strerror)
                     continue
             if not self._closed.is_set():
-                log.error("%s is not ours any more: another process may write here too", self._path)
+                log.error("%s is no longer ours: another process may write here too", self._path)
             return
 
     def close(self) -> None:

@@ -370,7 +370,7 @@ def test_an_owner_touches_its_file_and_says_when_it_lost_it(
         wait_for(lambda: owner.stat().st_mtime > 1)
         assert "not ours" not in caplog.text
         owner.write_text("elsewhere 7 0badc0de")
-        wait_for(lambda: "lock.owner is not ours any more" in caplog.text)
+        wait_for(lambda: "lock.owner is no longer ours" in caplog.text)
     assert owner.read_text() == "elsewhere 7 0badc0de"  # it is not ours to remove
 
 

@@ -127,7 +127,7 @@ def refuse_used(run_dir: Path) -> None:
     """Raise BadInput if the folder holds checkpoints: a fresh run's would be mixed with them, and prune them."""
     if newest_first(run_dir):
         raise BadInput(
-            f"{run_dir} holds a run already ({names(run_dir)}): go on by --resume auto, or choose another --out_dir"
+            f"{run_dir} holds a run already ({names(run_dir)}): continue by --resume auto, or choose another --out_dir"
         )
 
 

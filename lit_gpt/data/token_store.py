@@ -138,7 +138,9 @@ def document_ends(store: TokenStore, shard: Shard) -> npt.NDArray[np.int64]:
     DamagedShard."""
     ends = documents(store, shard, ["end"])["end"].to_numpy()
     if len(ends) == 0 or ends[-1] != shard.tokens or ends[0] <= 0 or np.any(np.diff(ends) <= 0):
-        raise DamagedShard(f"{store.path / shard.name}.docs.parquet: its ends do not cut {shard.tokens} tokens")
+        raise DamagedShard(
+            f"{store.path / shard.name}.docs.parquet: its document ends do not fit {shard.tokens} tokens"
+        )
     return ends
 
 

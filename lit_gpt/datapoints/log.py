@@ -81,9 +81,9 @@ def check_slot_facts(folder: Path, slot_facts: Mapping[str, Any], *, allow_chang
     if not allow_changed_data:
         raise BadInput(
             f"the data of the run in {folder.parent} has changed: {said}. Restore it, choose another --out_dir, or "
-            f"pass {OVERRIDE} true to go on with other data"
+            f"pass {OVERRIDE} true to continue with other data"
         )
-    log.warning("the run goes on with changed data: %s", said)
+    log.warning("the run continues with changed data: %s", said)
 
 
 def read_attempts(folder: Path) -> list[Attempt]:

@@ -90,7 +90,7 @@ def _add_fields(writer: Any, fields: dict[str, Any], name: str, file_type: int) 
     writer.add_vocab_size(fields["vocab_size"])
 
 
-# Weights -------------------------------------------------------------------------------------------------------------
+# Weights
 
 
 def _write_weights(writer: Any, gguf: ModuleType, fields: dict[str, Any], weights: HFWeights, kind: int) -> None:
@@ -132,7 +132,7 @@ def _reordered(name: str, values: npt.NDArray[np.float32], fields: dict[str, Any
     return values
 
 
-# Vocabulary ----------------------------------------------------------------------------------------------------------
+# Vocabulary
 
 
 def _add_vocabulary(writer: Any, gguf: ModuleType, folder: Path, tokenizer: Tokenizer, rows: int) -> None:

@@ -29,7 +29,7 @@ _HEADER_ALIGNMENT_BYTES = 8
 """safetensors pads its header with spaces to a multiple of this, so that mapped data is aligned."""
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 class _Place(NamedTuple):
@@ -135,7 +135,7 @@ def require_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 class HFWeights:

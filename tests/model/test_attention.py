@@ -1,4 +1,4 @@
-"""Attention: the torch backend, compared with the formula in fp32; the others, through stand-ins for their interfaces."""
+"""Attention: the torch backend, compared with the formula in fp32; the others, through stand-ins for the packages."""
 
 from __future__ import annotations
 
