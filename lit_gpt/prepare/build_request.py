@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import BadInput, require_at_least
 from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS
 from lit_gpt.files import Lock, LockHeld, publish, sweep
 from lit_gpt.prepare.document_source import Fields, SourceFile
@@ -59,9 +59,7 @@ class BuildSettings:
     """Bytes of tokens and ids that a worker collects before it writes a run."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "shard_tokens", "run_bytes"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
+        require_at_least(self, 1, "workers", "shard_tokens", "run_bytes")
         for name in ("val_fraction", "max_reject_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
