@@ -101,9 +101,9 @@ def test_retention_counts_the_branch_alone(wound_back: Path, caplog: pytest.LogC
         assert present(wound_back) == [7, 8, 9, 12]
         prune(wound_back, 9, keep_last=2)
         assert present(wound_back) == [7, 9, 12]
-        assert f"removing {wound_back / checkpoint_name(8)}: it is of a branch that was left" in caplog.text
+        assert f"removing {wound_back / checkpoint_name(8)}: it is of a branch that the run has left" in caplog.text
         go_on(wound_back, find("auto", wound_back), 12, until=12)
-    assert f"{wound_back / checkpoint_name(12)} is replaced" in caplog.text
+    assert f"replacing {wound_back / checkpoint_name(12)}" in caplog.text
     assert auto(wound_back) == 12
     assert left_behind(wound_back) == []
 
@@ -151,7 +151,7 @@ def test_the_program_goes_on_where_it_was_wound_back_to(store: Path, tmp_path: P
     log = train(store, tmp_path, resume="auto", **changed).stderr
     assert f"resumed from {tmp_path / checkpoint_name(4)}: step 4" in log
     for step in (8, 12):
-        assert f"{tmp_path / checkpoint_name(step)} is replaced" in log
+        assert f"replacing {tmp_path / checkpoint_name(step)}" in log
         assert verified(tmp_path / checkpoint_name(step)).facts["settings"]["learning_rate"] == 1e-3
     assert present(tmp_path) == [8, 12]
     rates = [float(line["learning_rate"]) for line in metrics(tmp_path)]
