@@ -66,7 +66,7 @@ def test_a_flipped_bit_on_disk_is_found_and_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(BadInput, match="weight 'c' reads back from .* otherwise"):
+    with pytest.raises(BadInput, match=r"weight 'c' reads back from .* otherwise"):
         require_hashes(tmp_path, hashes)
 
 
