@@ -29,7 +29,7 @@ FENCES = {
     "flash_attn": ("lit_gpt/model/attention.py",),
     "flash_attn_interface": ("lit_gpt/model/attention.py",),
     "gguf": ("lit_gpt/export/gguf_export.py",),
-    "lightning": ("lit_gpt/launch/fabric.py", "lit_gpt/bench/bench_litgpt.py"),
+    "lightning": ("lit_gpt/launch/*", "lit_gpt/bench/bench_litgpt.py"),
     "liger_kernel": ("lit_gpt/bench/*",),
     "litgpt": ("lit_gpt/bench/*", "scripts/benchmark_litgpt.py"),  # the script looks whether it is there
     "lm_eval": ("lit_gpt/eval/*", "lit_gpt/tasks/*"),
