@@ -287,6 +287,7 @@ def test_a_lock_keeps_others_out_until_its_holder_is_killed(tmp_path: Path, patc
     assert names(tmp_path) == ["lock"]
 
 
+@pytest.mark.slow
 def test_waiting_for_a_holder(tmp_path: Path, patch: str) -> None:
     process = holder(patch, tmp_path / "lock")
     code = patch + "with files.Lock(Path(sys.argv[1]), wait=True): print(time.time())"
@@ -374,6 +375,7 @@ def test_an_owner_touches_its_file_and_says_when_it_lost_it(
     assert owner.read_text() == "elsewhere 7 0badc0de"  # it is not ours to remove
 
 
+@pytest.mark.slow
 def test_one_winner_among_many_that_find_a_dead_owner(tmp_path: Path) -> None:
     """Without locks, with a dead owner, and six processes at once: only one at a time holds it."""
     code = """files._POLL_S = 0.001

@@ -89,6 +89,7 @@ def test_the_record_still_answers(kept: Path, capsys: pytest.CaptureFixture[str]
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_export_has_the_same_bytes_today(kept: Path) -> None:
     run(
         kept, "scripts/convert_lit_checkpoint.py", checkpoint="run/iter-00000012-ckpt.pth", tokenizer_path="tokenizer",
@@ -98,6 +99,7 @@ def test_the_export_has_the_same_bytes_today(kept: Path) -> None:
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_an_export_of_then_is_imported(kept: Path) -> None:
     """Without the optimizer's state, in the export's bf16."""
     run(kept, "scripts/convert_hf_checkpoint.py", checkpoint_dir="model", destination_path="new/iter-00000000-ckpt.pth")

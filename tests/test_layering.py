@@ -251,6 +251,7 @@ def run_python(code: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_import_needs_no_optional_package_and_does_no_work(tmp_path: Path) -> None:
     """None in sys.modules makes Python refuse a package, as if it were not installed.
 

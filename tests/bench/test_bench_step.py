@@ -61,6 +61,7 @@ def test_bad_input(flags: tuple[str, ...], message: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_profile_of_a_run(store: Path, tmp_path: Path) -> None:
     train(store, tmp_path, max_steps=4, profile_steps="2:4", log_interval_steps=4)
     with gzip.open(tmp_path / "profile" / "steps-2-4.trace.json.gz") as file:
@@ -90,6 +91,7 @@ def test_documents_end_at_rows_and_have_the_lengths_of_german_web_text() -> None
     assert 64 * 2048 / 705 * 0.8 < len(inside) < 64 * 2048 / 705 * 1.2 + 64
 
 
+@pytest.mark.slow
 def test_steps_that_update_nothing_are_no_measurement() -> None:
     settings = StepSettings(
         model_name="debug", global_batch_size=2, micro_batch_size=2, accelerator="cpu", precision="32-true",
@@ -120,6 +122,7 @@ class Marked(torch.autograd.Function):
         return d_out, None
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_micro_batch_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = StepSettings(
         model_name="debug", global_batch_size=3, micro_batch_size=1, precision="32-true", accelerator="cpu", devices=1,

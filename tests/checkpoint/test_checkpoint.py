@@ -314,6 +314,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "delay_ms", [0, 3, 7, 11, 17, 23, 31, *(pytest.param(ms / 4, marks=pytest.mark.long) for ms in range(200))]
 )
@@ -334,6 +335,7 @@ def test_killed_while_saving(tmp_path: Path, delay_ms: float) -> None:
     assert list(tmp_path.iterdir()) == published[-1:]
 
 
+@pytest.mark.slow
 def test_an_imported_model_is_written_weight_by_weight(tmp_path: Path) -> None:
     """5 weights of 34 MiB, in fp32 and bf16, read back as they were: memory never holds more than two of them.
 

@@ -138,6 +138,7 @@ def test_an_imported_model_is_part_of_what_began_with_it(tmp_path: Path) -> None
     assert auto(tmp_path) == 4
 
 
+@pytest.mark.slow
 def test_the_program_goes_on_where_it_was_wound_back_to(store: Path, tmp_path: Path) -> None:
     """From step 4 of 12 with another learning rate; killed at step 6, before its first save; then --resume auto."""
     train(store, tmp_path, keep_last_checkpoints=0)

@@ -218,6 +218,7 @@ for step in range(100, 100_000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("full", "last"), [(False, "state/.metadata"), (False, "run.json"), (True, "state.pth"), (True, "MANIFEST.json")]
 )

@@ -67,6 +67,7 @@ def test_a_permutation_is_a_bijection_with_its_inverse(size: int) -> None:
     assert np.array_equal(Permutation(size, key=7).inverse(image), indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 5, 7, 16])
 def test_permutations_are_evenly_spread_over_keys(size: int) -> None:
     """Chi-square of (place, image) over 4,000 keys: mean (size - 1)^2, bound five standard deviations above."""

@@ -105,6 +105,7 @@ def test_the_bound_holds_and_what_is_not_wanted_goes_first(store: TokenStore, tm
     cache.close()
 
 
+@pytest.mark.slow
 def test_processes_of_a_node_share_one_stager(store: TokenStore, tmp_path: Path, cache: ShardCache) -> None:
     wait_for(lambda: is_held(tmp_path / "cache" / "lock"))
     second = ShardCache(tmp_path / "cache", 1 << 20)
@@ -206,6 +207,7 @@ cache.close()
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_costs_a_warning_only(store: TokenStore, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(store.path), str(tmp_path / "cache")],

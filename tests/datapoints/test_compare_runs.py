@@ -42,6 +42,7 @@ def changed_copy(run: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_differences_at_equal_steps(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     first, second = compare(capsys, *runs)
     one, other = (losses(run) for run in runs)

@@ -170,6 +170,7 @@ def test_answers_equal_brute_force_on_made_documents(tmp_path: Path, capsys: pyt
     check_against_brute_force(run, capsys)
 
 
+@pytest.mark.slow
 def test_answers_equal_brute_force_on_the_handbook(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +254,7 @@ def train(store: TokenStore, folder: Path, pause_s: float, kill_after_s: float |
     assert process.wait() == (0 if kill_after_s is None else -9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("_", [0, *(pytest.param(number, marks=pytest.mark.long) for number in range(1, 40))])
 def test_kills_at_random_steps_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], _: int) -> None:
     store = make_store(tmp_path / "store", 240)  # 90 steps or so of 0.01 s: five lives of at most 0.15 s do not end it

@@ -43,6 +43,7 @@ def task_dir(german_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 def test_perplexity_is_the_runs_own_validation_loss(german_run: Path, model: Path, tmp_path: Path) -> None:
     val = str(german_run.parent / "data/val")
     output = tmp_path / "scores.json"

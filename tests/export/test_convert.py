@@ -63,6 +63,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return dict(checkpoints.model_tensors(checkpoints.verified(checkpoint)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "step"), [("fp32", 7), ("fp32", 8), ("bf16", 8), ("fp16", 7)])
 def test_transformers_loads_it_and_computes_the_same(run_dir: Path, tmp_path: Path, dtype: str, step: int) -> None:
     export(run_dir, tmp_path / "hf", "--dtype", dtype, step=step)
@@ -85,6 +86,7 @@ def test_transformers_loads_it_and_computes_the_same(run_dir: Path, tmp_path: Pa
     assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_sharded_and_full_checkpoints_export_to_the_same_bytes(run_dir: Path, tmp_path: Path) -> None:
     export(run_dir, tmp_path / "full", step=7)
     export(run_dir, tmp_path / "sharded", step=8)
@@ -107,6 +109,7 @@ def test_weight_files_are_split_at_the_size_asked_for(run_dir: Path, tmp_path: P
     assert theirs.num_parameters() == Config.from_name("debug", vocab_size=300).parameters
 
 
+@pytest.mark.slow
 def test_round_trip_gives_identical_weights_and_identical_files(run_dir: Path, tmp_path: Path) -> None:
     export(run_dir, tmp_path / "hf", "--dtype", "fp32")
     again = tmp_path / "run" / "iter-00000000-ckpt.pth"
@@ -206,6 +209,7 @@ def test_a_flipped_bit_in_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     refused_export(run, tmp_path, r"state\.pth is corrupt", step=9)
 
 
+@pytest.mark.slow
 def test_missing_nan_and_misshapen_weights(run_dir: Path, tmp_path: Path) -> None:
     name = "transformer.h.2.mlp.down.weight"
     refused_export(changed_run(run_dir, tmp_path, {name: None}), tmp_path, f"weight '{name}' is missing", step=9)
@@ -256,6 +260,7 @@ def test_a_wrong_forward_pass_publishes_nothing(run_dir: Path, tmp_path: Path, m
     refused_export(run_dir, tmp_path, "logits of both sides differ")
 
 
+@pytest.mark.slow
 def test_a_terminated_export_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "scripts/convert_lit_checkpoint.py", "--destination_path", str(tmp_path / "hf")]
     checkpoint = str(run_dir / "iter-00000007-ckpt.pth")
@@ -310,6 +315,7 @@ def create(*arguments: str, cwd: Path, **variables: str) -> subprocess.Completed
     return subprocess.run(command, cwd=cwd, env=with_root(**variables), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_create_takes_the_newest_checkpoint_of_the_run(run_dir: Path, tmp_path: Path) -> None:
     done = create(cwd=tmp_path, OUT_DIR=str(run_dir), FINAL_MODEL="model", MODEL_NAME="debug")
     assert done.returncode == 0, done.stderr
@@ -364,6 +370,7 @@ def test_create_runs_in_the_container(run_dir: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_generate(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(run_dir, tmp_path / "hf")
     texts = []

@@ -106,6 +106,7 @@ def test_rows_of_queries_and_keys_lie_as_llama_cpp_turns_them(model: Path, tmp_p
                 assert (found[32 * head + 2 * i + 1] == expected[32 * head + 16 + i]).all()
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_from_it(model: Path, tmp_path: Path) -> None:
     """transformers reorders the rows of q and k back, by its own code."""
     pytest.importorskip("accelerate")
@@ -145,6 +146,7 @@ def test_llama_cpp_gives_the_same_tokens(model: Path, tmp_path: Path, prompt: st
     assert found == expected
 
 
+@pytest.mark.slow
 def test_the_published_tokenizer(shared: Path, tmp_path: Path) -> None:
     reader = gguf.GGUFReader(
         convert(write_model(tmp_path / "model", shared / "tokenizer"), tmp_path / "m.gguf", "q8_0")

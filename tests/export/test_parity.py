@@ -35,6 +35,7 @@ def their_model(config: Config) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**facts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_query_groups", [1, 2, 4])
 def test_logits_and_gradients_equal_those_of_transformers(n_query_groups: int) -> None:
     config = shape(n_query_groups)

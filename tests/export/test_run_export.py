@@ -262,6 +262,7 @@ def export_all(run: Path, destination: Path, *more: str) -> None:
     convert_lit_checkpoint.main(["--run_dir", str(run), "--destination_path", str(destination), *more])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_retention_removes_meanwhile_is_passed_over(
     german_run: Path, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.programs import ROOT, environment
 
 CODE = """
@@ -18,6 +20,7 @@ print(Trainer.__module__, lightning.Fabric is Fabric, issubclass(torchmetrics.Me
 """
 
 
+@pytest.mark.slow
 def test_the_rest_of_lightning_is_loaded_only_when_asked_for() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True

@@ -38,6 +38,7 @@ def test_two_processes_on_cpus(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == [], "the test file is gone"
 
 
+@pytest.mark.slow
 def test_one_process_without_space_is_exit_code_1(tmp_path: Path) -> None:
     done = check(tmp_path, "--accelerator", "cpu", "--model_name", "LLaMmlein_7B", "--checkpoints", 1_000_000)
     assert done.returncode == 1, done.stderr

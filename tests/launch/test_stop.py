@@ -21,6 +21,7 @@ from tests.support.training import command, metrics, train
 ENDLESS = dict(max_steps=100_000, max_epochs=100_000, save_interval_steps=100_000, eval_interval_steps=100_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_before_the_first_step_is_a_clean_stop(store: Path, tmp_path: Path, number: signal.Signals) -> None:
     """It comes while Python imports torch: as soon as the thread that takes signals is there."""
@@ -113,6 +114,7 @@ def test_the_end_of_the_job_saves_in_time_on_all_ranks(store: Path, tmp_path: Pa
     assert int(metrics(tmp_path)[-1]["step"]) == int(found[2]), "all ranks stopped at the same step"
 
 
+@pytest.mark.slow
 def test_a_job_that_is_too_short_is_refused(store: Path, tmp_path: Path) -> None:
     """It would save nothing, and be put back for ever."""
     done = train(store, tmp_path, expect=2, time_limit_s=30, stop_margin_s=60)

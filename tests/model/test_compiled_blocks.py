@@ -41,6 +41,7 @@ def losses_and_gradients(made: GPT) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "float8"), list(product(KINDS, ("none", "tensorwise"))))
 def test_no_graph_break_and_one_graph_for_all_blocks(kind: str, float8: str) -> None:
     """fullgraph refuses a break; the backend is the plain one: what is tested is the tracing, not the kernels."""
@@ -55,6 +56,7 @@ def test_no_graph_break_and_one_graph_for_all_blocks(kind: str, float8: str) -> 
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_recomputation_changes_no_bit(kind: str) -> None:
     wanted_loss, wanted = losses_and_gradients(model())

@@ -36,6 +36,7 @@ def loss_and_norm(float8: str) -> tuple[float, float]:
     return loss.item(), torch.nn.utils.get_total_norm(gradients).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_agrees_with_fp32_on_the_same_rows(recipe: str) -> None:
     """e4m3 has 3 bits after the point, so a number is off by 6 % at most; sums over a width average that out."""

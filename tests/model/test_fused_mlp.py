@@ -81,6 +81,7 @@ def test_tiles_that_leave_the_fewest_sms_idle(shape: tuple[int, int], tile: tupl
     assert share == pytest.approx(busy, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quack")
 def test_a_weight_of_few_tiles_is_left_to_cublas() -> None:
     """But not gate's and up's, whose rows only quack's kernel puts in order."""
@@ -93,6 +94,7 @@ def test_a_weight_of_few_tiles_is_left_to_cublas() -> None:
     assert Quack.tiles == [(128, 192)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quack")
 def test_a_model_with_it_is_the_same_model() -> None:
     """To bf16's rounding, from fp32; also under torch.compile, in one graph for all blocks."""

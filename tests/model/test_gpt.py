@@ -55,6 +55,7 @@ def test_logits_and_gradients_equal_transformers(heads: str) -> None:
         assert difference(gradient, wanted[name]) <= 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", SHAPES)
 def test_packed_documents_equal_the_same_documents_alone(heads: str) -> None:
     model = make(heads)

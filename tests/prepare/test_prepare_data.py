@@ -206,6 +206,7 @@ def test_summary_adds_up(built: Path) -> None:
         assert sum(count for *_, count in stats["histogram"]) == len(lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "run_bytes"), [(1, 3_000), (2, 20_000), (3, 1 << 30)])
 def test_same_bytes_for_every_number_of_workers_and_run_size(
     built: Path, corpus: Path, tokenizer: Path, tmp_path: Path, workers: int, run_bytes: int
@@ -225,6 +226,7 @@ def test_planning_in_small_ranges_gives_the_same_bytes(
     assert data_of(tmp_path / "data") == data_of(built)
 
 
+@pytest.mark.slow
 def test_keep_order(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     more = ["--keep_order", "--shard_tokens", 40_000, "--run_bytes", 5_000, "--workers", 2, "--val_fraction", 0]
     run(*arguments(corpus, tokenizer, tmp_path / "data", *more))
@@ -447,6 +449,7 @@ def test_same_bytes_after_kills_at_every_stage(tokenizer: Path, tmp_path: Path) 
     assert data_of(out) == data_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_files_that_a_killed_builder_was_writing_are_swept(tokenizer: Path, tmp_path: Path) -> None:
     """Names of today and of earlier versions, which read a number from every name in pieces/."""
     source, out = tmp_path / "a.jsonl", tmp_path / "data"
@@ -459,6 +462,7 @@ def test_files_that_a_killed_builder_was_writing_are_swept(tokenizer: Path, tmp_
     assert names == ["lengths.png", "rejects.jsonl", "summary.json", "train", "val"]
 
 
+@pytest.mark.slow
 def test_killed_worker_ends_the_build_with_a_reason(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(lines_of(made_up(25_000)))
@@ -535,6 +539,7 @@ def test_exit_code_and_one_line(tokenizer: Path, tmp_path: Path) -> None:
     assert "absent: there is no such file or folder" in errors
 
 
+@pytest.mark.slow
 def test_second_builder_in_the_same_folder_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "a.jsonl", tmp_path / "data"
     source.write_bytes(lines_of(made_up(20_000)))
@@ -564,6 +569,7 @@ def test_verify_names_shard_and_block(built: Path, tmp_path: Path) -> None:
     assert "no data set in" in run("verify", tmp_path / "absent", code=2)
 
 
+@pytest.mark.slow
 def test_german_text_with_the_published_tokenizer(shared: Path, tmp_path: Path) -> None:
     """All 524 documents of the handbook have the ids that the library gives."""
     source = shared / "data/debian-handbook-de.jsonl.gz"

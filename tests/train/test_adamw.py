@@ -43,6 +43,7 @@ def test_it_computes_what_pytorchs_does() -> None:
             torch.testing.assert_close(moment, optimizers[1].state[b][name], rtol=2**-7, atol=0)
 
 
+@pytest.mark.slow
 def test_small_updates_are_not_lost() -> None:
     """100 updates of 0.001 take 0.1 from weights of 1, whose last bit downwards is 0.0039, and weight decay, each time
     0.0005 of them, 0.05; rounded to the nearest, both take nothing."""

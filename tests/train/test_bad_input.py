@@ -110,6 +110,7 @@ TRAINING: dict[str, tuple[Callable[[Path, Path], dict[str, object]], list[str]]]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", TRAINING)
 def test_training(mistake: str, store: Path, tmp_path: Path) -> None:
     make, words = TRAINING[mistake]
@@ -146,6 +147,7 @@ def resume(store: Path, run: Path, **settings: object) -> subprocess.CompletedPr
     return run_program(command(store, run, **values), fresh=values.get("devices", 1) != 1)
 
 
+@pytest.mark.slow
 def test_resume_refuses(store: Path, finished: Path, tmp_path: Path) -> None:
     """A checkpoint of another model, a damaged one by name, other data; and a fresh start over a finished run."""
     run = shutil.copytree(finished, tmp_path / "run")
@@ -161,6 +163,7 @@ def test_resume_refuses(store: Path, finished: Path, tmp_path: Path) -> None:
     assert_refused(resume(store, run, resume=newest), "state.pth is", "saved as")
 
 
+@pytest.mark.slow
 def test_two_processes_tell_it_once(store: Path, finished: Path, tmp_path: Path) -> None:
     """A mistake that shows only after the processes have started."""
     run = shutil.copytree(finished, tmp_path / "run")
@@ -174,6 +177,7 @@ def test_nothing_was_left_behind(store: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_programs_tell_a_missing_argument() -> None:
     for program in sorted((ROOT / "scripts").glob("*.py")):
         if program.name == "demo.py" or program.name.startswith("benchmark_"):  # need no argument

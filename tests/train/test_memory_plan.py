@@ -166,6 +166,7 @@ def kept_by_the_compiler(config: Config, rows: int, *, checkpointing: str, mlp: 
     return sum(sizes) - sum(x.nbytes for x in aliases) - cos.nbytes - sin.nbytes  # these all blocks share
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize(
     ("mlp", "checkpointing"),

@@ -61,6 +61,7 @@ def rolled_back(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return run, faulty(store, run, SPIKE, **ROLLBACK)
 
 
+@pytest.mark.slow
 def test_a_spike_rolls_back(rolled_back: tuple[Path, str]) -> None:
     run, log = rolled_back
     assert log.count("the spike at step 6: back from step 6 to step 4, rows 32 to 47 will be left out") == 1
@@ -100,6 +101,7 @@ def test_the_record_stays_true(rolled_back: tuple[Path, str], tmp_path: Path) ->
     assert "step 5 begins at slot 48, the step before it ended at slot 32" in verify.stdout
 
 
+@pytest.mark.slow
 def test_killed_after_the_rollback(store: Path, rolled_back: tuple[Path, str], tmp_path: Path) -> None:
     """Killed at step 6 the second time, before any save; the resume meets no fault, and leaves the rows out as well."""
     done = run_program(
@@ -132,6 +134,7 @@ def test_two_processes_go_back_together(store: Path, rolled_back: tuple[Path, st
         assert (value - one[name]).norm() <= 2e-4 * one[name].norm(), name
 
 
+@pytest.mark.slow
 def test_the_cap(store: Path, tmp_path: Path) -> None:
     """A second spike after one rollback: skipped, saved, exit code 3; a resume with a higher cap goes back for it."""
     faults = f"{SPIKE} slot64:gradient_x100"  # in step 7 after the first rollback
@@ -144,6 +147,7 @@ def test_the_cap(store: Path, tmp_path: Path) -> None:
     assert datapoints(tmp_path, "verify").returncode == 0
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_it_skips(store: Path, tmp_path: Path) -> None:
     log = faulty(store, tmp_path, "slot24:gradient_x100", **ROLLBACK)  # in step 4, which is saved only afterwards
     assert "step 4: no checkpoint of this run to roll back to: the update is skipped, no more" in log

@@ -41,6 +41,7 @@ def sampled(german_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_samples_change_nothing(german_run: Path, tmp_path: Path) -> None:
     """Losses, weights, optimizer and RNG, bit by bit; drawing, too."""
     train_again(german_run, tmp_path, sample_temperature=1.0, **SAMPLING)
@@ -50,6 +51,7 @@ def test_samples_change_nothing(german_run: Path, tmp_path: Path) -> None:
     assert [name for name in wanted if not torch.equal(got[name], wanted[name])] == []
 
 
+@pytest.mark.slow
 def test_greedy_samples_are_what_transformers_generates(sampled: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,6 +90,7 @@ def test_two_sharded_processes_write_what_one_writes(german_run: Path, tmp_path:
     assert len(samples(tmp_path / "1")) == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_one_series(sampled: Path, german_run: Path, tmp_path: Path) -> None:
     for kept in ("metrics.csv", "samples.jsonl"):
         (tmp_path / kept).write_bytes((sampled / kept).read_bytes())

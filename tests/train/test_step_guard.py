@@ -73,6 +73,7 @@ def test_gives_up_after_so_many_in_a_row() -> None:
     assert guard.skipped == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nan_activation", "inf_gradient"])
 def test_one_bad_step(store: Path, tmp_path: Path, kind: str) -> None:
     """The step before the save at 8: state and rows go on, the checkpoint before and after differ by three updates."""
@@ -95,6 +96,7 @@ def test_one_bad_step(store: Path, tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_the_run_gives_up(store: Path, tmp_path: Path) -> None:
     """Three in a row of which the log hears at step 8: exit code 3, one line, and a checkpoint of good weights."""
     faults = " ".join(f"{step}:0:nan_activation" for step in range(5, 13))
@@ -108,6 +110,7 @@ def test_the_run_gives_up(store: Path, tmp_path: Path) -> None:
     assert metrics(tmp_path)[-1]["skipped_steps"] == "4"
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped(store: Path, tmp_path: Path) -> None:
     settings = dict(spike_policy="skip", spike_factor=5, spike_window_steps=4)
     faulty(store, tmp_path / "skip", "6:0:gradient_x100", **settings)
@@ -117,6 +120,7 @@ def test_a_spike_is_skipped(store: Path, tmp_path: Path) -> None:
     assert skipped(tmp_path / "none") == []
 
 
+@pytest.mark.slow
 def test_a_resume_knows_the_usual_norm(store: Path, tmp_path: Path) -> None:
     """A spike right after the checkpoint: by the norms that the checkpoint holds the resumed run skips it too."""
     settings = dict(spike_policy="skip", spike_factor=5, spike_window_steps=4)

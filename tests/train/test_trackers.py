@@ -143,6 +143,7 @@ def test_offline_is_one_series_over_a_requeue_and_a_kill(store: Path, tmp_path: 
     assert len({path.name.split("-")[-1] for path in tmp_path.glob("wandb/offline-run-*")}) == 1, "one id in all starts"
 
 
+@pytest.mark.slow
 def test_a_crash_names_the_rank_and_leaks_no_key(tmp_path: Path) -> None:
     """Shards with ids that no vocabulary has; the last line of the log says which rank on which host, and why."""
     store = make_store(tmp_path / "store")

@@ -54,12 +54,14 @@ def test_golden_losses(tmp_path: Path) -> None:
     assert seen_rows(tmp_path / "run")[20][3] == golden["digest_of_step_20"]
 
 
+@pytest.mark.slow
 def test_it_learns(unbroken: Path) -> None:
     losses = [float(line["loss"]) for line in metrics(unbroken)]
     assert losses[0] == pytest.approx(6.44, abs=0.05)  # ln 512, and half the variance 2 / 5 of its first logits
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
     """The settings file alone repeats the run, and says where `auto` and None stand for something else by now."""
     settings = yaml.safe_load((unbroken / "settings.yaml").read_text())
@@ -85,6 +87,7 @@ def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_step", [2, 5, 9])
 def test_killed_and_resumed_equals_unbroken(store: Path, unbroken: Path, tmp_path: Path, after_step: int) -> None:
     """SIGKILL in the middle; then --resume auto: weights, optimizer, RNG, losses and rows are bit-identical."""
@@ -105,6 +108,7 @@ def test_killed_and_resumed_equals_unbroken(store: Path, unbroken: Path, tmp_pat
     assert_equal_runs(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 def test_resume_from_a_named_checkpoint(store: Path, unbroken: Path, tmp_path: Path) -> None:
     """In another run folder, by the folder's name and by the file's."""
     for number, path in enumerate(("iter-00000008-ckpt.pth", "iter-00000008-ckpt.pth/state.pth")):
@@ -126,6 +130,7 @@ def test_ranks_make_the_run_folder_at_once(tmp_path: Path) -> None:
         run_folder.create(tmp_path / "file" / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_weights_that_are_rounded_at_random_resume_exactly(store: Path, tmp_path: Path, kind: str) -> None:
     settings = dict(precision="bf16-true", state_dict_type=kind, save_interval_steps=4, keep_last_checkpoints=0)
@@ -137,6 +142,7 @@ def test_weights_that_are_rounded_at_random_resume_exactly(store: Path, tmp_path
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.slow
 def test_micro_batch_size_does_not_change_the_result(store: Path, unbroken: Path, tmp_path: Path) -> None:
     train(store, tmp_path, micro_batch_size=2)
     assert seen_rows(tmp_path) == seen_rows(unbroken)
@@ -144,6 +150,7 @@ def test_micro_batch_size_does_not_change_the_result(store: Path, unbroken: Path
         assert float(got["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "in_slurm"),
     [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGUSR2, False), (signal.SIGINT, False)],
@@ -175,6 +182,7 @@ def test_deterministic_runs_agree(store: Path, tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_deterministic_reaches_torch_and_cublas() -> None:
     code = (
         "import os, torch, lit_gpt.launch.world as s; s.be_deterministic()\n"
@@ -190,6 +198,7 @@ def test_deterministic_reaches_torch_and_cublas() -> None:
     assert "CUBLAS_WORKSPACE_CONFIG=:0:0 in the environment: unset it. Valid: :4096:8, :16:8" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_end_of_the_data_stops_the_run(store: Path, tmp_path: Path) -> None:
     sizes = dict(max_steps=1000, global_batch_size=32, micro_batch_size=32, eval_interval_steps=100)
     done = train(store, tmp_path, **sizes)
@@ -201,6 +210,7 @@ def test_the_end_of_the_data_stops_the_run(store: Path, tmp_path: Path) -> None:
     assert 2 * steps <= len(seen_rows(twice)) <= 2 * steps + 1
 
 
+@pytest.mark.slow
 def test_resume_in_the_second_epoch(store: Path, tmp_path: Path) -> None:
     """The rows, losses and weights are those of the run that nothing interrupted."""
     sizes = dict(max_steps=40, global_batch_size=32, micro_batch_size=32, max_epochs=2, eval_interval_steps=100)
@@ -221,6 +231,7 @@ def test_resume_in_the_second_epoch(store: Path, tmp_path: Path) -> None:
     assert torch.equal(*weights)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 def test_compiled_and_plain_blocks_load_each_other(store: Path, unbroken: Path, tmp_path: Path) -> None:
     """plain -> compiled -> plain: the same names, and the losses of plain blocks to 1e-4."""
@@ -234,12 +245,14 @@ def test_compiled_and_plain_blocks_load_each_other(store: Path, unbroken: Path, 
         assert got[line["step"]] == pytest.approx(float(line["loss"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_nth_checkpoint_stays(store: Path, tmp_path: Path) -> None:
     train(store, tmp_path, save_interval_steps=1, keep_last_checkpoints=1, keep_every_steps=5, async_save="true")
     names = sorted(path.name for path in tmp_path.glob("iter-*"))
     assert names == [f"iter-{step:08d}-ckpt.pth" for step in (5, 10, 12)]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_end_with_74(store: Path, tmp_path: Path) -> None:
     """A learning rate that blows the weights up: nothing is saved, and the exit code says so."""
     wild = dict(learning_rate=1e300, min_lr=1e300, warmup_steps=0, max_steps=8)
@@ -248,6 +261,7 @@ def test_weights_that_are_not_finite_end_with_74(store: Path, tmp_path: Path) ->
     assert not list(tmp_path.glob("iter-*"))
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_pruned(store: Path, tmp_path: Path) -> None:
     train(store, tmp_path, save_interval_steps=2, keep_last_checkpoints=3)
     assert sorted(path.name for path in tmp_path.glob("iter-*")) == [
