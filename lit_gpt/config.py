@@ -62,7 +62,7 @@ class Config:
         """The registered shape `name` with some fields replaced; raises BadInput for an unknown name or field."""
         if name not in REGISTRY:
             close = difflib.get_close_matches(name, REGISTRY, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else "."
             raise BadInput(f"unknown model_name {name!r}{hint} Valid: {', '.join(REGISTRY)}")
         valid = {field.name for field in fields(cls)} - {"name"}
         if unknown := set(overrides) - valid:

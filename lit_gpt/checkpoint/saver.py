@@ -2,8 +2,8 @@
 
 A save has two halves. The training loop waits for the first: it checks that the weights are finite and copies the state
 to host memory, where later steps cannot change it. A thread does the second: write, sync, hash, publish, prune. A save
-that must be over when it returns (at a stop signal, at the end of the run, with async_save off) does both at once,
-without the copy.
+that must be over when it returns (at a stop signal, at the end of the run, with async_save off) does both
+halves in the training loop, without the copy.
 
 Invariants: one save runs at a time, the next waits for it; older checkpoints are removed only after a newer one is
 published; the ranks agree on the outcome, over a gloo group of their own, so that none waits for a rank that failed. If

@@ -1,4 +1,4 @@
-"""The packing index: a store's rows under `bestfit` or `pad`, packed once, kept on disk, loaded shard by shard.
+"""The packing index: which pieces make the rows of a store under `bestfit` or `pad`. It is built once and kept on disk.
 
     <folder>/<packing>-<block_size>-<data set>-v<version>/00000.npz    the pieces of one shard, in order of row
     .../rows.npy                                                       rows of each shard; published last

@@ -44,4 +44,5 @@ class DataSettings(SettingsSlice):
 
     def check(self) -> None:
         super().check()
+        self.require_not_negative("seed")
         self.require_at_least(1, "max_epochs", "global_batch_size", "micro_batch_size", "cache_bytes")

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from lit_gpt.cli import BadInput
-from lit_gpt.files import publish, sweep, whole_lines
+from lit_gpt.files import publish, read_json, sweep, whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,14 @@ def _git_commit() -> str | None:
 
 
 def read_resolved(folder: Path) -> dict[str, Any] | None:
-    """The content of resolved.json; None where the folder has none."""
+    """The content of resolved.json; None where the folder has none. Raises BadInput if it is damaged."""
     path = folder / RESOLVED
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not isinstance(found.get("packages", {}), dict):
+        raise BadInput(f"{path}: packages is not a JSON object. Without the file the run is repeated, not compared")
+    return found
 
 
 def log_changes(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

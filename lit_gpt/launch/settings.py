@@ -33,7 +33,7 @@ class StopSettings(SettingsSlice):
     time_limit_s: float | None = None
     """Seconds from the program's start to the end of the job, before which the run saves and stops. Inside a Slurm job,
     Slurm's own time limit counts too."""
-    stop_margin_s: float = 60
+    stop_margin_s: float = 60.0
     """Seconds kept free before the job's end, on top of twice the longest save and twice the longest step."""
 
     def check(self) -> None:
@@ -46,12 +46,12 @@ class StopSettings(SettingsSlice):
 class WatchdogSettings(SettingsSlice):
     """The watchdog: when a step that does not end counts as a stall."""
 
-    watchdog_factor: float = 10
+    watchdog_factor: float = 10.0
     """A step that takes this many times the median of recent steps ends the run, after all ranks have written their
     stacks; 0 turns the watchdog off."""
-    watchdog_floor_s: float = 300
+    watchdog_floor_s: float = 300.0
     """Seconds that every step may take, whatever the median is."""
-    watchdog_long_s: float = 1800
+    watchdog_long_s: float = 1800.0
     """Seconds that set-up, each of the first two steps (they compile), a validation, a save or a rollback may take."""
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 
 Saving inside a signal handler would hang in a collective or store half a step. So the signals are blocked, and a thread
 waits for them. No call of the main thread is interrupted. Child processes (compilers, trackers, git) inherit the
-block, so a signal to the whole process group does not end them. A second Ctrl-C interrupts the program at once.
+block, so they survive a signal to the whole process group. A second Ctrl-C interrupts the program at once.
 """
 
 from __future__ import annotations

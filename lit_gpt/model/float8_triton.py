@@ -1,7 +1,8 @@
-"""float8_casts.py's kernels for NVIDIA GPUs, in Triton: bound by memory, a program a tile, edges masked.
+"""float8_casts.py's kernels for NVIDIA GPUs, in Triton. They are memory-bound. Each program computes one tile
+and masks what lies outside the matrix.
 
 Imported inside functions only, since triton comes with torch's builds for GPUs alone. Every kernel's name begins with
-float8_, by which bench_step.py tells it in a profile.
+float8_: bench_step.py recognizes them in a profile by that.
 """
 
 # mypy: disable-error-code="no-untyped-def"

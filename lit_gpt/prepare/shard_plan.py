@@ -1,7 +1,8 @@
 """Which document goes into which shard of which split, computed from the sorted runs' indexes before any is written.
 
 Invariants: the plan depends on the documents and its arguments, not on how documents are spread over runs; a shard is a
-range of (key, place); equal texts are in one split; if validation data is wanted and texts differ, no split is empty.
+range of (key, place); equal texts are in one split; if validation data is wanted and not all
+texts are equal, no split is empty.
 Costs: one pass over the indexes, a range at a time.
 """
 

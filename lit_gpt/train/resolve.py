@@ -7,6 +7,7 @@ which choices differ there.
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -26,9 +27,10 @@ log = logging.getLogger(__name__)
 Step = TypeVar("Step", bound=StepSettings)
 
 CHOICES = (
-    "accelerator", "num_nodes", "devices", "attention", "mlp", "compile", "float8", "state_dict_type", "async_save",
+    "vocab_size", "block_size", "accelerator", "num_nodes", "devices", "shard_group_size", "attention", "mlp",
+    "compile", "float8", "state_dict_type", "async_save",
 )  # fmt: skip
-"""The settings that resolved.json holds, resolved."""
+"""The settings that resolved.json holds, resolved; without those that do not apply."""
 KERNEL_PACKAGES = {
     "torch": "torch", "fa4": "flash-attn-4", "fa3": "flash-attn-3", "fa2": "flash-attn", "xformers": "xformers",
     "quack": "quack-kernels", "rowwise": "torchao", "compile": "triton",
@@ -50,7 +52,10 @@ def resolve_step(settings: Step, config: Config, world: World, device: torch.dev
     mlp = "torch"
     if settings.float8 == "none":
         mlp = choose_mlp(settings.mlp, device, dtype, (config.n_embd, config.intermediate_size))
-    choices: dict[str, Any] = dict(accelerator=world.accelerator, devices=world.devices, num_nodes=world.nodes)
+    choices: dict[str, Any] = dict(vocab_size=config.vocab_size, block_size=config.block_size)
+    choices |= dict(accelerator=world.accelerator, devices=world.devices, num_nodes=world.nodes)
+    if settings.sharding_strategy == "HYBRID_SHARD":
+        choices |= dict(shard_group_size=settings.shards(world.devices, world.size))
     choices |= dict(attention=choose_backend(settings.attention, device, dtype), mlp=mlp)
     choices |= dict(compile=settings.compile if settings.compile is not None else device.type == "cuda")
     return replace(settings, **choices)
@@ -85,15 +90,23 @@ def resolved_choices(settings: Settings) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:  # built from source, or a CPU build of torch that has no Triton
             versions[package] = None
-    return {**{name: getattr(settings, name) for name in CHOICES}, "packages": versions}
+    choices = {name: value for name in CHOICES if (value := getattr(settings, name)) is not None}
+    return {**choices, "packages": versions}
 
 
 def log_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Log a line for each choice that differs between the run that this one repeats or resumes, and this one."""
-    for name in CHOICES:
-        if name in before and before[name] != now[name]:
-            log.warning("%s: %s here, %s in the run that this one repeats or resumes", name, now[name], before[name])
-    for package in sorted({*before.get("packages", {}), *now["packages"]}):
-        then, here = (choices.get("packages", {}).get(package) for choices in (before, now))
-        if then != here:
-            log.warning("package %s: %s here, %s in the run that this one repeats or resumes", package, here, then)
+    pairs = [(name, now.get(name), before.get(name)) for name in CHOICES if name in before]
+    packages_now, packages_before = now["packages"], before.get("packages", {})
+    pairs += [
+        (f"package {name}", packages_now.get(name), packages_before.get(name))
+        for name in sorted({*packages_before, *packages_now})
+    ]
+    for name, here, then in pairs:
+        if here != then:
+            log.warning("%s: %s here, %s in the run that this one repeats or resumes", name, _told(here), _told(then))
+
+
+def _told(value: Any) -> str:
+    """As YAML has it."""
+    return "not there" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -1,8 +1,8 @@
 """Samples: texts that the model writes during the training.
 
-Every rank runs the same forward passes, as sharded weights need it; rank 0 draws the tokens and broadcasts them. Each
-prompt takes a row of a full micro-batch, whose shapes the compiled blocks know. The training is not changed: no
-gradients, no state, and a random generator that depends on seed and step alone.
+Every rank runs the same forward passes, because sharded weights are gathered by all; rank 0 draws the tokens and
+broadcasts them. The prompts fill the rows of full micro-batches, so that compiled blocks see only shapes that they
+know. The training is not changed: no gradients, no state, and a random generator that depends on seed and step alone.
 Costs: `sample_tokens` forward passes of a micro-batch (no KV cache) for each micro-batch of prompts.
 """
 

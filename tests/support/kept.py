@@ -8,7 +8,8 @@ tests/golden/kept_run.tar.xz was made so, by the programs of commit 364fb1e (ver
     text.jsonl   24 documents of scripts/fetch_german_text.py's from_grammar
     tokenizer/   train_tokenizer --vocab_size 320
     data/     prepare_data --val_fraction 0.1 --workers 1 --shard_tokens 1500
-    run/      12 steps on one process; whole checkpoints of steps 8 and 12   (RECIPE)
+    run/      12 steps on one process; whole checkpoints of steps 8 and 12   (RECIPE, but with
+              --keep_every_steps 8 --keep_last_checkpoints 1)
     sharded/  the same up to step 4 on two processes; its checkpoint is sharded
     model/    the export of step 12
 """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 
+from lit_gpt.cli import BadInput
+from lit_gpt.datapoints.run_folder import read_resolved
 from lit_gpt.launch.world import World
 from lit_gpt.train.resolve import log_differences, resolve, resolve_for_plan, resolved_choices
 from lit_gpt.train.settings import Settings, StepSettings
@@ -23,7 +27,8 @@ def test_on_a_cpu(devices: int, kind: str) -> None:
     choices = resolved_choices(resolved)
     assert choices.pop("packages") == {"torch": torch.__version__}
     assert choices == {
-        "accelerator": "cpu", "num_nodes": 1, "devices": devices, "attention": "torch", "mlp": "torch",
+        "vocab_size": 4096, "block_size": 256, "accelerator": "cpu", "num_nodes": 1, "devices": devices,
+        "attention": "torch", "mlp": "torch",
         "compile": False, "float8": "none", "state_dict_type": kind, "async_save": False,
     }  # fmt: skip
     assert "auto" not in [getattr(resolved, field.name) for field in fields(resolved)]
@@ -57,6 +62,24 @@ def test_a_line_for_each_difference(caplog: pytest.LogCaptureFixture) -> None:
         log_differences(before, dict.fromkeys(("accelerator", "mlp")) | now)
     assert [record.getMessage() for record in caplog.records] == [
         "attention: torch here, fa4 in the run that this one repeats or resumes",
-        "async_save: False here, True in the run that this one repeats or resumes",
-        "package triton: None here, 3.6 in the run that this one repeats or resumes",
+        "async_save: false here, true in the run that this one repeats or resumes",
+        "package triton: not there here, 3.6 in the run that this one repeats or resumes",
     ]
+
+
+@pytest.mark.parametrize("content", ['{"attention": "fa', "", "[]", "5", "null", '{"packages": 3}', None])
+def test_a_damaged_record_is_one_line(tmp_path: Path, content: str | None) -> None:
+    """None: a folder of that name."""
+    path = tmp_path / "resolved.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(BadInput, match=re.escape(str(path))):
+        read_resolved(tmp_path)
+
+
+def test_what_does_not_apply_is_left_out() -> None:
+    world = World("cpu", 2, 2, LightningEnvironment())
+    for strategy, group in (("FULL_SHARD", None), ("HYBRID_SHARD", 2)):
+        asked = Settings(model_name="debug", sharding_strategy=strategy)  # type: ignore[arg-type]
+        choices = resolved_choices(resolve(asked, asked.config, world, CPU))
+        assert choices.get("shard_group_size") == group
+        assert None not in choices.values()
