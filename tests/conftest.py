@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run files with many slow tests first: else the worker that gets one last ends long after the others."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    slow = Counter(item.path for item in items for mark in ("slow", "distributed") if item.get_closest_marker(mark))
     items.sort(key=lambda item: -slow[item.path])
 
 
