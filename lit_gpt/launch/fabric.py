@@ -1,4 +1,4 @@
-"""Lightning Fabric without the rest of lightning: 2 s and 1,300 modules less at the start of every rank.
+"""Lightning Fabric without the rest of lightning: 2 s and 1,500 modules less at the start of every rank.
 
 `import lightning.fabric` first loads lightning's Trainer, and torchmetrics to compare its version; that brings scipy,
 matplotlib and transformers, of which Fabric uses nothing. So both packages stand there with their versions, unloaded,

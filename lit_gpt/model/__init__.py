@@ -7,8 +7,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GPT", "initialize"):
-        from lit_gpt.model import gpt
+    if name == "GPT":
+        from lit_gpt.model.gpt import GPT
 
-        return getattr(gpt, name)
+        return GPT
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lit_gpt.model
 from lit_gpt.config import IGNORE_INDEX, Config
 from lit_gpt.export.hf_weights import hf_config, to_hf
 from lit_gpt.model.gpt import GPT, initialize
@@ -138,3 +139,9 @@ def test_initial_weights_differ_between_layers() -> None:
     model = make("full")
     first, second = (model.transformer.h[i].attn.qkv.weight for i in range(2))
     assert not torch.equal(first, second)
+
+
+def test_the_room_gives_the_model_and_nothing_else() -> None:
+    assert lit_gpt.model.GPT is GPT
+    with pytest.raises(AttributeError, match="has no attribute 'initialise'"):
+        _ = lit_gpt.model.initialise
