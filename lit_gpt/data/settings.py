@@ -32,7 +32,8 @@ class DataSettings(SettingsSlice):
     micro_batch_size: int = 8
     """Rows per rank per forward pass; does not change the result."""
     cache_dir: str | None = None
-    """Folder on the node's own disk or in memory where the shards that are read now and next are staged, verified."""
+    """Folder on the node's own disk or in memory where the shards that are read now and next are staged, verified. It
+    is shared with other runs, and only what the cache made there is ever removed."""
     cache_bytes: int = 20_000_000_000
     """Most bytes in cache_dir; two pools of 64 shards of the default size are 17 GB."""
 

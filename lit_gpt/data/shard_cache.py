@@ -1,11 +1,16 @@
 """The shard cache: a node's copies of the shards that the run reads now and next, on local disk or in memory.
 
-The processes of a node share one cache folder. The one that holds its lock is the stager: its thread copies the wanted
-shards in order, hashes each while it copies, and publishes it; the others find the files. A copy's name holds data set
-and shard, so any job's copy serves every job. A stager that dies leaves at most a partial file, which the next stager
+    <--cache_dir>/llammlein-shards/CACHEDIR.TAG                says whose folder it is; the folder is born with it
+                                   lock
+                                   <data set>/00000.tokens     the copies
+
+The processes of a node share one cache. The one that holds its lock is the stager: its thread copies the wanted shards
+in order, hashes each while it copies, and publishes it; the others find the files. A copy's name holds data set and
+shard, so any job's copy serves every job. A stager that dies leaves at most a partial file, which the next stager
 removes, and the kernel releases its lock.
 
-Invariants: the files stay within the size limit; copies that are no longer wanted are removed first, oldest first.
+Invariants: nothing outside the folder with our tag is ever touched, and in it only copies and their partial files. The
+copies stay within the size limit; those that are no longer wanted are removed first, oldest first.
 Reading never waits for the cache: a shard that is not staged yet, or cannot be (no space, no folder, another job's
 lock), is read from its source; failures are logged as warnings. Only damage stops the run: a shard whose copies have
 the wrong hash COPY_TRIES times.
@@ -14,8 +19,10 @@ Costs: two pools of 64 shards of 128 MB are 17 GB; copying takes one core about 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -26,12 +33,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import HEADER_BYTES, DamagedShard, Shard, ShardFile, TokenStore
 from lit_gpt.files import Lock, LockHeld, publishing, sweep
 
 log = logging.getLogger(__name__)
 
 COPY_TRIES = 3
+FOLDER = "llammlein-shards"
+"""The cache's own folder in --cache_dir."""
+TAG = "CACHEDIR.TAG"
+TAG_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
+# Copies of token shards, made and removed by LLaMmlein's training program (--cache_dir). Safe to delete.
+"""
+"""The signature is that of https://bford.info/cachedir/: backups pass over such a folder."""
+_DATA_SET = re.compile(r"[0-9a-f]{16}")
+"""Names of the folders of copies: the first digits of a data set's id."""
 _CHUNK_BYTES = 4 << 20
 _POLL_S = 0.5
 """Seconds between a process's looks for what others staged."""
@@ -85,11 +102,44 @@ class _Closed(Exception):
     """The cache was closed while it copied."""
 
 
-class ShardCache:
-    """The node's cache folder, as one process reads it and, if it holds the lock, fills it; at most limit_bytes."""
+def refuse_foreign(cache_dir: Path) -> None:
+    """Raise BadInput if `cache_dir` holds a data set, or if the cache's own folder in it is somebody else's."""
+    for folder in (cache_dir, *_folders(cache_dir)):
+        if not _DATA_SET.fullmatch(folder.name) and folder.name != FOLDER and any(folder.glob("*.tokens")):
+            raise BadInput(
+                f"--cache_dir {cache_dir}: {folder} holds a data set. Choose a folder of its own, on the node's disk "
+                "or in memory"
+            )
+    own = cache_dir / FOLDER
+    if own.exists() and not _is_ours(own):
+        raise BadInput(
+            f"--cache_dir {cache_dir}: {own} was not made by this program ({TAG} is missing or another's). Choose "
+            "another folder, or remove it"
+        )
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder = folder
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    except OSError:  # missing, a file, or closed to us: the cache will say so when it wants to write there
+        return []
+
+
+def _is_ours(own: Path) -> bool:
+    try:
+        return (own / TAG).read_text() == TAG_TEXT
+    except (OSError, ValueError):
+        return False
+
+
+class ShardCache:
+    """The node's cache in `cache_dir`, as one process reads it and, if it holds the lock, fills it.
+
+    limit_bytes: most bytes of all copies.
+    """
+
+    def __init__(self, cache_dir: Path, limit_bytes: int) -> None:
+        self._folder = cache_dir / FOLDER
         self._limit_bytes = limit_bytes
         self._wanted: tuple[Wanted, ...] = ()
         self._present: frozenset[str] = frozenset()
@@ -157,7 +207,7 @@ class ShardCache:
 
     def _work(self) -> None:
         """List the copies; as the stager, make the missing ones."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._make_own_folder()
         self._present = frozenset(self._files())
         if not self._is_stager():
             return
@@ -182,15 +232,35 @@ class ShardCache:
                 self._folder, len(missing), staged / 1e6 / max(seconds, 1e-9), self._hits, self._misses,
             )  # fmt: skip
 
+    def _make_own_folder(self) -> None:
+        """Make the folder, born with its tag by one rename; OSError if it is there without the tag."""
+        if not self._folder.exists():
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                sweep(self._folder.parent, self._folder.name)
+                with publishing(self._folder) as partial:
+                    partial.mkdir()
+                    (partial / TAG).write_text(TAG_TEXT)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was quicker
+                    raise
+        if not _is_ours(self._folder):
+            raise FileExistsError(errno.EEXIST, f"{TAG} is missing or another's: left alone", str(self._folder))
+
     def _files(self) -> dict[str, os.stat_result]:
         """The published copies by name, relative to the folder."""
         found = {}
-        for path in self._folder.glob("*/*.tokens"):
-            try:
-                found[str(path.relative_to(self._folder))] = path.stat()
-            except FileNotFoundError:  # the stager has just removed it
-                continue
+        for folder in self._data_sets():
+            for path in folder.glob("*.tokens"):
+                try:
+                    found[str(path.relative_to(self._folder))] = path.stat()
+                except FileNotFoundError:  # the stager has just removed it
+                    continue
         return found
+
+    def _data_sets(self) -> list[Path]:
+        """The folders of copies."""
+        return [folder for folder in _folders(self._folder) if _DATA_SET.fullmatch(folder.name)]
 
     def _is_stager(self) -> bool:
         if self._lock is None:
@@ -202,7 +272,7 @@ class ShardCache:
 
     def _make_room(self, needed_bytes: int, keep: set[str]) -> None:
         """Remove partial files and, as far as the size limit requires it, copies that are not in `keep`."""
-        for folder in self._folder.glob("*"):
+        for folder in self._data_sets():
             sweep(folder, alone=True)
         files = self._files()
         used = sum(stat.st_size for stat in files.values())

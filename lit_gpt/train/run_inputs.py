@@ -12,7 +12,7 @@ from lit_gpt.config import Config
 from lit_gpt.data.loader import PackedDataset, check_batch_sizes
 from lit_gpt.data.row_reader import open_sources
 from lit_gpt.data.settings import DataSettings
-from lit_gpt.data.shard_cache import ShardCache
+from lit_gpt.data.shard_cache import ShardCache, refuse_foreign
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.datapoints import run_folder
@@ -44,6 +44,8 @@ def open_inputs(settings: Settings) -> RunInputs:
     world = find_world(settings)
     settings.shards(world.devices, world.size)  # refuses a group that does not divide the processes
     check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world.size)
+    if settings.cache_dir:
+        refuse_foreign(Path(settings.cache_dir))
     train, weights = open_sources(settings.train_sources)
     config = settings.config.with_vocabulary(train[0].vocab_size)
     val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None

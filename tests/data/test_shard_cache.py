@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lit_gpt.cli import BadInput
 from lit_gpt.data.loader import PackedDataset, StepLoader
 from lit_gpt.data.row_reader import RowReader
-from lit_gpt.data.shard_cache import ShardCache, StagedFile, Wanted
+from lit_gpt.data.shard_cache import FOLDER, TAG, ShardCache, StagedFile, Wanted, refuse_foreign
 from lit_gpt.data.token_store import HEADER_BYTES, DamagedShard, TokenStore
 from tests.support.small_store import make_store
 
@@ -60,7 +61,7 @@ def all_of(store: TokenStore) -> list[Wanted]:
 
 
 def staged(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*.tokens"))
+    return sorted(str(path.relative_to(folder / FOLDER)) for path in (folder / FOLDER).glob("*/*.tokens"))
 
 
 def digest(reader: RowReader) -> int:
@@ -98,16 +99,16 @@ def test_the_bound_holds_and_what_is_not_wanted_goes_first(store: TokenStore, tm
     cache.want([wanted[2], wanted[3]])
     wait_for(lambda: wanted[3].file in staged(folder))
     assert wanted[2].file in staged(folder)
-    assert sum(path.stat().st_size for path in folder.glob("*/*")) <= limit
+    assert sum(path.stat().st_size for path in (folder / FOLDER).glob("*/*")) <= limit
     cache.want(wanted)  # more than there is room for: the first ones
     wait_for(lambda: set(staged(folder)) >= {item.file for item in wanted[:2]})
-    assert sum(path.stat().st_size for path in folder.glob("*/*")) <= limit
+    assert sum(path.stat().st_size for path in (folder / FOLDER).glob("*/*")) <= limit
     cache.close()
 
 
 @pytest.mark.slow
 def test_processes_of_a_node_share_one_stager(store: TokenStore, tmp_path: Path, cache: ShardCache) -> None:
-    wait_for(lambda: is_held(tmp_path / "cache" / "lock"))
+    wait_for(lambda: is_held(tmp_path / "cache" / FOLDER / "lock"))
     second = ShardCache(tmp_path / "cache", 1 << 20)
     second.want(all_of(store))
     time.sleep(0.2)
@@ -116,10 +117,77 @@ def test_processes_of_a_node_share_one_stager(store: TokenStore, tmp_path: Path,
     wait_for(lambda: second.open(all_of(store)[0]) is not None)
     assert second.report().staged_bytes == 0
     cache.close()
-    for path in (tmp_path / "cache").glob("*/*.tokens"):
+    for path in (tmp_path / "cache" / FOLDER).glob("*/*.tokens"):
         path.unlink()
     wait_for(lambda: second.report().staged_bytes > 0)  # it takes over
     second.close()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_others_keep_there_stays(store: TokenStore, tmp_path: Path) -> None:
+    """Data sets at any depth, partial files, names like ours, links: with room for two copies, all others must go."""
+    folder = tmp_path / "cache"
+    for name in (
+        "data/train/00000.tokens", "00000.partial", "other/.x.host-1.partial", f"{store.dataset_id[:16]}/00000.tokens",
+        "0123456789abcdef/00007.tokens", "packing/x/rows.npy", "lock",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"of others")
+    before = files_of(folder)
+    wanted = all_of(store)
+    cache = ShardCache(folder, 2 * max(shard.bytes for shard in store.shards))
+    cache.want(wanted[:2])
+    wait_for(lambda: len(staged(folder)) == 2)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "00000.tokens").write_bytes(b"of others")
+    (folder / FOLDER / "fedcba9876543210").symlink_to(elsewhere)
+    (folder / FOLDER / "notes").mkdir()
+    (folder / FOLDER / "notes" / "00000.tokens").write_bytes(b"of others")
+    cache.want(wanted[2:4])
+    wait_for(lambda: {item.file for item in wanted[2:4]} <= set(staged(folder)))
+    cache.close()
+    after = files_of(folder)
+    assert {name: after[name] for name in before} == before
+    assert (elsewhere / "00000.tokens").read_bytes() == (folder / FOLDER / "notes" / "00000.tokens").read_bytes()
+
+
+def test_a_folder_of_that_name_without_our_tag_is_left_alone(
+    store: TokenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache_dir = tmp_path / "cache"
+    folder = cache_dir / FOLDER
+    for tag in (None, "Signature: 8a477f597d28d172789f06886806bc55\n# of another program\n"):
+        (folder / "0123456789abcdef").mkdir(parents=True, exist_ok=True)
+        (folder / "0123456789abcdef" / "00000.tokens").write_bytes(bytes(100))
+        if tag:
+            (folder / TAG).write_text(tag)
+        before = files_of(cache_dir)
+        with pytest.raises(BadInput, match=f"--cache_dir .*{FOLDER} was not made by this program"):
+            refuse_foreign(cache_dir)
+        cache = ShardCache(cache_dir, 10)
+        cache.want(all_of(store))
+        wait_for(lambda: "left alone" in caplog.text)
+        cache.close()
+        caplog.clear()
+        assert files_of(cache_dir) == before
+
+
+def test_a_folder_with_a_store_in_it_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    for folder in (store.path, store.path.parent):
+        with pytest.raises(BadInput, match=f"--cache_dir {folder}: {store.path} holds a data set"):
+            refuse_foreign(folder)
+    (tmp_path / "file").write_text("")
+    for harmless in (tmp_path / "missing", tmp_path / "file", tmp_path / "missing" / "too"):
+        refuse_foreign(harmless)
+    cache = ShardCache(tmp_path / "cache", 1 << 20)
+    cache.want(all_of(store))
+    wait_for(lambda: len(staged(tmp_path / "cache")) == len(store.shards))
+    cache.close()
+    refuse_foreign(tmp_path / "cache")
 
 
 STAGER = """
@@ -141,18 +209,18 @@ def test_a_stager_that_is_killed_leaves_nothing_that_hinders(store: TokenStore, 
         process = subprocess.Popen(
             [sys.executable, "-c", STAGER, str(store.path), str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
-        wait_for(lambda: any(folder.glob("*/*")), seconds=20)
+        wait_for(lambda: any((folder / FOLDER).glob("*/*")), seconds=20)
         time.sleep(delay_s)
         process.send_signal(signal.SIGKILL)
         process.wait()
         for name in staged(folder)[:-1]:
-            (folder / name).unlink()
-    (folder / store.dataset_id[:16] / "00000.partial").write_bytes(b"left over")
+            (folder / FOLDER / name).unlink()
+    (folder / FOLDER / store.dataset_id[:16] / "00000.partial").write_bytes(b"left over")
     cache = ShardCache(folder, 1 << 20)
     reader = RowReader([store], 16, 3, cache=cache)
     assert digest(reader) == digest(RowReader([store], 16, 3))
     wait_for(lambda: len(staged(folder)) == len(store.shards))
-    wait_for(lambda: not list(folder.glob("*/*.partial")))
+    wait_for(lambda: not list((folder / FOLDER).glob("*/*.partial")))
     cache.close()
 
 
@@ -169,7 +237,7 @@ def test_a_damaged_source_stops_the_run_naming_shard_and_block(store: TokenStore
     ):
         list(loader)
     assert isinstance(raised.value.__cause__, DamagedShard)
-    assert not (tmp_path / "cache" / store.dataset_id[:16] / "00001.tokens").exists()
+    assert not (tmp_path / "cache" / FOLDER / store.dataset_id[:16] / "00001.tokens").exists()
     cache.close()
 
 
@@ -179,7 +247,7 @@ def test_a_spoilt_copy_is_read_from_the_source(
     cache = ShardCache(tmp_path / "cache", 1 << 20)
     cache.want(all_of(store))
     wait_for(lambda: all(cache.open(item) for item in all_of(store)))
-    os.truncate(tmp_path / "cache" / all_of(store)[1].file, 300)
+    os.truncate(tmp_path / "cache" / FOLDER / all_of(store)[1].file, 300)
     reader = RowReader([store], 16, 3, cache=cache)
     assert digest(reader) == digest(RowReader([store], 16, 3))
     assert "300 bytes where" in caplog.text
@@ -216,7 +284,7 @@ def test_a_disk_that_takes_no_more_costs_a_warning_only(store: TokenStore, tmp_p
     assert done.returncode == 0
     assert done.stdout == f"{digest(RowReader([store], 16, 3))} 0\n" * 3
     assert done.stderr.count("shards are read from their source") == 1
-    assert not list((tmp_path / "cache").glob("*/*"))
+    assert not list((tmp_path / "cache" / FOLDER).glob("*/*"))
 
 
 def test_a_full_disk_costs_a_warning_only(store: TokenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

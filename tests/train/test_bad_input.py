@@ -102,6 +102,7 @@ TRAINING: dict[str, tuple[Callable[[Path, Path], dict[str, object]], list[str]]]
         lambda store, tmp: {"resume": tmp / "iter-00000001-ckpt.pth"},
         ["--resume", "no checkpoint"],
     ),
+    "cache in a data set": (lambda store, tmp: {"cache_dir": store}, ["--cache_dir", "train holds a data set"]),
     "tokenizer folder missing": (lambda store, tmp: {"tokenizer_path": tmp / "nowhere"}, ["nowhere"]),
     "run folder is a file": (
         lambda store, tmp: {"out_dir": (tmp / "file").write_text("x") and tmp / "file"},
