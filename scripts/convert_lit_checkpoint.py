@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+ADD_BOS = {None: None, "yes": True, "no": False}
 NICENESS = 10
 """With --run_dir: on a node that trains, the training comes first."""
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.model_name)
     tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
-    parity = export(checkpoint, tokenizer, destination, format, Reference(transformers), arguments.license)
+    add_bos = ADD_BOS[arguments.add_bos]
+    parity = export(checkpoint, tokenizer, destination, format, Reference(transformers), arguments.license, add_bos)
     log.info("logits agree: %s", parity)
     log.info("published %s", destination)
 
@@ -79,6 +81,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--max_shard_size", type=size, default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--model_name", help="model of the registry that the checkpoint must be")
+    parser.add_argument(
+        "--add_bos", choices=["yes", "no"],
+        help="whether documents begin with BOS in training, for a checkpoint of version 0.1.0, which does not say so",
+    )  # fmt: skip
     parser.add_argument("--license", default="unknown", help="license id for the model card, from Hugging Face's list")
     run = parser.add_argument_group("with --run_dir")
     run.add_argument("--push_to", metavar="OWNER/MODEL", help="repository on the Hub to upload to; created if missing")
@@ -116,7 +122,7 @@ def _export_run(arguments: argparse.Namespace, destination: Path, format: Weight
         raise BadInput(str(error)) from None
     options = ExportOptions(
         destination, format, arguments.license, arguments.tokenizer_path, arguments.model_name, hub,
-        arguments.remove_uploaded,
+        arguments.remove_uploaded, ADD_BOS[arguments.add_bos],
     )  # fmt: skip
     run = RunExport(arguments.run_dir, options, reference)
     while True:

@@ -99,6 +99,11 @@ class TokenStore:
         return store
 
     @property
+    def add_bos(self) -> bool:
+        """Whether each document begins with BOS."""
+        return bool(self.settings.get("add_bos", False))
+
+    @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(self.tokenizer_fingerprint, self.vocab_size, self.bos_id, self.eos_id)
 

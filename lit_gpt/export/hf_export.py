@@ -52,12 +52,16 @@ def export(
     format: WeightFormat,
     reference: Reference,
     license: str,
+    add_bos: bool | None = None,
 ) -> Parity:
-    """Publish the folder `destination`; if a check fails, raises BadInput and publishes nothing."""
+    """Publish the folder `destination`; if a check fails, raises BadInput and publishes nothing.
+
+    add_bos: whether the training's documents begin with BOS, for a checkpoint that does not say so; None: find out.
+    """
     config = checkpoint.config
     rows = format.vocabulary_rows(config)
     shapes = hf_shapes(config, rows)
-    sample, add_bos = _sample(checkpoint, tokenizer)
+    sample, add_bos = _sample(checkpoint, tokenizer), adds_bos(checkpoint, add_bos)
 
     def as_stored() -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor.to(format.dtype)) for name, tensor in model_tensors(checkpoint))
@@ -91,11 +95,40 @@ def _write_configs(folder: Path, config: Config, tokenizer: Tokenizer, format: W
     write_json(folder / "generation_config.json", generation)
 
 
-def _sample(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[Tensor, bool]:
-    """(T,) token ids to compare logits on, and whether the training data has BOS.
+def adds_bos(checkpoint: Checkpoint, asked: bool | None) -> bool:
+    """Whether the training's documents begin with BOS: what the checkpoint says; BadInput if `asked` contradicts it.
 
-    The ids are the beginning of the run's validation set, or of our own text where that is not on this machine.
+    A checkpoint of version 0.1.0 does not say. Then `asked` counts, or else, with a warning, the data set's manifest.
     """
+    recorded: bool | None = checkpoint.facts.get("add_bos")
+    if recorded is None and asked is None:
+        return _data_has_bos(checkpoint)
+    if recorded is not None and asked not in (None, recorded):
+        raise BadInput(f"{checkpoint.path}: its run's documents {'begin' if recorded else 'do not begin'} with BOS")
+    return bool(recorded if asked is None else asked)
+
+
+def _data_has_bos(checkpoint: Checkpoint) -> bool:
+    """What can be found where the run's data sets were, told in a warning."""
+    facts = checkpoint.facts
+    try:
+        train = [TokenStore.open(path) for path in facts.get("train_data_dir", ())]
+        if train and [store.dataset_id for store in train] == facts.get("dataset_id"):
+            log.warning("%s does not say whether documents begin with BOS: asked its data set", checkpoint.path.name)
+            return train[0].add_bos
+    except BadInput:
+        pass  # moved or removed: the warning below says so
+    log.warning(
+        "%s does not say whether documents begin with BOS, and its data set is not here: the exported tokenizer adds "
+        "none. If they do, export again with --add_bos yes",
+        checkpoint.path.name,
+    )
+    return False
+
+
+def _sample(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Tensor:
+    """(T,) token ids to compare logits on: the beginning of the run's validation set, or of our own text where that is
+    not on this machine."""
     config, folder = checkpoint.config, checkpoint.facts.get("val_data_dir")
     tokens = min(SAMPLE_TOKENS, config.block_size)
     if folder and (Path(folder) / MANIFEST).is_file():
@@ -105,9 +138,9 @@ def _sample(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[Tensor, bool]
             shard = store.shards[0]
             with ShardFile(store.path, shard, store) as file:
                 ids = file.read(0, min(tokens, shard.tokens))
-            return torch.from_numpy(ids.astype("int64")), bool(store.settings.get("add_bos", False))
+            return torch.from_numpy(ids.astype("int64"))
     log.info("comparing logits on a built-in German text: the run's validation set is not here")
-    return torch.tensor(tokenizer.encode(GERMAN_TEXT)[:tokens]), False
+    return torch.tensor(tokenizer.encode(GERMAN_TEXT)[:tokens])
 
 
 def open_checkpoint(path: Path, model_name: str | None) -> Checkpoint:

@@ -47,6 +47,7 @@ def import_folder(
     run: dict[str, Any] = {"step": 0, "slot": 0, "tokens": 0, "settings": {}, "imported_from": str(folder)}
     if tokenizer:
         run |= {"tokenizer_path": str(tokenizer_path), "tokenizer_fingerprint": tokenizer.fingerprint}
+        run |= _adds_bos(folder, tokenizer, reference)
     try:
         write_initial(destination, config, tensors(), run)
     except OSError as error:
@@ -63,6 +64,17 @@ def _tokenizer(folder: Path, path: Path | None) -> tuple[Tokenizer | None, Path 
     if own:
         require_same_ids(named, own.encode, (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=False)
     return named, path.absolute()
+
+
+def _adds_bos(folder: Path, tokenizer: Tokenizer, reference: Reference) -> dict[str, bool]:
+    """The fact whether texts begin with BOS for this model, if transformers can say: its rules are not in the files."""
+    if not any((folder / name).is_file() for name in FILES[:2]):
+        return {}
+    try:
+        return {"add_bos": list(reference.encoder(folder)("a"))[:1] == [tokenizer.bos_id]}
+    except BadInput as error:
+        log.warning("%s: whether texts begin with BOS is not recorded", error)
+        return {}
 
 
 def _sample(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:

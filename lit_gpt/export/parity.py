@@ -55,8 +55,12 @@ class Reference:
         return model
 
     def encoder(self, folder: Path) -> Callable[[str], Sequence[int]]:
-        """The folder's tokenizer, called as a user calls it."""
-        tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder)
+        """The folder's tokenizer, called as a user calls it; BadInput if transformers cannot read it."""
+        try:
+            tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # noqa: BLE001 (the library raises any kind)
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"transformers cannot read the tokenizer of {folder}: {reason}") from None
         return lambda text: tokenizer(text, verbose=False).input_ids  # no warning about texts longer than the context
 
 

@@ -46,6 +46,8 @@ class ExportOptions(NamedTuple):
     hub: HubRepository | None = None
     remove_uploaded: bool = False
     """Remove a folder once its branch is on the Hub."""
+    add_bos: bool | None = None
+    """See hf_export.export."""
 
 
 def revision_name(step: int, tokens: int) -> str:
@@ -134,7 +136,7 @@ class RunExport:
             whole = verified(checkpoint.path)
             require_shape(whole, options.model_name)
             tokenizer = open_tokenizer(whole, options.tokenizer_path)
-            parity = export(whole, tokenizer, folder, options.format, self._reference, options.license)
+            parity = export(whole, tokenizer, folder, options.format, self._reference, options.license, options.add_bos)
         except DamagedCheckpoint as error:
             self._pass_over(checkpoint.path, error)
             return None

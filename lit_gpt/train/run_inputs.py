@@ -50,9 +50,7 @@ def open_inputs(settings: Settings) -> RunInputs:
     config = settings.config.with_vocabulary(train[0].vocab_size)
     val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
     _require_one_tokenizer(settings, [*train, *([val] if val else [])])
-    prompts = open_prompts(
-        settings, settings.tokenizer_path, config.block_size, add_bos=bool(train[0].settings.get("add_bos", False))
-    )
+    prompts = open_prompts(settings, settings.tokenizer_path, config.block_size, add_bos=train[0].add_bos)
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
     run_folder.create(run_dir)
     return RunInputs(config, tuple(train), weights, val, run_dir, world, prompts)
@@ -98,6 +96,12 @@ def _require_one_tokenizer(settings: DataSettings, stores: list[TokenStore]) -> 
         if store.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise BadInput(
                 f"{store.path} and {first.path} were made with different tokenizers: prepare both with the same"
+            )
+        if store.add_bos != first.add_bos:
+            with_bos, without = (store, first) if store.add_bos else (first, store)
+            raise BadInput(
+                f"documents begin with BOS in {with_bos.path}, but not in {without.path}: prepare both with --add_bos, "
+                "or both without"
             )
     if settings.tokenizer_path:
         fingerprint = Tokenizer.from_folder(settings.tokenizer_path).fingerprint

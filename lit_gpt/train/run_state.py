@@ -96,6 +96,7 @@ class RunState:
             if "step_guard" in start.facts:  # an imported model has none
                 self._guard.load(start.facts["step_guard"])
             log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
+            self._tell_other_bos(start)
             run_folder.log_changes(start.facts["settings"], asdict(self._asked))
         before = start.facts.get("resolved") if start is not None else self._repeated
         if before is not None:
@@ -112,6 +113,12 @@ class RunState:
             ),
         )
         self.trackers = on_rank_zero(self._fabric, self._open_run_folder)
+
+    def _tell_other_bos(self, start: Checkpoint) -> None:
+        now = self._inputs.train[0].add_bos
+        if start.facts.get("add_bos", now) != now:
+            how = "begin with BOS" if now else "do not begin with BOS"
+            log.warning("documents %s here, unlike those that the weights were trained on", how)
 
     def _open_run_folder(self) -> Trackers:
         history.tell_left_behind(self._inputs.run_dir)
@@ -154,6 +161,7 @@ class RunState:
             "val_data_dir": str(inputs.val.path.resolve()) if inputs.val else None,
             "tokenizer_path": str(Path(tokenizer).resolve()) if tokenizer else None,
             "tokenizer_fingerprint": inputs.train[0].tokenizer_fingerprint,
+            "add_bos": inputs.train[0].add_bos,
             "world_size": inputs.world.size,
             "datapoint_log": mark._asdict() if mark else None,
             "environment": {**run_folder.environment(), "hardware": f"{inputs.world.size} x {name}"},
