@@ -7,15 +7,17 @@ Any other exception is a bug or a broken machine and keeps its traceback.
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
+
+from lit_gpt.values import did_you_mean, expand_path, read_number, read_whole
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -26,6 +28,11 @@ EXIT_NOT_SAVED = 74
 """EX_IOERR of sysexits.h: the run ended, but its last checkpoint could not be saved; earlier ones are whole."""
 EXIT_REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: the state is saved, and the run wants to be started again."""
+
+
+DASHES = "-\u2013\u2014"
+"""Also those that a word processor makes of two hyphens."""
+FLAG = re.compile("--|-[a-zA-Z]|[\u2013\u2014]")
 
 
 class BadInput(ValueError):
@@ -67,61 +74,46 @@ def _require(values: object, names: Sequence[str], holds: Callable[[Any], bool],
             raise BadInput(f"--{name} {value}: {range_}")
 
 
-Slice = TypeVar("Slice", bound=SettingsSlice)
-
-
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises BadInput for what it cannot parse and accepts no abbreviated flag."""
+    """An argparse parser for which every mistake is a BadInput, and which accepts no abbreviated flag.
 
-    def __init__(self, description: str | None) -> None:
+    Arguments of type int, float and Path are read as settings are (values.py): 1e3 is whole, ~ is the home folder.
+    """
+
+    def __init__(self, description: str | None, **options: Any) -> None:
         summary = (description or "").strip()
-        super().__init__(description=summary, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=summary, allow_abbrev=False, formatter_class=form, **options)
+        for kind, read in ((int, read_whole), (float, read_number), (Path, lambda text: Path(expand_path(text)))):
+            self.register("type", kind, _argument_type(read))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but refuses an unknown flag before anything else, and says what may have been meant."""
+        given = list(sys.argv[1:] if args is None else args)
+        for word in given[: given.index("--")] if "--" in given else given:
+            flag = word.split("=")[0]
+            if flag not in self._option_string_actions and FLAG.match(flag):
+                self.error(f"no flag {flag}{did_you_mean(flag.strip(DASHES), self.flags(), '--')}")
+        return super().parse_known_args(given, namespace)
+
+    def flags(self) -> list[str]:
+        """The names of all flags, without their dashes."""
+        return [flag.removeprefix("--") for flag in self._option_string_actions if flag.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message} (--help lists the arguments)")
 
 
-def parse_settings(settings_type: type[Slice], argv: Sequence[str] | None, description: str | None) -> Slice:
-    """Settings from dataclass defaults < YAML files (`--config`) < command line; raises BadInput.
+def _argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read` as a type of argparse, which shows no message of a ValueError."""
 
-    The flags are flat; `--help` groups them by slice.
-    """
-    import jsonargparse
+    def typed(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
-    for part in _slices(settings_type):
-        parser.add_class_arguments(part, as_group=True)
-    try:
-        values = parser.parse_args(_spelled_out(sys.argv[1:] if argv is None else argv, settings_type)).as_dict()
-    except (argparse.ArgumentError, TypeError, OSError) as error:
-        raise BadInput(" ".join(str(error).split())) from None
-    values.pop("config")
-    return settings_type(**values)
-
-
-def _slices(settings_type: type[SettingsSlice]) -> list[type[SettingsSlice]]:
-    """The classes that settings_type is the sum of, in the order of its fields."""
-    parts = [part for part in reversed(settings_type.__mro__) if inspect.get_annotations(part)]
-    return [part for part in parts if issubclass(part, SettingsSlice)]
-
-
-def config_files(argv: Sequence[str] | None = None) -> list[Path]:
-    """The YAML files that --config names, in order; the command line must have been parsed without an error."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", type=Path, default=[])
-    files: list[Path] = parser.parse_known_args(argv)[0].config
-    return files
-
-
-def _spelled_out(argv: Sequence[str], settings_type: type[Any]) -> list[str]:
-    """The arguments, with `true` put after each bool flag that is given without a value."""
-    switches = {f"--{field.name}" for field in fields(settings_type) if "bool" in str(field.type)}
-    spelled: list[str] = []
-    for argument, after in zip(argv, [*argv[1:], "--"], strict=True):
-        spelled += [argument, "true"] if argument in switches and after.startswith("--") else [argument]
-    return spelled
+    return typed
 
 
 def end_failed(where: str, error: Exception) -> NoReturn:

@@ -3,7 +3,9 @@
     python pretrain/tinyllama_fabric.py --config pretrain/configs/LLaMmlein_120M.yaml --train_data_dir DIR/train
     srun apptainer exec llammlein.sif python pretrain/tinyllama_fabric.py --config ... --resume auto
 
-Settings: defaults < YAML files (--config) < flags. Run folder: --out_dir, else $MODEL_NAME, else out/<model_name>.
+Settings: defaults < environment < YAML files (--config) < flags. From the environment come TRAIN_DATA_DIR,
+VAL_DATA_DIR, TOKENIZER_PATH, CACHE_DIR and CONFIG (a YAML file), which cluster/exec/env.example.sh explains.
+Run folder: --out_dir, else $MODEL_NAME, else out/<model_name>.
 With --plan the program only prints what the run will need, and exits.
 
 Exit codes: 0 finished, or stopped early with a checkpoint (at a signal or before the job's end); 75 the same inside a
@@ -17,14 +19,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import config_files, parse_settings, run_program
+from lit_gpt.cli import run_program
 from lit_gpt.launch.signals import StopFlag
-from lit_gpt.train.settings import Settings
+from lit_gpt.launch.site import site_settings
+from lit_gpt.settings_reader import parse_settings
+from lit_gpt.train.settings import COMMON, Settings
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
 def main() -> int:
     stop_flag = StopFlag()  # first of all: a signal during the import of torch must not kill the program
-    settings = parse_settings(Settings, None, __doc__)
+    recipes, site = sorted(CONFIGS.glob("*.yaml")), site_settings(CONFIGS)
+    settings, files = parse_settings(Settings, None, __doc__, common=COMMON, environment=site, recipes=recipes)
     settings.check()
     if settings.plan:
         from lit_gpt.train.run_plan import lines, plan
@@ -34,7 +41,7 @@ def main() -> int:
     from lit_gpt.datapoints.run_folder import read_resolved
     from lit_gpt.train.trainer import train  # imports torch, for which --help and bad input need not wait
 
-    repeated = [found for file in config_files() if (found := read_resolved(file.parent)) is not None]
+    repeated = [found for file in files if (found := read_resolved(file.parent)) is not None]
     return train(settings, stop_flag, repeated[-1] if repeated else None)
 
 

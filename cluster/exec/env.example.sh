@@ -15,9 +15,9 @@ export CONTAINER_PATH="${CONTAINER_PATH-}"
 # Interpreter. Without it: python in the container; else the project's .venv if there is one; else python3.
 # export PYTHON="${PYTHON-/path/to/env/bin/python}"
 
-# ---- The run; arguments of train_fabric.sh win over these ----
+# ---- The run; arguments of train_fabric.sh win over these. The training program reads them without the script too ----
 
-# Recipe. Without it: pretrain/configs/LLaMmlein_1B.yaml of the project.
+# Recipe. Without it: that of MODEL_NAME in pretrain/configs/ of the project if there is one, else LLaMmlein_1B.yaml.
 # export CONFIG="${CONFIG-pretrain/configs/LLaMmlein_7B.yaml}"
 # The folders that scripts/prepare_data.py wrote, and the tokenizer's.
 # export TRAIN_DATA_DIR="${TRAIN_DATA_DIR-/data/de/train}"

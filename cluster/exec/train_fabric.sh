@@ -52,18 +52,37 @@ project_root() {
     fail "pretrain/tinyllama_fabric.py is not beside this script: call sbatch from the project's folder"
 }
 
-# Sets the array `command`: srun, the container if there is one, the program and its settings.
+# build_command [ARGUMENT...]: sets the array `command`: srun, the container if there is one, the program, its settings.
 build_command() {
     # shellcheck source=cluster/exec/python_command.sh
     source "$root/cluster/exec/python_command.sh"
     python_command --nv
     command=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait="$PEERS_WAIT_S" --kill-on-bad-exit=0 "${python[@]}")
-    command+=("$root/pretrain/tinyllama_fabric.py" --config "${CONFIG:-$root/pretrain/configs/LLaMmlein_1B.yaml}")
-    [[ -z ${TRAIN_DATA_DIR:-} ]] || command+=(--train_data_dir "$TRAIN_DATA_DIR")
-    [[ -z ${VAL_DATA_DIR:-} ]] || command+=(--val_data_dir "$VAL_DATA_DIR")
-    [[ -z ${TOKENIZER_PATH:-} ]] || command+=(--tokenizer_path "$TOKENIZER_PATH")
-    [[ -z ${CACHE_DIR:-} ]] || command+=(--cache_dir "$CACHE_DIR")
-    command+=(--resume auto)
+    command+=("$root/pretrain/tinyllama_fabric.py" --config "${CONFIG:-$(default_recipe)}")
+    unless_given --train_data_dir "${TRAIN_DATA_DIR:-}" "$@"
+    unless_given --val_data_dir "${VAL_DATA_DIR:-}" "$@"
+    unless_given --tokenizer_path "${TOKENIZER_PATH:-}" "$@"
+    unless_given --cache_dir "${CACHE_DIR:-}" "$@"
+    command+=(--resume auto "$@")
+}
+
+# As lit_gpt/launch/site.py, which does it where the program is called without this script.
+default_recipe() {
+    local recipe=$root/pretrain/configs/${MODEL_NAME:-LLaMmlein_1B}.yaml
+    [[ -f $recipe ]] || recipe=$root/pretrain/configs/LLaMmlein_1B.yaml
+    echo "$recipe"
+}
+
+# unless_given FLAG VALUE [ARGUMENT...]: adds the flag to `command`, unless VALUE is empty or an ARGUMENT is the flag:
+# the program would take two folders of training data as a mixture.
+unless_given() {
+    local flag=$1 value=$2 argument
+    shift 2
+    [[ -n $value ]] || return 0
+    for argument in "$@"; do
+        [[ $argument != "$flag" && $argument != "$flag="* ]] || return 0
+    done
+    command+=("$flag" "$value")
 }
 
 # srun sends USR1 to every rank. At TERM it would kill the ranks, so TERM is only noted: Slurm itself sends it to the ranks.
@@ -129,8 +148,7 @@ export MASTER_PORT="${MASTER_PORT:-$((FIRST_PORT + ${SLURM_JOB_ID:-0} % PORTS))}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export PYTHONUNBUFFERED=1
 
-build_command
-command+=("$@")
+build_command "$@"
 if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "${command[@]}"
     echo

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_gpt.cli import SettingsSlice
+from lit_gpt.values import PathText
 
 
 @dataclass(frozen=True)
 class CheckpointSettings(SettingsSlice):
     """Checkpoints: when and how they are saved, which are kept, and from which the run continues."""
 
-    resume: str | None = None
+    resume: PathText | None = None
     """Checkpoint to continue from, or "auto": the newest whole one of the run's latest branch, or a fresh start in an
     empty run folder."""
     save_interval_steps: int = 10_000

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_gpt.cli import SettingsSlice
+from lit_gpt.values import PathText
 
 
 @dataclass(frozen=True)
 class DataSettings(SettingsSlice):
     """The data: which rows a run reads, in which order, and how they are staged."""
 
-    train_data_dir: str | list[str] | None = None
+    train_data_dir: PathText | list[PathText] | None = None
     """Folder with the training split that scripts/prepare_data.py wrote (required); of a mixture, a list of folders,
     each as DIR or DIR:WEIGHT. Without weights a source counts by its size."""
-    val_data_dir: str | None = None
+    val_data_dir: PathText | None = None
     """Folder with the validation split; without it nothing is validated."""
-    tokenizer_path: str | None = None
+    tokenizer_path: PathText | None = None
     """Tokenizer folder; its fingerprint must be the one that the data was made with. Exports copy it."""
     packing: Literal["window", "bestfit", "pad"] = "window"
     """Rows from documents: consecutive windows; documents whole where they fit; or one document a row, padded."""
@@ -31,7 +32,7 @@ class DataSettings(SettingsSlice):
     """Rows per step, over all ranks."""
     micro_batch_size: int = 8
     """Rows per rank per forward pass; does not change the result."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder on the node's own disk or in memory where the shards that are read now and next are staged, verified. It
     is shared with other runs, and only what the cache made there is ever removed."""
     cache_bytes: int = 20_000_000_000

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-PACKAGES = ("lightning", "jsonargparse", "numpy", "pyarrow", "xxhash", "tokenizers", "tensorboard")
+PACKAGES = ("lightning", "numpy", "pyarrow", "xxhash", "tokenizers", "tensorboard")
 SLOW_GPU = 0.9
 """A GPU whose matmul rate is below this share of the median is unfit."""
 CLOCK_OFFSET_S = 1.0

@@ -1,4 +1,4 @@
-"""From settings to processes and devices, through Fabric; with job.py the only reader of os.environ.
+"""From settings to processes and devices, through Fabric; with job.py and site.py the only reader of os.environ.
 
 The launcher's world (srun, torchrun, or none) is compared with the settings before any process starts, because a
 mismatch would otherwise hang until the job's time limit. The function that shards a model comes from the caller

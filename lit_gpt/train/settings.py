@@ -18,6 +18,13 @@ from lit_gpt.datapoints.settings import DatapointSettings
 from lit_gpt.launch.settings import LaunchSettings, StopSettings, WatchdogSettings
 from lit_gpt.model.settings import ModelSettings
 
+COMMON = (
+    "model_name", "train_data_dir", "val_data_dir", "tokenizer_path", "out_dir", "resume", "max_steps", "learning_rate",
+    "min_lr", "warmup_steps", "global_batch_size", "micro_batch_size", "sharding_strategy", "precision", "devices",
+    "num_nodes", "log_interval_steps", "eval_interval_steps", "save_interval_steps", "wandb", "plan",
+)  # fmt: skip
+"""The settings that --help lists first."""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings(SettingsSlice):
@@ -226,7 +233,10 @@ class Settings(
         """Raise BadInput for values that are out of range or contradict each other, naming the value and the range."""
         super().check()
         if not self.train_sources and not self.plan:
-            raise BadInput("--train_data_dir is missing: the folder DIR/train that scripts/prepare_data.py wrote")
+            raise BadInput(
+                "--train_data_dir is missing (and TRAIN_DATA_DIR in the environment): the folder DIR/train that "
+                "scripts/prepare_data.py wrote; --help lists the flags"
+            )
 
 
 def step_range(steps: str) -> tuple[int, int]:

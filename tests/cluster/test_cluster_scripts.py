@@ -69,6 +69,16 @@ def test_command_line_without_container(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_arguments_win_over_the_site(tmp_path: Path) -> None:
+    """A folder of the site beside one of the caller's would be a mixture of both."""
+    site_file = "export TRAIN_DATA_DIR=/site/train VAL_DATA_DIR=/site/val MODEL_NAME=LLaMmlein_7B"
+    line = dry_run(tmp_path, "--val_data_dir", "/my/val", "--train_data_dir=/my/train", site_file=site_file)
+    assert line[line.index(PROGRAM) + 1 :] == [
+        "--config", f"{ROOT}/pretrain/configs/LLaMmlein_7B.yaml", "--resume", "auto",
+        "--val_data_dir", "/my/val", "--train_data_dir=/my/train",
+    ]  # fmt: skip
+
+
 def test_command_line_in_container(tmp_path: Path) -> None:
     image = tmp_path / "image.sif"
     image.touch()

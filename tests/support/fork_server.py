@@ -25,7 +25,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "jsonargparse", "yaml", "pandas", "torch.utils.tensorboard", "transformers.models.auto",
+    "yaml", "pandas", "torch.utils.tensorboard", "transformers.models.auto",
     "transformers.models.llama",
 )  # fmt: skip
 """Imported beside what lit_gpt's modules import. pyarrow's first table imports pandas, if installed."""

@@ -18,11 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 READ_AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "TORCH", "PYTORCH", "CUDA", "CUBLAS", "TRITON", "HF_", "TOKENIZERS_")
 """Prefixes of environment variables that a package may read when it is imported."""
+SITE = ("MODEL_NAME", "TRAIN_DATA_DIR", "VAL_DATA_DIR", "TOKENIZER_PATH", "CACHE_DIR", "CONFIG")
+"""Variables of a site file, which the training program reads."""
 
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of this process, but one thread per process, and no trace of a launcher (Slurm, torchrun)."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k != "MODEL_NAME"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k not in SITE}
     return {**clean, "OMP_NUM_THREADS": "1", **extra}
 
 
