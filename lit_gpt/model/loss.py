@@ -75,8 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[no-untyped-def]
         dx, dw = ctx.saved_tensors
+        if dx is not None:
+            for chunk in dx.split(CHUNK_TOKENS):  # in fp32: bf16 would round the factor of all below the head
+                chunk.copy_(chunk.float() * d_loss)
         return (
-            None if dx is None else dx * d_loss.to(dx.dtype),
+            dx,
             None if dw is None else (dw * d_loss).to(ctx.weight_dtype),
             None,
             None,

@@ -17,7 +17,8 @@ CHUNK_TOKENS tokens and their gradient, and until the backward pass the gradient
 
 With several processes (FSDP2), a rank holds its shard of weights, gradients and optimizer state. Unsharded are the
 outer unit (embedding, head), the block in use, the block that is prefetched and its all-gather buffer; or all blocks,
-if weights stay between forward and backward. Gradients that micro-batches accumulate are unsharded fp32 on every rank.
+if weights stay between forward and backward. Gradients that micro-batches accumulate are unsharded fp32 on every rank;
+with one process they are fp32 too, until the update.
 
 Not counted: CUDA's context and NCCL's buffers (1 to 2 GiB outside PyTorch), fragmentation (a few percent), and the
 masks of attention backends that need one (fp32).
@@ -66,7 +67,7 @@ class _Sizes(NamedTuple):
     compute_bytes: int
     """Of a number in the compute dtype."""
     stored_bytes: int
-    """Of a number in weights, gradients and Adam's moments."""
+    """Of a number in weights, Adam's moments and the gradients of one micro-batch."""
     shards: int
     single: bool
     """One process, which shards nothing."""
@@ -177,12 +178,13 @@ def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) 
 def _update(config: Config, sizes: _Sizes) -> Memory:
     """All gradients are there; with several processes the outer unit's reduce-scatter is still running."""
     outer = config.parameters - config.n_layer * config.block_parameters
+    share = sizes.stored_bytes * config.parameters // sizes.shards
     reduction = 0 if sizes.single else outer * (2 * sizes.compute_bytes + 4)  # weights, gradients, and these in fp32
     return _memory(
         "update",
         config,
         sizes,
-        gradients=sizes.stored_bytes * config.parameters // sizes.shards,
+        gradients=_accumulated(config, sizes) if sizes.single and sizes.accumulates else share,
         compute_weights=reduction,
         activations=0,
         loss=0,
@@ -197,10 +199,8 @@ def _memory(
 
 
 def _accumulated(config: Config, sizes: _Sizes) -> int:
-    """Gradients of earlier micro-batches."""
-    if not sizes.accumulates:
-        return 0
-    return config.parameters * (sizes.stored_bytes if sizes.single else 4)
+    """Gradients of earlier micro-batches, fp32."""
+    return 4 * config.parameters if sizes.accumulates else 0
 
 
 def _weights_in_use(config: Config, settings: StepSettings, sizes: _Sizes, *, in_backward: bool) -> int:

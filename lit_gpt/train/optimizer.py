@@ -16,18 +16,18 @@ from lit_gpt.train.settings import OptimizerSettings
 
 def learning_rate(step: int, settings: OptimizerSettings) -> float:
     """Learning rate of update number `step`, counted from 0: linear warm-up, then settings.lr_schedule."""
-    peak, last = settings.learning_rate, settings.max_steps - 1
+    peak, lowest, last = settings.learning_rate, settings.min_lr, settings.max_steps - 1
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
     if settings.lr_schedule == "constant":
         return peak
-    decay_from = (
-        settings.warmup_steps if settings.lr_schedule == "cosine" else settings.max_steps - settings.decay_steps
-    )
-    progress = min(max(step - decay_from, 0) / max(last - decay_from, 1), 1.0)
-    if settings.lr_schedule == "cosine":
-        return settings.min_lr + (peak - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-    return peak + (settings.min_lr - peak) * progress
+    if settings.lr_schedule == "wsd":
+        decayed = max(step + 1 - (settings.max_steps - settings.decay_steps), 0)  # of decay_steps, the last one whole
+        return peak + (lowest - peak) * min(decayed / settings.decay_steps, 1.0)
+    if step >= last:
+        return lowest
+    progress = (step - settings.warmup_steps) / (last - settings.warmup_steps)  # 0 at the first step after warm-up
+    return lowest + (peak - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -52,6 +52,10 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, compiled: b
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """2-norm of all gradients over all ranks, as a scalar on the device; not finite if any gradient is not."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    """2-norm of all gradients over all ranks, as a fp32 scalar on the device; not finite if any gradient is not.
+
+    torch.nn.utils.get_total_norm would compute the norm of bf16 gradients in bf16.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

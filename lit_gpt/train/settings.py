@@ -39,7 +39,7 @@ class OptimizerSettings(SettingsSlice):
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0 to learning_rate."""
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine falls to min_lr; wsd stays at the peak, then falls linearly to min_lr over the last
+    """After warm-up: cosine falls to min_lr; wsd stays at the peak, then falls linearly to min_lr in the last
     decay_steps; constant stays at the peak."""
     decay_steps: int = 0
     """Steps of the final decay; only for wsd."""

@@ -47,6 +47,9 @@ def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Mo
     if fabric.world_size == 1:
         model.to_empty(device=fabric.device)
         initialize(model, settings.seed)
+        if settings.global_batch_size > settings.micro_batch_size:
+            for weight in model.parameters():
+                weight.grad_dtype = torch.float32  # in which micro-batches add up, as they do with FSDP
     return fabric.setup_module(model)
 
 

@@ -59,6 +59,19 @@ def test_sum_over_parts_is_the_sum_of_the_whole(case: tuple[torch.Tensor, ...]) 
     torch.testing.assert_close(parts, linear_cross_entropy(x, weight, targets))
 
 
+def test_the_scale_of_bf16_gradients_is_fp32(case: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 / 3 of each, rounded to bf16 only then; in bf16 the scale itself would be 0.2 % larger."""
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 16)
+    x, weight, targets = case
+    for w in (weight, weight.bfloat16()):
+        inputs = x.detach().bfloat16().requires_grad_(), w.detach().requires_grad_()
+        plain = torch.autograd.grad(linear_cross_entropy(*inputs, targets), inputs)
+        scaled = torch.autograd.grad(linear_cross_entropy(*inputs, targets) * (1 / 3), inputs)
+        assert torch.equal(scaled[0], (plain[0].double() / 3).bfloat16())
+        torch.testing.assert_close(scaled[1].double(), plain[1].double() / 3, rtol=2**-7, atol=0)
+        assert scaled[0].double().norm() / plain[0].double().norm() == pytest.approx(1 / 3, rel=3e-4)
+
+
 def test_bf16(case: tuple[torch.Tensor, ...]) -> None:
     x, weight, targets = case
     exact = linear_cross_entropy(x, weight, targets)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,12 +23,29 @@ def test_cosine_with_warm_up() -> None:
     assert rates[8] == pytest.approx(0.55)  # half way between 1 and 0.1
     assert rates[12] == pytest.approx(0.1)  # the last update
     assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[6] == pytest.approx(0.1 + 0.9 * (1 + 2**-0.5) / 2)  # a quarter of the way: cos(pi / 4)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "max_steps", "rates"),
+    [(0, 3, [1.0, 0.55, 0.1]), (2, 3, [0.5, 1.0, 0.1]), (3, 3, [1 / 3, 2 / 3, 1.0]), (0, 1, [0.1])],
+)
+def test_a_short_cosine_ends_at_the_lowest_rate(warmup_steps: int, max_steps: int, rates: list[float]) -> None:
+    """Unless the last update belongs to the warm-up."""
+    settings = replace(COSINE, warmup_steps=warmup_steps, max_steps=max_steps)
+    assert [learning_rate(step, settings) for step in range(max_steps)] == pytest.approx(rates)
+    assert learning_rate(max_steps + 5, settings) == pytest.approx(0.1)
 
 
 def test_warm_up_stable_decay() -> None:
+    """decay_steps updates lie below the peak, each a fifth (or all) of the way lower."""
     rates = [learning_rate(step, WSD) for step in range(10)]
-    assert rates[:6] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert rates[5:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2])
+    at_once = [learning_rate(step, replace(WSD, decay_steps=1)) for step in range(10)]
+    assert at_once == pytest.approx([0.5, *[1.0] * 8, 0.2])
+    all_the_way = replace(WSD, decay_steps=10, warmup_steps=0)
+    assert [learning_rate(step, all_the_way) for step in (0, 4, 9)] == pytest.approx([0.92, 0.6, 0.2])
+    assert learning_rate(25, WSD) == pytest.approx(0.2)  # beyond the end
 
 
 def test_constant() -> None:
@@ -76,6 +95,16 @@ def test_clipping(max_norm: float, factor: float, dtype: torch.dtype) -> None:
     optimizer.step_clipped(norm, max_norm, skip=torch.tensor(0.0))
     for weight, moment in ((one, [0.3 * factor, 0.0]), (two, [0.4 * factor])):
         torch.testing.assert_close(optimizer.state[weight]["exp_avg"], torch.tensor(moment, dtype=dtype))
+
+
+def test_the_norm_of_bf16_gradients_is_fp32() -> None:
+    """sqrt(5); the next bf16 number is 2.234375. And of a million times 1 / 64, where a bf16 sum would stand still."""
+    for gradient, norm in (([1.0, 2.0], 5**0.5), ([1 / 64] * 1_000_000, 15.625)):
+        weight = torch.nn.Parameter(torch.zeros(len(gradient), dtype=torch.bfloat16))
+        weight.grad = torch.tensor(gradient, dtype=torch.bfloat16)
+        found = gradient_norm([weight])
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
