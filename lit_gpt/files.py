@@ -2,7 +2,8 @@
 
 Publish: write under a temporary name in the same folder, fsync, rename, fsync the folder. Even after a crash of the
 machine, a file or folder is either whole or absent (or as it was before). The temporary name is
-`.NAME.HOST-PID.partial`, so no two processes write the same one; `sweep` removes those that killed writers left.
+`.NAME.HOST-PID.partial`, so no two processes write the same one; `sweep` removes those that killed writers left. It
+is created exclusively, so a link that was planted under it, or under a lock's name, is removed or refused.
 
 Lock: flock, which the kernel releases when its holder ends, however it ends. A forked child that does not exec would
 keep it; the project has none. On a file system without locks (Lustre without -o flock, some NFS) an owner file replaces
@@ -58,18 +59,19 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 @contextmanager
-def publishing(path: Path) -> Iterator[Path]:
-    """Yield the temporary name for a file or a folder: renamed to `path` at the end, removed at any failure.
+def publishing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yield a new, empty file (or folder) under a temporary name: renamed to `path` at the end, removed at any failure.
 
     An existing file is replaced.
     """
     partial = _temporary_path(path)
+    _create(partial, folder=folder)
     try:
         yield partial
         fsync(partial)
         rename(partial, path)
     except BaseException:  # Ctrl-C too
-        _remove(partial)
+        discard(partial)
         raise
 
 
@@ -80,17 +82,15 @@ def publishing_new(destination: Path, *, folder: bool) -> Iterator[Path]:
     Missing parents are made, and removed again at a failure. A lock keeps other writers out, so what killed ones left
     behind is swept. Raises BadInput if `destination` exists, is being written by another process, or cannot be written.
     """
-    if destination.exists():
+    if os.path.lexists(destination):
         raise BadInput(f"{destination} exists already: name another destination, or remove it first")
     made_parents = [parent for parent in destination.parents if not parent.exists()]
     try:
         with _lock_of_new(destination):
             sweep(destination.parent, destination.name, alone=True)
-            with publishing(destination) as partial:
-                if folder:
-                    partial.mkdir()
+            with publishing(destination, folder=folder) as partial:
                 yield partial
-                if destination.exists():
+                if os.path.lexists(destination):
                     raise BadInput(f"{destination} appeared meanwhile: nothing was published")
     except BaseException:
         for parent in made_parents:
@@ -145,7 +145,7 @@ def sweep(folder: Path, name: str | None = None, *, alone: bool = False) -> None
         if found is None or (name is not None and found["name"] != name):
             continue
         if alone or _is_left_behind(path, found["host"], found["pid"], STALE_TEMPORARY_S):
-            _remove(path)
+            discard(path)
 
 
 def _temporary_path(path: Path) -> Path:
@@ -156,11 +156,18 @@ def _host() -> str:
     return socket.gethostname().partition(".")[0]
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a link, but not what the link leads to; or nothing."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def _create(partial: Path, *, folder: bool = False) -> None:
+    """Make an empty file or folder; what has its name, left by a killed process or planted, goes first."""
+    discard(partial)
+    partial.mkdir() if folder else partial.touch(exist_ok=False)  # O_EXCL: neither follows a link
 
 
 def _is_left_behind(path: Path, host: str | None, pid: str | None, stale_s: float) -> bool:
@@ -169,7 +176,7 @@ def _is_left_behind(path: Path, host: str | None, pid: str | None, stale_s: floa
         return True
     now = _temporary_path(path.with_name("now"))  # by the file system's clock: two hosts' may differ
     try:
-        now.touch()
+        _create(now)
         return now.stat().st_mtime - path.stat().st_mtime > stale_s
     except FileNotFoundError:  # just removed
         return False
@@ -180,10 +187,8 @@ def _is_left_behind(path: Path, host: str | None, pid: str | None, stale_s: floa
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
+    except OSError as error:
+        return error.errno != errno.ESRCH  # EPERM: another user's
     return True
 
 
@@ -209,6 +214,8 @@ class Lock:
         except BlockingIOError:
             raise LockHeld(f"another process holds {path}") from None
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise BadInput(f"{path} is a symbolic link: remove it, so that a file can be there") from None
             if error.errno not in _NO_LOCKS:
                 raise
             owner = path.with_name(f"{path.name}.owner")
@@ -235,7 +242,7 @@ class Lock:
 def _locked(path: Path, wait: bool) -> int:
     """A descriptor of `path` that holds its lock; raises BlockingIOError if another process holds it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

@@ -9,7 +9,6 @@ Example: python scripts/train_tokenizer.py --source corpus/ --destination_path t
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections import Counter
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.data.tokenizer import NEWLINES, Tokenizer
-from lit_gpt.files import publishing, sweep
+from lit_gpt.files import publishing, sweep, write_json
 from lit_gpt.prepare.document_source import (
     Document,
     Fields,
@@ -136,7 +135,7 @@ def write_folder(backend: tokenizers.Tokenizer, folder: Path) -> None:
         "split_special_tokens": True,  # "</s>" in a text stays text, as in training
     }
     for name, content in (("special_tokens_map.json", control), ("tokenizer_config.json", settings)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, content)
     sweep(folder, "tokenizer.json")
     with publishing(folder / "tokenizer.json") as partial:
         backend.save(str(partial))

@@ -98,8 +98,8 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_after(
     mine = f"{files._host()}-{os.getpid()}.partial"
     assert calls == [f"fsync .a.{mine}", "rename", "fsync ."]
     calls.clear()
-    with publishing(tmp_path / "b") as folder:
-        (folder / "inner").mkdir(parents=True)
+    with publishing(tmp_path / "b", folder=True) as folder:
+        (folder / "inner").mkdir()
         (folder / "inner/x").touch()
         (folder / "y").touch()
     before = {f"fsync .b.{mine}{part}" for part in ("", "/inner", "/inner/x", "/y")}
@@ -174,6 +174,52 @@ def test_sweeping_takes_what_was_left_behind_and_nothing_else(tmp_path: Path) ->
     sweep(tmp_path, "a", alone=True)
     assert names(tmp_path) == sorted(others)
     sweep(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "hard link", "dangling link"])
+def test_what_was_planted_under_a_temporary_name_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    (victim / "inner").mkdir(parents=True)
+    (victim / "file").write_text("precious")
+    run.mkdir()
+
+    def plant(name: str) -> None:
+        planted = run / name
+        if kind == "hard link":
+            os.link(victim / "file", planted)
+        else:
+            target = {"link to a file": "file", "link to a folder": "inner", "dangling link": "absent"}[kind]
+            planted.symlink_to(victim / target)
+
+    mine = f"{files._host()}-{os.getpid()}.partial"
+    for name in ("a", "model", "model.gguf"):
+        plant(f".{name}.{mine}")
+        plant(f".{name}.partial")
+    plant("a.partial")
+    plant(f".b.{files._host()}-{DEAD_PID}.partial")
+    publish(run / "a", [b"ours"])
+    with publishing_new(run / "model", folder=True) as folder:
+        (folder / "weights").write_text("ours")
+    with publishing_new(run / "model.gguf", folder=False) as file:
+        file.write_text("ours")
+    sweep(run, alone=True)
+    assert {str(path.relative_to(run)) for path in run.rglob("*")} == {"a", "model", "model.gguf", "model/weights"}
+    assert not any(path.is_symlink() for path in run.rglob("*"))
+    assert {str(path.relative_to(victim)) for path in victim.rglob("*")} == {"file", "inner"}
+    assert (victim / "file").read_text() == "precious"
+
+
+def test_links_planted_as_lock_or_destination_are_refused(tmp_path: Path) -> None:
+    (tmp_path / ".model.lock").symlink_to(tmp_path / "victim")
+    (tmp_path / "taken").symlink_to(tmp_path / "absent")
+    with (
+        pytest.raises(BadInput, match=r"\.model\.lock is a symbolic link"),
+        publishing_new(tmp_path / "model", folder=True),
+    ):
+        pass
+    with pytest.raises(BadInput, match="exists already"), publishing_new(tmp_path / "taken", folder=True):
+        pass
+    assert names(tmp_path) == [".model.lock", "taken"]
 
 
 # Publishing what must not exist yet

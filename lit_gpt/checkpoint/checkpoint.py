@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +38,7 @@ from lit_gpt.checkpoint import full_state, sharded_state
 from lit_gpt.checkpoint.sharded_state import MalformedState
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.files import fsync, rename, xxh3
+from lit_gpt.files import discard, fsync, publishing_new, rename, xxh3
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +82,20 @@ def checkpoint_name(step: int) -> str:
 
 def seal(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     """Publish `temporary`, which holds the state, as the checkpoint `final`: add run.json, hash, sync, rename."""
-    (temporary / RUN).write_text(json.dumps(facts, indent=1))
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    listing = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": xxh3(path)} for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(listing, indent=1))
+    _describe(temporary, facts)
     fsync(temporary)
     if final.exists():
         log.warning("replacing %s: it is damaged, or of a branch that the run has left", final)
         remove(final)
     rename(temporary, final)
+
+
+def _describe(temporary: Path, facts: dict[str, Any]) -> None:
+    """Add run.json and MANIFEST.json to the folder of a state."""
+    (temporary / RUN).write_text(json.dumps(facts, indent=1))
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    listing = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": xxh3(path)} for path in files}
+    (temporary / MANIFEST).write_text(json.dumps(listing, indent=1))
 
 
 def temporary_path(final: Path) -> Path:
@@ -100,23 +104,19 @@ def temporary_path(final: Path) -> Path:
 
 
 def write_initial(path: Path, config: Config, tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
-    """Publish a step-0 checkpoint `path` of the weights `tensors` (name, tensor), without optimizer state.
+    """Publish a step-0 checkpoint `path`, which must not exist, of the weights `tensors` (name, tensor), without
+    optimizer state.
 
     Costs: memory for one weight at a time; for a while, disk for all weights twice.
     """
-    temporary = temporary_path(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with publishing_new(path, folder=True) as temporary:
         mapped = temporary / "mapped"
         mapped.mkdir()
         full_state.write(
             {"model": {name: _mapped(tensor, mapped / name) for name, tensor in tensors}}, temporary / FULL
         )
-        shutil.rmtree(mapped)
-        seal(temporary, path, {**facts, "model": asdict(config)})
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # there only if it failed
+        discard(mapped)
+        _describe(temporary, {**facts, "model": asdict(config)})
     return path
 
 
@@ -140,8 +140,9 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: 
 def remove(path: Path) -> None:
     """Remove a checkpoint; a kill on the way leaves nothing that looks like a checkpoint."""
     doomed = path.with_name(f".removing-{path.name}")
+    discard(doomed)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    discard(doomed)
 
 
 def is_whole(path: Path) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from lit_gpt.checkpoint.checkpoint import (
 )
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.log import FOLDER, Mark, is_in_lineage, lineage, read_attempts
+from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def prune(run_dir: Path, newest_step: int, *, keep_last: int, keep_every_steps: 
     Nor are those of later steps, which belong to another branch.
     """
     for left_over in (*run_dir.glob(".saving-iter-*"), *run_dir.glob(".removing-iter-*")):
-        shutil.rmtree(left_over)
+        discard(left_over)
     if keep_last == 0:
         return
     whole = [path for path in newest_first(run_dir) if path.name <= checkpoint_name(newest_step) and is_whole(path)]

@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_map_only
 
 from lit_gpt.checkpoint import checkpoint, full_state, history, sharded_state
 from lit_gpt.checkpoint.host_copy import HostCopy
+from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class CheckpointSaver:
 
     def _make_room(self, temporary: Path) -> None:
         """Make an empty folder; OSError if the file system lacks the room by now, as others write there too."""
-        shutil.rmtree(temporary, ignore_errors=True)  # left over by a save that was killed
+        discard(temporary)  # left over by a save that was killed
         size, free = self._state_bytes(), shutil.disk_usage(self._run_dir).free
         if free < size:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size} bytes needed, {free} free")

@@ -124,7 +124,7 @@ def measure_disk(run_dir: Path, write_bytes: int) -> tuple[float, float]:
     chunk = os.urandom(min(write_bytes, 16 << 20))  # random, so that compression does not make a file system look fast
     try:
         began = time.perf_counter()
-        with path.open("wb", buffering=0) as file:
+        with path.open("xb", buffering=0) as file:
             for _ in range(max(1, write_bytes // len(chunk))):
                 file.write(chunk)
             os.fsync(file.fileno())

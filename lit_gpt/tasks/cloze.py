@@ -20,6 +20,7 @@ import yaml
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import ShardFile, TokenStore, document_ends
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.files import publish
 from lit_gpt.prepare.document_source import Document, Fields, check_source, find_sources, parse_piece, read_pieces
 
 CHOICES = 4
@@ -114,7 +115,7 @@ def write_task(folder: Path, name: str, items: Sequence[Item], source: str) -> N
     """Write name.yaml and name.jsonl in `folder`: a task for lm-eval's --include_path and for scripts/evaluate.py."""
     folder.mkdir(parents=True, exist_ok=True)
     data = (folder / f"{name}.jsonl").absolute()
-    data.write_text("".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    publish(data, [(json.dumps(item._asdict(), ensure_ascii=False) + "\n").encode() for item in items])
     metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
     task = {
         "task": name,
@@ -128,4 +129,4 @@ def write_task(folder: Path, name: str, items: Sequence[Item], source: str) -> N
         "metric_list": metrics,
         "metadata": {"version": 1.0, "source": source},
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    publish(folder / f"{name}.yaml", [yaml.safe_dump(task, sort_keys=False, allow_unicode=True).encode()])

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lit_gpt.files import publish
 from lit_gpt.train.settings import step_range
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class StepProfiler:
         running.export_chrome_trace(f"{stem}.trace.json.gz")
         order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
-        Path(f"{stem}.kernels.txt").write_text(table)
+        publish(Path(f"{stem}.kernels.txt"), [table.encode()])
         if self._device.type == "cuda":
             torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def changed_run(run_dir: Path, tmp_path: Path, change: dict[str, torch.Tensor | 
     weights = {name: change.get(name, weight) for name, weight in weights_of(source.path).items()}
     kept = [(name, weight) for name, weight in weights.items() if weight is not None]
     folder = tmp_path / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
     checkpoints.write_initial(folder / "iter-00000009-ckpt.pth", source.config, kept, source.facts | facts)
     return folder
 
