@@ -128,9 +128,21 @@ def end_failed(where: str, error: Exception) -> NoReturn:
     os._exit(EXIT_FAILURE)
 
 
+class _Screen(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time: a progress bar replaces it, so that lines go above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code (None is 0); a BadInput becomes one line on stderr and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S", handlers=[_Screen()])
     try:
         code = main()
     except BadInput as error:

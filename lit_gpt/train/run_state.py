@@ -124,7 +124,8 @@ class RunState:
         history.tell_left_behind(self._inputs.run_dir)
         asked = asdict(self._asked)
         run_folder.write_settings(self._inputs.run_dir, asked, self._resolved)
-        return Trackers(self._inputs.run_dir, self.step, self._asked, asked)
+        attempt = self.datapoints.attempt if self.datapoints is not None else None
+        return Trackers(self._inputs.run_dir, self.step, self._asked, asked, attempt)
 
     def step_done(self, data: Step, targets: int, digest: int) -> None:
         """Count and record one more update.

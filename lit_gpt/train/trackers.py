@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,28 @@ from lit_gpt.train.wandb_run import WandbRun
 COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
     "mfu", "mfu_palm", "memory_gib", "compiled_graphs", "skipped_steps", "val_loss", "val_perplexity",
-    "val_bits_per_byte",
+    "val_bits_per_byte", "time", "attempt",
 )  # fmt: skip
 """step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: valid targets
-of the run so far; skipped_steps: steps of the run so far whose update was skipped."""
+of the run so far; skipped_steps: steps of the run so far whose update was skipped; time: when the line was written;
+attempt: the start of the program that wrote it, as datapoints/run.json counts them. Lines of earlier versions have
+neither."""
 
 
 class Trackers:
     """The trackers of one run folder; `step` is the number of updates that are done."""
 
     def __init__(
-        self, run_dir: Path, resume_step: int, settings: TrackerSettings, run_settings: Mapping[str, Any]
+        self,
+        run_dir: Path,
+        resume_step: int,
+        settings: TrackerSettings,
+        run_settings: Mapping[str, Any],
+        attempt: int | None = None,
     ) -> None:
-        """run_settings: all settings of the run, for Weights & Biases; resume_step: last step whose lines stay."""
+        """run_settings: all settings of the run, for Weights & Biases; resume_step: last step whose lines stay;
+        attempt: this start's number in the datapoint log."""
+        self._attempt = attempt
         path = run_dir / "metrics.csv"
         lines = read_metrics(path)
         kept = [row for row in lines if int(row["step"]) <= resume_step]
@@ -64,7 +74,7 @@ class Trackers:
     def log(self, values: Mapping[str, float | int | None]) -> None:
         """Write one line; missing or None columns stay empty. Flushed at once, so a killed run keeps its lines."""
         present = {name: value for name, value in values.items() if value is not None}
-        self._writer.writerow(present)
+        self._writer.writerow({**present, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self._attempt})
         self._file.flush()
         if self._board is not None:
             for name, value in present.items():

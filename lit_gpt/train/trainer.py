@@ -204,7 +204,8 @@ class Trainer:
                 if rollback is not None:
                     return stopped, rollback
             if log_now:
-                progress.show(self._log(agreed.targets, update, evaluate=evaluate))
+                epochs = state.slot / self.dataset.rows_per_epoch
+                progress.show(self._log(agreed.targets, update, evaluate=evaluate), epochs)
             gave_up = self._gave_up is not None
             if save_now or gave_up:
                 self._save(wait=ended or gave_up)
@@ -258,7 +259,7 @@ class Trainer:
                 "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
                 self.state.step, self.settings.max_steps, self.settings.max_epochs,
             )  # fmt: skip
-        log.info("finished at step %d: %d targets trained", self.state.step, self.state.total_targets)
+        log.info("finished at step %d: %s tokens trained", self.state.step, f"{self.state.total_targets:,}")
         return 0
 
     def _agree(self, data: Step) -> Agreed:

@@ -280,4 +280,4 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([command(Path(), Path())[0], "-c", code], capture_output=True, text=True, check=True)
     assert "--sharding_strategy" in done.stdout
-    assert "Rows per step, over all ranks." in done.stdout
+    assert "Rows per step, over all ranks (default: 1024)" in " ".join(done.stdout.split())
