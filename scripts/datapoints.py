@@ -2,7 +2,8 @@
 
     python scripts/datapoints.py step 1200 --run_dir out/LLaMmlein_1B [--text]   parts of documents in a step
     python scripts/datapoints.py doc ID --run_dir out/LLaMmlein_1B               steps, epochs and parts of a document
-    python scripts/datapoints.py verify --run_dir out/LLaMmlein_1B               replays every step against its digest
+    python scripts/datapoints.py verify --run_dir out/LLaMmlein_1B               compares every step with its digest, and
+                                                                                 the log with the checkpoints' marks
     python scripts/datapoints.py diff OTHER_RUN --run_dir out/LLaMmlein_1B       first step in which two runs differ
     python scripts/datapoints.py export FILE.parquet --run_dir out/LLaMmlein_1B  everything, as a table to publish
 
@@ -24,9 +25,11 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.datapoints.log import Mark
 from lit_gpt.datapoints.query import Replay, Seen, difference
 from lit_gpt.datapoints.run_record import RunRecord
-from lit_gpt.files import publishing, sweep
+from lit_gpt.datapoints.witness import Witness
+from lit_gpt.files import publishing, read_json, sweep
 
 EXIT_FOUND = 1
 """`verify` found a contradiction, or `diff` a difference."""
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_difference(arguments)
     replay = Replay(arguments.run_dir, arguments.data_dir, arguments.index_dir)
     if arguments.query == "verify":
-        return show_contradictions(replay, as_json=arguments.json)
+        return show_contradictions(replay, witnesses(arguments.run_dir), as_json=arguments.json)
     if arguments.query == "export":
         return export(replay, Path(arguments.subject))
     if arguments.query == "doc":
@@ -93,9 +96,23 @@ def text_of(replay: Replay, parts: list[Seen], tokenizer_path: str | None) -> li
     return [tokenizer.decode(replay.tokens(seen)) for seen in parts]
 
 
-def show_contradictions(replay: Replay, *, as_json: bool) -> int:
+def witnesses(run_dir: Path) -> list[Witness]:
+    """The marks in the run's checkpoints; a checkpoint that cannot be read is told, and has none."""
+    found = []
+    for path in sorted(run_dir.glob("iter-*-ckpt.pth")):
+        try:
+            mark = read_json(path / "run.json").get("datapoint_log")
+            if mark is not None:  # an imported model has none
+                mark = Mark(**mark)
+                found.append(Witness(path.name, mark._replace(bytes=int(mark.bytes))))
+        except (BadInput, TypeError, ValueError) as error:
+            print(f"{path} is damaged, so it is no witness: {error}", file=sys.stderr)
+    return found
+
+
+def show_contradictions(replay: Replay, marks: list[Witness], *, as_json: bool) -> int:
     found = 0
-    for contradiction in replay.verify():
+    for contradiction in replay.verify(marks):
         found += 1
         print(json.dumps({"contradiction": contradiction}) if as_json else contradiction, flush=True)
     newest = replay.record.last()
@@ -104,7 +121,8 @@ def show_contradictions(replay: Replay, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(result))
     else:
-        print(f"{found} contradictions up to step {result['steps_to']}, {result['rows']} rows")
+        said = f"{found} contradictions up to step {result['steps_to']}, {result['rows']} rows"
+        print(f"{said}; compared with the marks of {len(marks)} checkpoints")
     return EXIT_FOUND if found else 0
 
 

@@ -25,6 +25,7 @@ from lit_gpt.data.token_store import DamagedShard, ShardFile, TokenStore
 from lit_gpt.datapoints.document_index import DocumentIndex, Location
 from lit_gpt.datapoints.log import FOLDER, Attempt
 from lit_gpt.datapoints.run_record import RunRecord, StepRecord
+from lit_gpt.datapoints.witness import Witness, contradictions
 
 
 class Seen(NamedTuple):
@@ -68,7 +69,8 @@ class Replay:
     """
 
     def __init__(self, run_dir: Path, data_dirs: Sequence[Path] = (), index_dir: Path | None = None) -> None:
-        self.record = RunRecord(run_dir / FOLDER)
+        self._log_dir = run_dir / FOLDER
+        self.record = RunRecord(self._log_dir)
         self._data_dirs = data_dirs
         self._index_dir = index_dir or run_dir / FOLDER / "documents"
         self._readers: dict[str, tuple[RowReader, list[DocumentIndex]]] = {}
@@ -190,14 +192,16 @@ class Replay:
             ids: list[int] = file.read(seen.token, seen.token + seen.length).tolist()
         return ids
 
-    def verify(self) -> Iterator[str]:
-        """One line for each contradiction within the log, or between log and data."""
+    def verify(self, witnesses: Sequence[Witness] = ()) -> Iterator[str]:
+        """One line for each contradiction within the log, between log and data, or between log and `witnesses`."""
+        yield from contradictions(self._log_dir, self.record.attempts, witnesses)
         before: StepRecord | None = None
+        begun = self.record.lineage[0]
         excused = {line["step"] for line in self.record.deviations() if line["deviation"] != "left_out"}
         jumps = {(step, first_slot): first_slot + rows for step, first_slot, rows in self.record.left_out()}
         for record in self.record.steps():
-            step = before.step + 1 if before else record.step
-            slot = before.first_slot + before.rows if before else record.first_slot
+            step = before.step + 1 if before else begun.after + 1
+            slot = before.first_slot + before.rows if before else record.first_slot if begun.attempt.parent else 0
             slot = jumps.get((record.step, slot), slot)
             missing = set(range(step, record.step)) - excused
             if missing:

@@ -149,9 +149,11 @@ class RunRecord:
         while at < end:
             self._file.seek(at)
             raw = self._file.readline()
+            if not raw:  # the file is shorter than run.json says
+                return
             try:
                 yield json.loads(raw)
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or no text: zeros after a power loss
                 self.torn.add(at)
             at += len(raw)
 

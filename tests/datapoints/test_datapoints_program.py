@@ -285,6 +285,80 @@ def test_verify_finds_a_flipped_token(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"damaged: {path}: block 0" in lines[0]["contradiction"]
 
 
+def saved(run: Run, mark: Mark) -> None:
+    """What `verify` reads of a checkpoint."""
+    folder = run.folder / f"iter-{mark.step:08d}-ckpt.pth"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"step": mark.step, "datapoint_log": mark._asdict()}))
+
+
+DAMAGE = {
+    "head": lambda lines: lines[2:],
+    "head, without a checkpoint": lambda lines: lines[2:],
+    "tail": lambda lines: lines[:-2],
+    "hole": lambda lines: lines[:4] + lines[6:],
+    "zeroed": lambda lines: [*lines[:4], b"\0" * len(lines[4]), *lines[5:]],
+    "digest": lambda lines: [*lines[:4], lines[4].replace(b'"rows":8', b'"rows":8 ')[:-1] + b"\n", *lines[5:]],
+    "other run's": lambda lines: [line.replace(b'"attempt":0', b'"attempt": 0') for line in lines],
+    "everything": lambda lines: [],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_verify_finds_a_log_that_is_not_what_the_checkpoints_saw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    run = Run(tmp_path / "run", make_store(tmp_path / "store", 60))
+    middle = run.attempt(1, range(1, 7))
+    last = run.attempt(1, range(7, 11), middle)
+    if "without" not in damage:
+        saved(run, middle)
+        saved(run, last)
+    assert run.answer(capsys, "verify") == (0, [{"steps_to": 10, "rows": 80, "contradictions": 0}])
+    log = run.folder / "datapoints" / "steps.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(DAMAGE[damage](lines)))
+    code, found = run.answer(capsys, "verify")
+    assert code == 1
+    said = found[0]["contradiction"]
+    size = log.stat().st_size
+    if damage in ("tail", "everything"):
+        short = last if damage == "tail" else middle
+        assert said.startswith(f"{log} is cut: it has {size} bytes, and had {short.bytes} at step {short.step}, says")
+    else:
+        named = "attempt 1" if "without" in damage else "iter-00000006-ckpt.pth"
+        assert said.startswith(
+            f"{log} does not begin with the {middle.bytes} bytes that it had at step 6, says {named}"
+        )
+
+
+def test_verify_finds_a_cut_head_without_any_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path / "run", make_store(tmp_path / "store", 60))
+    run.attempt(1, range(1, 7))
+    log = run.folder / "datapoints" / "steps.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[3:]))
+    code, found = run.answer(capsys, "verify")
+    assert (code, found[0]["contradiction"]) == (1, "step 1 is missing: the log goes from step 0 to step 4")
+
+
+def test_the_mark_of_another_run_from_which_this_one_began_is_no_contradiction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store", 60)
+    other, run = Run(tmp_path / "other", store), Run(tmp_path / "run", store)
+    mark = other.attempt(1, range(1, 5))
+    run.attempt(1, range(5, 9), mark)
+    saved(run, mark)  # its checkpoint was copied too
+    assert run.answer(capsys, "verify") == (0, [{"steps_to": 8, "rows": 64, "contradictions": 0}])
+    damaged = run.folder / "iter-00000008-ckpt.pth"
+    damaged.mkdir()
+    (damaged / "run.json").write_text('{"datapoint_log": {"step": 8}}')
+    assert main(["verify", "--run_dir", str(run.folder)]) == 0
+    said = capsys.readouterr()
+    assert "iter-00000008-ckpt.pth is damaged, so it is no witness" in said.err
+    assert said.out == "0 contradictions up to step 8, 64 rows; compared with the marks of 1 checkpoints\n"
+
+
 def test_verify_finds_a_swapped_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two rows of a shard are swapped, and its hashes and manifest written again to match."""
     store = make_store(tmp_path / "store", 60)
