@@ -21,7 +21,8 @@ import torch
 
 from lit_gpt.bench.bench_step import StepBench
 from lit_gpt.bench.timing import host_seconds
-from lit_gpt.checkpoint.checkpoint import checkpoint_name, load, verified
+from lit_gpt.checkpoint.checkpoint import load, verified
+from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.train.settings import StepSettings
 

@@ -7,10 +7,10 @@ A checkpoint is a folder `iter-XXXXXXXX-ckpt.pth`; the number is the step, whate
     state/          the same, each rank's part in a file of its own (sharded; torch.distributed.checkpoint)
     MANIFEST.json   size and xxh3 of each file above
 
-A folder without a manifest, with a file that does not match it, or with weights that are not finite is damaged: it is
-skipped with a warning, and pruning does not count it. Both kinds load on any number of processes. Loading runs no code
-(weights_only, JSON). saver.py says how a running training saves, history.py which checkpoint of a run is resumed and
-which are kept.
+A folder is damaged if it does not describe itself as record.py says, if a file does not match the manifest, or if the
+weights are not those of its model or not finite: it is skipped with a warning, and pruning does not count it. Both
+kinds load on any number of processes. Loading runs no code (weights_only, JSON). saver.py says how a running training
+saves, history.py which checkpoint of a run is resumed and which are kept.
 Cost of publishing: the files are read once more for their hashes, from the page cache.
 """
 
@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -35,47 +33,25 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lit_gpt.checkpoint import full_state, sharded_state
+from lit_gpt.checkpoint.record import (
+    FULL,
+    MANIFEST,
+    NAME,
+    RUN,
+    SHARDED,
+    Checkpoint,
+    DamagedCheckpoint,
+    described,
+    read_manifest,
+    require_hash,
+)
 from lit_gpt.checkpoint.sharded_state import MalformedState
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.files import discard, fsync, publishing_new, rename, xxh3
+from lit_gpt.model.gpt import GPT
 
 log = logging.getLogger(__name__)
-
-NAME = re.compile(r"iter-(\d{8})-ckpt\.pth")
-RUN, MANIFEST, FULL, SHARDED = "run.json", "MANIFEST.json", "state.pth", "state"
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint is not what was saved; says which file, and what differs."""
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint on disk."""
-
-    path: Path
-    facts: dict[str, Any]
-    """The content of run.json."""
-
-    @property
-    def step(self) -> int:
-        """Updates done."""
-        return self.facts["step"]
-
-    @property
-    def config(self) -> Config:
-        return Config(**self.facts["model"])
-
-    @property
-    def state_xxh3(self) -> str:
-        """Identifies the trained state: a hash of the manifest without run.json. Raises DamagedCheckpoint."""
-        files = {name: entry for name, entry in _manifest(self.path).items() if name != RUN}
-        return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
-
-
-def checkpoint_name(step: int) -> str:
-    return f"iter-{step:08d}-ckpt.pth"
-
 
 # Publishing
 
@@ -146,58 +122,51 @@ def remove(path: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every file has the manifest's size; hashes are checked by `verified`."""
+    """Whether the checkpoint describes itself, and every file has its size; hashes are checked by `verified`."""
     try:
-        return _size_mismatch(path) is None
+        described(path)
     except DamagedCheckpoint:
         return False
+    return True
 
 
 # Checking
 
 
 def verified(path: Path) -> Checkpoint:
-    """The checkpoint at `path`; DamagedCheckpoint unless every file has the manifest's size and hash, every weight is
-    finite, and all else is plain values.
+    """The checkpoint at `path`; DamagedCheckpoint unless every file has the manifest's size and hash, the weights are
+    those of its model and finite, and all else is plain values.
 
     Cost: the files are read once for their hashes, the weights once more from the page cache.
     """
-    if mismatch := _size_mismatch(path):
-        raise DamagedCheckpoint(mismatch)
-    for name, entry in _manifest(path).items():
-        if (digest := xxh3(path / name)) != entry["xxh3"]:
-            raise DamagedCheckpoint(f"{path / name} is corrupt: xxh3 {digest}, saved as {entry['xxh3']}")
-    found = Checkpoint(path, json.loads((path / RUN).read_text()))
+    found = described(path)
+    for name, entry in read_manifest(path).items():
+        require_hash(path, name, entry)
     try:
-        for name, tensor in model_tensors(found):
-            if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):  # NaN spreads to both
-                raise DamagedCheckpoint(f"{path} holds weights that are not finite numbers: {name}")
+        _require_weights(found)
         if not (path / FULL).is_file():
             sharded_state.check_values(path / SHARDED)
     except MalformedState as error:
         raise DamagedCheckpoint(f"{path} holds more than tensors and plain values; it was not run: {error}") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     return found
 
 
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        return json.loads((path / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise DamagedCheckpoint(
-            f"{path} has no {MANIFEST}: not a checkpoint of this project, or never finished"
-        ) from None
-    except ValueError:
-        raise DamagedCheckpoint(f"{path / MANIFEST} is not JSON") from None
-
-
-def _size_mismatch(path: Path) -> str | None:
-    for name, entry in _manifest(path).items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != entry["bytes"]:
-            return (
-                f"{path / name} is {'missing' if found is None else f'{found} bytes'}, saved as {entry['bytes']} bytes"
-            )
-    return None
+def _require_weights(checkpoint: Checkpoint) -> None:
+    """Raise DamagedCheckpoint unless the weights are finite and have the names and shapes of the checkpoint's model."""
+    shapes = {}
+    for name, tensor in model_tensors(checkpoint):
+        if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN spreads to both
+            raise DamagedCheckpoint(f"{checkpoint.path} holds weights that are not finite numbers: {name}")
+        shapes[name] = tuple(tensor.shape)
+    config = checkpoint.config
+    if config.n_layer < len(shapes):  # a model of more layers is not even described
+        with torch.device("meta"):
+            wanted = {name: tuple(weight.shape) for name, weight in GPT(config).state_dict().items()}
+        if shapes == wanted:
+            return
+    raise DamagedCheckpoint(f"{checkpoint.path}: the {len(shapes)} weights are not those of the model in {RUN}")
 
 
 def newest_first(run_dir: Path) -> list[Path]:

@@ -13,23 +13,12 @@ Costs: each question reads the run.json of every checkpoint; verifying costs wha
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lit_gpt.checkpoint.checkpoint import (
-    RUN,
-    Checkpoint,
-    DamagedCheckpoint,
-    checkpoint_name,
-    is_whole,
-    names,
-    newest_first,
-    remove,
-    verified,
-)
+from lit_gpt.checkpoint.checkpoint import is_whole, names, newest_first, remove, verified
+from lit_gpt.checkpoint.record import Checkpoint, DamagedCheckpoint, checkpoint_name, described
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.log import FOLDER, Mark, is_in_lineage, lineage, read_attempts
 from lit_gpt.files import discard
@@ -90,28 +79,21 @@ def whole_newest_first(run_dir: Path) -> Iterator[Checkpoint]:
 
 
 def left_behind(run_dir: Path) -> list[Path]:
-    """The checkpoints of other branches, newest first; those with an unreadable run.json are left out."""
+    """The checkpoints of other branches, newest first; damaged ones are left out."""
     attempts = read_attempts(run_dir / FOLDER)
     if not attempts:
         return []
     from_nothing = lineage(attempts)[-1].parent is None
     found = []
     for path in newest_first(run_dir):
-        facts = _facts(path)
-        if facts is None:
+        try:
+            mark = described(path).facts.get("datapoint_log")
+        except DamagedCheckpoint:
             continue
-        mark = facts.get("datapoint_log")  # an imported model has none: the run can only have begun with it
+        # an imported model has no mark: the run can only have begun with it
         if not (is_in_lineage(Mark(**mark), attempts) if mark else from_nothing):
             found.append(path)
     return found
-
-
-def _facts(path: Path) -> dict[str, Any] | None:
-    try:
-        facts = json.loads((path / RUN).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) else None
 
 
 def tell_left_behind(run_dir: Path) -> None:

@@ -37,6 +37,8 @@ from torch.utils._pytree import tree_map_only
 
 from lit_gpt.checkpoint import checkpoint, full_state, history, sharded_state
 from lit_gpt.checkpoint.host_copy import HostCopy
+from lit_gpt.checkpoint.record import FULL, SHARDED, checkpoint_name
+from lit_gpt.cli import BadInput
 from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)
@@ -160,14 +162,14 @@ class CheckpointSaver:
     # What a thread may do
 
     def _write(self, state: dict[str, Any], facts: dict[str, Any], began: float, waited_s: float | None) -> None:
-        final = self._run_dir / checkpoint.checkpoint_name(facts["step"])
+        final = self._run_dir / checkpoint_name(facts["step"])
         temporary = checkpoint.temporary_path(final)
         try:
             self._on_rank_zero_or_raise(lambda: self._make_room(temporary))
             if self._full:
-                self._on_rank_zero_or_raise(lambda: full_state.write(state, temporary / checkpoint.FULL))
+                self._on_rank_zero_or_raise(lambda: full_state.write(state, temporary / FULL))
             else:
-                sharded_state.write(state, temporary / checkpoint.SHARDED, self._group)
+                sharded_state.write(state, temporary / SHARDED, self._group)
             self._on_rank_zero_or_raise(lambda: checkpoint.seal(temporary, final, facts))
         except (OSError, CheckpointException) as error:
             reason = _no_room(error)
@@ -193,7 +195,7 @@ class CheckpointSaver:
     def _remove_old(self, newest_step: int) -> None:
         try:
             self._prune(newest_step)
-        except OSError as error:  # the new checkpoint is published nevertheless
+        except (OSError, BadInput) as error:  # the new checkpoint is published nevertheless
             log.error("old checkpoints could not be removed: %s", error)
 
     def _give_up(self, step: int, reason: str) -> None:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_gpt.checkpoint.checkpoint import Checkpoint, DamagedCheckpoint, model_tensors, verified
+from lit_gpt.checkpoint.checkpoint import model_tensors, verified
+from lit_gpt.checkpoint.record import Checkpoint, DamagedCheckpoint
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.token_store import MANIFEST, ShardFile, TokenStore

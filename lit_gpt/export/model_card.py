@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_gpt.checkpoint.checkpoint import Checkpoint
+from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.datapoints.run_folder import read_metrics

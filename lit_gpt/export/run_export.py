@@ -16,8 +16,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_gpt.checkpoint.checkpoint import RUN, Checkpoint, DamagedCheckpoint, newest_first, verified
+from lit_gpt.checkpoint.checkpoint import newest_first, verified
 from lit_gpt.checkpoint.history import left_behind
+from lit_gpt.checkpoint.record import Checkpoint, DamagedCheckpoint, described
 from lit_gpt.cli import BadInput
 from lit_gpt.export.hf_export import WeightFormat, config_fields, export, open_tokenizer, require_shape
 from lit_gpt.export.hub_repository import MAIN, HubRepository
@@ -83,17 +84,13 @@ class RunExport:
 
     def _export_one(self, path: Path, *, newest: bool) -> None:
         try:
-            checkpoint = Checkpoint(path, read_json(path / RUN))
-        except BadInput as error:
-            self._pass_over(path, error)
-            return
-        last_step = checkpoint.facts.get("settings", {}).get("max_steps")
-        revision = revision_name(checkpoint.step, checkpoint.facts["tokens"])
-        try:
+            checkpoint = described(path)
+            revision = revision_name(checkpoint.step, checkpoint.facts["tokens"])
             title = f"{revision} {checkpoint.state_xxh3}"
         except DamagedCheckpoint as error:
             self._pass_over(path, error)
             return
+        last_step = checkpoint.facts["settings"].get("max_steps")
         branches = self._missing_branches(revision, title, newest=newest)
         if self._options.hub is not None and not branches:
             log.info("%s is on the Hub already", revision)

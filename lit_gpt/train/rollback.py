@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_gpt.checkpoint.checkpoint import Checkpoint
 from lit_gpt.checkpoint.history import whole_newest_first
+from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.datapoints.log import FOLDER, read_attempts
 from lit_gpt.train.settings import SpikeSettings
 from lit_gpt.train.step_guard import SkippedStep, Verdict

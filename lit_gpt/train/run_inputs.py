@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_gpt.checkpoint.checkpoint import Checkpoint
+from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.loader import PackedDataset, check_batch_sizes

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lit_gpt.checkpoint import checkpoint, history
-from lit_gpt.checkpoint.checkpoint import Checkpoint
+from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.data.loader import PackedDataset, Step
 from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.log import DatapointLog

@@ -19,17 +19,9 @@ import pytest
 import torch
 
 from lit_gpt.bench.bench_checkpoint import PeakMemory
-from lit_gpt.checkpoint.checkpoint import (
-    Checkpoint,
-    DamagedCheckpoint,
-    checkpoint_name,
-    load,
-    model_tensors,
-    seal,
-    verified,
-    write_initial,
-)
+from lit_gpt.checkpoint.checkpoint import load, model_tensors, seal, verified, write_initial
 from lit_gpt.checkpoint.history import find, prune
+from lit_gpt.checkpoint.record import Checkpoint, DamagedCheckpoint, checkpoint_name, described
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
@@ -250,12 +242,14 @@ def test_values_of_a_sharded_checkpoint_are_checked(
 
 
 def test_a_sharded_state_of_another_shape_is_one_line(run_dir: Path) -> None:
-    """run.json states a wider model than the tensors have."""
+    """run.json states a wider model than the tensors have: it is damaged, and loading it all the same is refused."""
     path = run_dir / checkpoint_name(20)
     kept = json.loads((path / "run.json").read_text())
     kept["model"]["intermediate_size"] = 32
     (path / "run.json").write_text(json.dumps(kept))
-    found = verified(published_anew(path))
+    with pytest.raises(DamagedCheckpoint, match=r"the 9 weights are not those of the model in run\.json"):
+        verified(published_anew(path))
+    found = Checkpoint(path, kept)
     wider = GPT(found.config)
     with pytest.raises(BadInput, match=r"not what this run could have saved: .*[Ss]ize mismatch"):
         load(found, wider, torch.optim.AdamW(wider.parameters()))
@@ -289,7 +283,7 @@ def test_a_full_state_of_other_names_or_shapes_fills_nothing(
     model, optimizer = model_and_optimizer(seed=99)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(BadInput, match=r"not what this run could have saved: .*state\.pth: .*" + told):
-        load(verified(published_anew(path)), model, optimizer)
+        load(described(published_anew(path)), model, optimizer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -351,7 +345,7 @@ def test_an_imported_model_is_written_weight_by_weight(tmp_path: Path) -> None:
         path = write_initial(tmp_path / checkpoint_name(0), TINY, weights(), facts(0))
     assert memory.peaks["host_extra_gb"] < 0.09
     assert sorted(file.name for file in path.iterdir()) == ["MANIFEST.json", "run.json", "state.pth"]
-    read = list(model_tensors(verified(path)))
+    read = list(model_tensors(described(path)))
     for (name, got), (wanted_name, wanted) in zip(read, weights(), strict=True):
         assert name == wanted_name
         assert got.dtype == wanted.dtype

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.checkpoint.checkpoint import Checkpoint, checkpoint_name, verified
+from lit_gpt.checkpoint.checkpoint import verified
 from lit_gpt.checkpoint.history import find, left_behind, prune, tell_left_behind
+from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.log import FOLDER, DatapointLog, Mark
 from lit_gpt.train.rollback import last_good

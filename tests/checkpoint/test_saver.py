@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt.checkpoint.checkpoint import checkpoint_name, load, verified
+from lit_gpt.checkpoint.checkpoint import load, verified
 from lit_gpt.checkpoint.history import find
+from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import BadInput
 from lit_gpt.model.gpt import GPT

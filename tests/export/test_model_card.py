@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from lit_gpt.checkpoint.checkpoint import Checkpoint
+from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.config import Config
 from lit_gpt.data.token_store import TokenStore, write_store
 from lit_gpt.datapoints.run_folder import read_metrics
@@ -22,10 +22,15 @@ from lit_gpt.train.trackers import Trackers
 CARD = Card("apache-2.0", "bfloat16", Parity(3e-7, 12.5, 256))
 
 
+def write_manifest(path: Path, state_xxh3: str) -> None:
+    files = {"run.json": "00000000deadbeef", "state.pth": state_xxh3}
+    (path / "MANIFEST.json").write_text(json.dumps({name: {"bytes": 5, "xxh3": xxh3} for name, xxh3 in files.items()}))
+
+
 def published(path: Path, facts: dict[str, Any]) -> Checkpoint:
     """A checkpoint with a manifest but without the files that it names: a card does not need them."""
     path.mkdir(parents=True)
-    (path / "MANIFEST.json").write_text(json.dumps({"state.pth": {"bytes": 5, "xxh3": "0123456789abcdef"}}))
+    write_manifest(path, "0123456789abcdef")
     return Checkpoint(path, facts)
 
 
@@ -81,8 +86,7 @@ def test_it_tells_the_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: p
     assert "largest difference 3.0e-07" in card.content
     assert f"xxh3 `{checkpoint.state_xxh3}`" in card.content
     assert tells_of(tmp_path, checkpoint)
-    anew = {"state.pth": {"bytes": 5, "xxh3": "fedcba9876543210"}}
-    (checkpoint.path / "MANIFEST.json").write_text(json.dumps(anew))
+    write_manifest(checkpoint.path, "fedcba9876543210")
     assert not tells_of(tmp_path, checkpoint)
     assert not tells_of(checkpoint.path, checkpoint), "no card is there"
     for hidden in ("hf_thisIsSecret", "--secret", "/home/someone", str(tmp_path)):

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt.checkpoint.checkpoint import checkpoint_name, seal
+from lit_gpt.checkpoint.checkpoint import seal
+from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.cli import BadInput
 from lit_gpt.export import hf_export
 from lit_gpt.export.run_export import revision_name

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt.checkpoint.checkpoint import checkpoint_name, load, verified
+from lit_gpt.checkpoint.checkpoint import load, verified
 from lit_gpt.checkpoint.host_copy import HostCopy
+from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.config import Config
 from lit_gpt.model.gpt import GPT, initialize

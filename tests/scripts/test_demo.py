@@ -9,7 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lit_gpt.checkpoint.checkpoint import checkpoint_name, write_initial
+from lit_gpt.checkpoint.checkpoint import write_initial
+from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from scripts import demo

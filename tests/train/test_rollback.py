@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt.checkpoint.checkpoint import Checkpoint, model_tensors, verified
+from lit_gpt.checkpoint.checkpoint import model_tensors, verified
+from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.data.loader import step_stretches
 from lit_gpt.datapoints.log import Attempt, Mark, is_in_lineage
 from lit_gpt.datapoints.query import Replay
