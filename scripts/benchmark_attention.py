@@ -24,7 +24,9 @@ PUBLISHED = ("LLaMmlein_120M", "LLaMmlein_1B", "LLaMmlein_7B")
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--size", nargs="+", help="names from the registry of models (default: the published sizes)")
+    parser.add_argument(
+        "--size", nargs="+", action="extend", help="names from the registry of models (default: the published sizes)"
+    )
     parser.add_argument("--rows", type=int, default=16, help="rows of a micro-batch")
     parser.add_argument("--backend", default="all", help="run only this backend (default: all)")
     parser.add_argument("--repetitions", type=int, default=50, help="measured calls of each")

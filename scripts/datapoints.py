@@ -43,7 +43,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("query", choices=("step", "doc", "verify", "diff", "export"))
     parser.add_argument("subject", nargs="?", help="step number, document id, other run folder, or file to write")
     parser.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--data_dir", type=Path, nargs="+", default=[], help="where the data is, if it has moved")
+    parser.add_argument("--data_dir", type=Path, nargs="+", action="extend", default=[],
+                        help="where the data is, if it has moved")  # fmt: skip
     parser.add_argument("--tokenizer_path", help="tokenizer for --text (default: the run's)")
     parser.add_argument("--index_dir", type=Path, help="where to keep the document index (default: the run's folder)")
     parser.add_argument("--text", action="store_true", help="step: show the text")

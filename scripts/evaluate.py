@@ -59,7 +59,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cross_document_attention", action="store_true", help="attend across documents, if the run was trained so"
     )
-    parser.add_argument("--tasks", nargs="+", default=[], help="names of lm-eval's tasks")
+    parser.add_argument("--tasks", nargs="+", action="extend", default=[], help="names of lm-eval's tasks")
     parser.add_argument("--task_dir", type=Path, help="folder with YAML files of more tasks")
     parser.add_argument("--limit", type=int, help="examples of each task (default: all)")
     parser.add_argument("--batch_size", type=int, default=8, help="rows or requests in one forward pass (default: 8)")

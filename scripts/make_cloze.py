@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
+from lit_gpt.prepare.source_flags import add_source_flags, fields_of, guard_of
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--val_data_dir", help="validation split; with --tokenizer_path")
-    source.add_argument("--source", nargs="+", help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet, or folders of them")
+    source.add_argument("--source", nargs="+", action="extend", help="files of documents, or folders of them")
     parser.add_argument("--tokenizer_path", help="tokenizer that the split was made with")
-    parser.add_argument("--text_field", default="text", help="field of --source that holds the text (default: text)")
+    add_source_flags(parser, ids=False)
     parser.add_argument("--destination_path", type=Path, required=True, help="folder to write the task's two files to")
     parser.add_argument("--name", default="german_cloze", help="of the task (default: german_cloze)")
     parser.add_argument("--items", type=int, default=500, help="most questions (default: 500)")
@@ -40,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from lit_gpt.data.token_store import TokenStore
     from lit_gpt.data.tokenizer import Tokenizer
-    from lit_gpt.prepare.document_source import Fields
     from lit_gpt.tasks.cloze import make_items, texts_of_files, texts_of_store, write_task
 
     if arguments.val_data_dir:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = texts_of_store(store, Tokenizer.from_folder(arguments.tokenizer_path))
         origin = f"data set {store.dataset_id}"
     else:
-        texts = texts_of_files(arguments.source, Fields(text=arguments.text_field))
+        texts = texts_of_files(arguments.source, fields_of(arguments), guard_of(arguments))
         origin = ", ".join(Path(name).name for name in arguments.source)
     items = make_items(texts, arguments.items, arguments.seed, max_documents=arguments.max_documents)
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lit_gpt.cli import Parser, run_program
 from lit_gpt.data.token_store import MANIFEST, DamagedShard, ShardFile, TokenStore, document_ends
 from lit_gpt.prepare.build_request import BuildSettings
-from lit_gpt.prepare.document_source import Fields
+from lit_gpt.prepare.source_flags import add_source_flags, fields_of
 from lit_gpt.prepare.store_builder import BuildProgress, Report, build
+from lit_gpt.prepare.worker_pool import usable_cores
 
 LOG_INTERVAL_S = 10
 EXIT_DAMAGED = 1
@@ -54,24 +54,23 @@ def parse_arguments(argv: Sequence[str]) -> BuildSettings:
     default = BuildSettings(source=(), tokenizer_path="", destination_path="")
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--source", nargs="+", required=True, help="files or folders of documents")
+    add("--source", nargs="+", action="extend", required=True, help="files or folders of documents")
     add("--tokenizer_path", required=True, help="tokenizer folder")
     add("--destination_path", required=True, help="folder to write")
     add("--val_fraction", type=float, default=default.val_fraction, help="share of texts for val/ (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s, the cores of this machine)")
+    add("--workers", type=int, default=usable_cores(),
+        help="processes (%(default)s, the cores that this process may use)")  # fmt: skip
     add("--shard_tokens", type=int, default=default.shard_tokens, help="tokens of a shard (%(default)s)")
     add("--keep_order", action="store_true", help="do not shuffle the documents")
-    add("--max_reject_fraction", type=float, default=default.max_reject_fraction,
-        help="share of lines that may be rejected (%(default)s)")  # fmt: skip
-    add("--text_field", default=Fields().text, help="field that holds the text (%(default)s)")
-    add("--id_field", default=Fields().id, help="field that holds the id (%(default)s)")
     add("--seed", type=int, default=default.seed, help="key of the shuffle and of the split (%(default)s)")
     add("--add_bos", action="store_true", help="begin each document with BOS")
     add("--run_bytes", type=int, default=default.run_bytes,
         help="bytes of tokens that a worker holds in memory, and loses if it is killed (%(default)s)")  # fmt: skip
-    values = vars(parser.parse_args(argv))
-    fields = Fields(values.pop("text_field"), values.pop("id_field"))
-    return BuildSettings(fields=fields, **{**values, "source": tuple(values["source"])})
+    add_source_flags(parser)
+    arguments = parser.parse_args(argv)
+    fields = fields_of(arguments)
+    values = {name: value for name, value in vars(arguments).items() if name not in ("text_field", "id_field")}
+    return BuildSettings(fields=fields, **{**values, "source": tuple(arguments.source)})
 
 
 class Meter:

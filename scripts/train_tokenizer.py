@@ -23,15 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.data.tokenizer import NEWLINES, Tokenizer
 from lit_gpt.files import publishing, sweep, write_json
-from lit_gpt.prepare.document_source import (
-    Document,
-    Fields,
-    SourceFile,
-    check_source,
-    find_sources,
-    parse_piece,
-    read_pieces,
-)
+from lit_gpt.prepare.document_source import read_documents
+from lit_gpt.prepare.records import Document
+from lit_gpt.prepare.source_files import KINDS, open_sources
+from lit_gpt.prepare.source_flags import add_source_flags, fields_of, guard_of
 
 BOS, EOS = "<s>", "</s>"
 MIN_VOCABULARY = 256 + 2
@@ -47,10 +42,8 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_arguments(argv)
-    sources = find_sources(args.source)
-    fields = Fields(args.text_field, args.id_field)
-    for source in sources:
-        check_source(source, fields)
+    fields, guard = fields_of(args), guard_of(args)
+    sources = open_sources(args.source, fields, allow_damaged_files=args.allow_damaged_files)
     folder = Path(args.destination_path)
     if (folder / "tokenizer.json").exists():
         raise BadInput(f"{folder} already holds a tokenizer: delete it or choose another --destination_path")
@@ -59,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     except OSError as error:
         raise BadInput(f"cannot write to --destination_path {folder}: {error.strerror}") from None
     counts: Counter[str] = Counter()
-    backend = train(texts(sources, fields, counts), args.vocab_size)
+    backend = train(counted(read_documents(sources, fields, guard), counts), args.vocab_size)
     if not counts["documents"]:
         raise BadInput(f"no document with a text in {', '.join(args.source)} (text field: {fields.text!r})")
     write_folder(backend, folder)
@@ -67,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if tokenizer.vocab_size < args.vocab_size:
         log.warning("the text gave %d tokens only, not the %d asked for", tokenizer.vocab_size, args.vocab_size)
     log.info(
-        "trained on %d documents, %d bytes; rejected %d lines", *(counts[k] for k in ("documents", "bytes", "rejects"))
+        "trained on %d documents, %d bytes; rejected %d lines", counts["documents"], counts["bytes"], guard.rejects
     )
     log.info("wrote %s: vocabulary %d, fingerprint %s", folder, tokenizer.vocab_size, tokenizer.fingerprint)
     return None
@@ -76,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--source", nargs="+", required=True, help="files or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+        "--source", nargs="+", action="extend", required=True, help=f"files, or folders of them: {KINDS}"
     )
     parser.add_argument("--destination_path", required=True, help="folder to write")
     parser.add_argument(
         "--vocab_size", type=int, default=32_000, help="tokens, control tokens included (default 32000)"
     )
-    parser.add_argument("--text_field", default=Fields().text, help="field that holds the text (default text)")
-    parser.add_argument("--id_field", default=Fields().id, help="field that holds the document's id (default id)")
+    add_source_flags(parser, ids=False)
+    parser.add_argument("--id_field", help=argparse.SUPPRESS)  # of earlier versions; ids do not matter here
     args = parser.parse_args(argv)
     if args.vocab_size < MIN_VOCABULARY:
         raise BadInput(
@@ -92,17 +85,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def texts(sources: Sequence[SourceFile], fields: Fields, counts: Counter[str]) -> Iterator[str]:
-    """All texts in order. Rejected lines are only counted: prepare_data.py lists them."""
-    for number, source in enumerate(sources):
-        for piece in read_pieces(source, number, fields):
-            for record in parse_piece(piece, fields):
-                if isinstance(record, Document):
-                    counts["documents"] += 1
-                    counts["bytes"] += len(record.text_bytes)
-                    yield record.text
-                else:
-                    counts["rejects"] += 1
+def counted(documents: Iterator[Document], counts: Counter[str]) -> Iterator[str]:
+    """The texts of all documents."""
+    for document in documents:
+        counts["documents"] += 1
+        counts["bytes"] += len(document.text_bytes)
+        yield document.text
 
 
 def train(documents: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

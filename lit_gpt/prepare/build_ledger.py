@@ -16,16 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lit_gpt.cli import BadInput
 from lit_gpt.files import publish
+from lit_gpt.prepare.reject_guard import ListedReject, refuse_rejects
 from lit_gpt.prepare.token_runs import Columns, RunSummary, file_and_line
-
-
-class ListedReject(NamedTuple):
-    file: str
-    line: int
-    kind: str
-    detail: str
 
 
 class Ledger(NamedTuple):
@@ -40,15 +33,8 @@ class Ledger(NamedTuple):
 
     def check(self, max_reject_fraction: float, listing: Path) -> None:
         """Raise BadInput if too many lines are rejected; `listing` is the file that lists them."""
-        if len(self.rejects) <= max_reject_fraction * self.lines:
-            return
-        first = self.rejects[0]
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
-        raise BadInput(
-            f"{len(self.rejects)} of {self.lines} lines rejected, more than --max_reject_fraction "
-            f"{max_reject_fraction}: {kinds}; the first in {first.file} line {first.line} "
-            f"({first.kind}: {first.detail}); all in {listing}"
-        )
+        if self.rejects:
+            refuse_rejects(self.lines, self.kinds, self.rejects[0], max_reject_fraction, listing)
 
 
 def make_ledger(runs: Iterable[RunSummary], duplicates: Columns, source_names: Sequence[str]) -> Ledger:

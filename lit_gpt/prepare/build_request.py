@@ -16,7 +16,8 @@ from typing import Any
 from lit_gpt.cli import BadInput, require_at_least
 from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS
 from lit_gpt.files import Lock, LockHeld, publish, sweep
-from lit_gpt.prepare.document_source import Fields, SourceFile
+from lit_gpt.prepare.document_source import PIECES_VERSION
+from lit_gpt.prepare.records import Fields, SourceFile
 
 BUILDER_VERSION = 1
 """Increased when the same request gives other bytes than before."""
@@ -49,6 +50,8 @@ class BuildSettings:
     """Keep the order of the input instead of shuffling by a hash of the id."""
     max_reject_fraction: float = 0.001
     """Share of lines that may be rejected before the build stops."""
+    allow_damaged_files: bool = False
+    """Take what can be read of a file that cannot be read to its end; what is lost is rejected."""
     fields: Fields = DEFAULT_FIELDS
     """The fields of a record that hold its text and its id."""
     seed: int = 0
@@ -124,6 +127,7 @@ def claim(destination: Path, request: dict[str, Any]) -> Lock:
         for name in (SUMMARY, REJECTS):
             sweep(destination, name, alone=True)
         stored = folder / "request.json"
+        request = {**request, "pieces": PIECES_VERSION}
         if stored.exists():
             _refuse_other(destination, "an unfinished build", folder, json.loads(stored.read_bytes()), request)
             log.info("continuing the unfinished build in %s", destination)

@@ -16,7 +16,7 @@ import xxhash
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import Shard, ShardWriter, Vocabulary, shard_name
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.prepare.document_source import Document, Fields, Piece, parse_piece
+from lit_gpt.prepare.records import Document, Fields, Piece, parse_piece
 from lit_gpt.prepare.shard_plan import ShardPlan, SplitRule
 from lit_gpt.prepare.token_runs import (
     ID_BYTES,
@@ -87,13 +87,13 @@ class TokeniseWork:
         self._documents += tokenised
         self._bytes += sum(document.ids.nbytes + len(document.id) for document in tokenised)
         summary = self._summary
-        self._summary = RunSummary(
-            pieces=[*summary.pieces, (piece.file, piece.number)],
+        summary.pieces.append((piece.file, piece.number))
+        summary.rejects.extend(rejects)
+        self._summary = summary._replace(
             lines=summary.lines + len(records),
             documents=summary.documents + len(documents),
             tokens=summary.tokens + tokens,
             source_bytes=summary.source_bytes + piece.source_bytes,
-            rejects=summary.rejects + rejects,
         )
         if self._bytes >= self._settings.run_bytes:
             self._write_run()

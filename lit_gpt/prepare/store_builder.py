@@ -33,13 +33,14 @@ from lit_gpt.files import publish, sweep
 from lit_gpt.prepare.build_ledger import Ledger, length_statistics, make_ledger, write_rejects
 from lit_gpt.prepare.build_request import REJECTS, SUMMARY, WORK, BuildSettings, claim, find_finished, make_request
 from lit_gpt.prepare.build_workers import PieceReport, ShardWork, TokeniseSettings, TokeniseWork, vocabulary_of
-from lit_gpt.prepare.document_source import Piece, SourceFile, check_source, find_sources, read_pieces
+from lit_gpt.prepare.document_source import read_pieces
+from lit_gpt.prepare.records import Piece, SourceFile
+from lit_gpt.prepare.reject_guard import CHECK_LINES, RejectGuard
 from lit_gpt.prepare.shard_plan import SplitPlan, SplitRule, plan_shards, split_threshold
+from lit_gpt.prepare.source_files import open_sources
 from lit_gpt.prepare.token_runs import Columns, duplicate_places, find_runs, open_run
 from lit_gpt.prepare.worker_pool import run_pool
 
-CHECK_LINES = 1_000_000
-"""From here on too many rejects end the build at once; before, they are counted at the end of step 1."""
 SWEPT = "build.done"
 """The work folder's name while it is deleted."""
 
@@ -87,11 +88,13 @@ def build(settings: BuildSettings, report: Report) -> dict[str, Any]:
     tokenizer = Tokenizer.from_folder(settings.tokenizer_path)
     if settings.add_bos and tokenizer.bos_id is None:
         raise BadInput(f"--add_bos: tokenizer folder {settings.tokenizer_path} names no bos_token")
-    sources = find_sources(settings.source, outside=destination.resolve())
-    for source in sources:
-        check_source(source, settings.fields)
-    if not any(source.bytes for source in sources):
-        raise BadInput(f"the source is empty: {', '.join(settings.source)}")
+    sources = open_sources(
+        settings.source,
+        settings.fields,
+        outside=destination,
+        max_repeated_ids=settings.max_reject_fraction,
+        allow_damaged_files=settings.allow_damaged_files,
+    )
     request = make_request(settings, sources, tokenizer.fingerprint)
     shutil.rmtree(destination / SWEPT, ignore_errors=True)
     if (finished := find_finished(destination, request)) is not None:
@@ -144,7 +147,9 @@ class _Build:
 
     def _piece_counts(self) -> dict[int, int]:
         """Number of pieces of each file that was read to its end."""
-        return {int(path.name): int(path.read_text()) for path in (self.folder / "pieces").iterdir()}
+        counts = {file: 1 for file, source in enumerate(self.sources) if source.format == "text"}
+        names = (path for path in (self.folder / "pieces").iterdir() if path.name.isdigit())  # NFS may add .nfs names
+        return {**counts, **{int(path.name): int(path.read_text()) for path in names}}
 
     def _is_tokenised(self) -> bool:
         done = Counter(file for summary in find_runs(self.folder / "runs").values() for file, _ in summary.pieces)
@@ -182,18 +187,21 @@ class _Build:
     def _pieces(self, done: set[tuple[int, int]], totals: Totals) -> Iterator[Piece]:
         """The pieces that are in no run yet; files that are done are not read again."""
         counts = self._piece_counts()
+        guard = RejectGuard(self.settings.max_reject_fraction, self.settings.allow_damaged_files)
         for file, source in enumerate(self.sources):
             if file in counts and all((file, number) in done for number in range(counts[file])):
                 continue
             read = 0
             for piece in read_pieces(source, file, self.settings.fields):
                 read += 1
+                guard.admit(source, piece)
                 if totals.lines >= CHECK_LINES and totals.rejects > self.settings.max_reject_fraction * totals.lines:
                     totals.stopped = True
                     return
                 if (file, piece.number) not in done:
                     yield piece
-            publish(self.folder / "pieces" / str(file), [str(read).encode()])
+            if source.format != "text":
+                publish(self.folder / "pieces" / str(file), [str(read).encode()])
 
     def _ledger(self, duplicates: Columns) -> Ledger:
         """The ledger so far, with its rejects written to rejects.jsonl; BadInput if there are too many."""

@@ -8,11 +8,14 @@ Costs: a worker starts as a fresh interpreter (0.5 s); tasks go through a pipe (
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lit_gpt.cli import BadInput
@@ -30,6 +33,36 @@ class Worker(Protocol):
 class _Failure(NamedTuple):
     message: str
     is_bad_input: bool
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, by its affinity, its cgroup and its Slurm task."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    limits = [cores, *_cgroup_cores(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
+    if (task := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+        limits.append(int(task))
+    return max(1, min(limits))
+
+
+def _cgroup_cores(membership: Path, root: Path) -> Iterator[int]:
+    """Cores that the quotas of this process's cgroup and those above it are worth, rounded up."""
+    with contextlib.suppress(OSError):  # no Linux, or no /proc
+        for line in membership.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:  # cgroup v2
+                base, names = root, ["cpu.max"]
+            elif "cpu" in controllers.split(","):
+                base, names = root / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            else:
+                continue
+            here = base / group.lstrip("/")
+            for folder in (here, *here.parents):
+                with contextlib.suppress(OSError, ValueError):  # no limit set here
+                    quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+                    if quota > 0:
+                        yield -(-quota // period)
+                if folder == base:
+                    break
 
 
 def run_pool(

@@ -21,7 +21,10 @@ from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import ShardFile, TokenStore, document_ends
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.files import publish
-from lit_gpt.prepare.document_source import Document, Fields, check_source, find_sources, parse_piece, read_pieces
+from lit_gpt.prepare.document_source import read_documents
+from lit_gpt.prepare.records import Fields
+from lit_gpt.prepare.reject_guard import RejectGuard
+from lit_gpt.prepare.source_files import open_sources
 
 CHOICES = 4
 _CONTEXT_SENTENCES = 3
@@ -41,12 +44,10 @@ class Item(NamedTuple):
     """Index of the true choice."""
 
 
-def texts_of_files(sources: Sequence[str], fields: Fields) -> Iterator[str]:
-    """The texts in files, as prepare_data.py reads them; rejected lines are left out. BadInput as from find_sources."""
-    for number, source in enumerate(find_sources(sources)):
-        check_source(source, fields)
-        for piece in read_pieces(source, number, fields):
-            yield from (document.text for document in parse_piece(piece, fields) if isinstance(document, Document))
+def texts_of_files(sources: Sequence[str], fields: Fields, guard: RejectGuard) -> Iterator[str]:
+    """The texts in files, as prepare_data.py reads them. Raises BadInput as open_sources and `guard` do."""
+    files = open_sources(sources, fields, allow_damaged_files=guard.allow_damaged_files)
+    return (document.text for document in read_documents(files, fields, guard))
 
 
 def texts_of_store(store: TokenStore, tokenizer: Tokenizer) -> Iterator[str]:

@@ -158,11 +158,11 @@ def test_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["--source", "absent", "--destination_path", "out"], "absent: there is no such file"),
-        (["--source", ".", "--destination_path", "out"], "no .jsonl, .jsonl.gz"),
-        (["--source", "a.txt", "--destination_path", "out"], "a.txt is of no known kind"),
-        (["--source", "empty.jsonl", "--destination_path", "out"], "no document with a text"),
+        (["--source", ".", "--destination_path", "out"], "no file to read in folder"),
+        (["--source", "a.doc", "--destination_path", "out"], "a.doc is of no known kind"),
+        (["--source", "empty.jsonl", "--destination_path", "out"], "the source is empty"),
         (["--source", "a.jsonl", "--destination_path", "out", "--vocab_size", "257"], "must be at least 258"),
-        (["--source", "a.jsonl", "--destination_path", "a.txt/out"], "cannot write"),
+        (["--source", "a.jsonl", "--destination_path", "a.doc/out"], "cannot write"),
         (["--source", "a.jsonl", "--destination_path", "old"], "already holds a tokenizer"),
         (["--source", "a.jsonl"], "--destination_path"),
     ],
@@ -170,11 +170,11 @@ def test_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path: Path) -> 
 def test_mistakes_get_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     for name in ("old", "folder"):
         (tmp_path / name).mkdir()
-    for name, text in (("a.txt", ""), ("empty.jsonl", ""), ("a.jsonl", '{"text": "ja"}'), ("old/tokenizer.json", "{}")):
+    for name, text in (("a.doc", ""), ("empty.jsonl", ""), ("a.jsonl", '{"text": "ja"}'), ("old/tokenizer.json", "{}")):
         (tmp_path / name).write_text(text)
     if arguments[1] == ".":
         arguments = ["--source", "folder", *arguments[2:]]
-    paths = {"absent", "folder", "a.txt", "empty.jsonl", "a.jsonl", "out", "a.txt/out", "old"}
+    paths = {"absent", "folder", "a.doc", "empty.jsonl", "a.jsonl", "out", "a.doc/out", "old"}
     said = run(*(tmp_path / word if word in paths else word for word in arguments), code=2)
     assert message in said
     assert len(said.splitlines()) == 1
