@@ -1,6 +1,6 @@
 """Tokenise documents into a token store: DIR/train and DIR/val, shuffled, split, hashed.
 
-Reads .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, and folders of them. After a kill at any moment, the same
+Reads JSON, CSV, text, Parquet and Arrow files, and folders of them (docs/data.md). After a kill at any moment, the same
 command continues. The number of workers does not change the bytes. DIR/rejects.jsonl lists the rejected lines;
 DIR/summary.json and DIR/lengths.png hold counts and lengths. `prepare_data.py verify DIR` checks a
 store against its hashes.

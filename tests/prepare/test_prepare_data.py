@@ -512,7 +512,7 @@ MISTAKES = [
     ({"--val_fraction": "1"}, "--val_fraction 1.0: must be at least 0 and below 1"),
     ({"--workers": "0"}, "--workers 0: must be at least 1"),
     ({"--seed": "-1"}, "--seed -1: must be at least 0"),
-    ({"--colour": "red"}, "unrecognized arguments: --colour"),
+    ({"--colour": "red"}, "no flag --colour"),
 ]
 
 

@@ -337,9 +337,7 @@ def test_an_arrow_file_cut_at_the_edge_of_a_batch(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(data[:-8])
     assert len(pa.ipc.open_stream(data[:-8]).read_all()) == 100
     assert len(pairs(read(tmp_path / "whole.arrow"))) == 100
-    with pytest.raises(
-        BadInput, match=r"cannot be read from line 101 on .the mark at the end of the stream"
-    ):
+    with pytest.raises(BadInput, match=r"cannot be read from line 101 on .the mark at the end of the stream"):
         read(tmp_path / "a.arrow")
 
 
