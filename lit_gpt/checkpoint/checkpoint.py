@@ -185,7 +185,9 @@ def names(run_dir: Path) -> str:
 def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load the state into model and optimizer, from either kind, on any number of processes.
 
-    Raises BadInput if the checkpoint is of another model or another optimizer.
+    The optimizer keeps its own options (learning rate, weight decay, betas, eps, fused ...): they are the run's
+    settings, and those that were saved are not taken. Raises BadInput if the checkpoint is of another model or another
+    optimizer.
     """
     inner = unwrapped(model)
     if inner.config != checkpoint.config:
@@ -203,12 +205,15 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
             full_state.read_into({"model": get_model_state_dict(inner)}, path / FULL)
             return
         state = training_state(model, optimizer, full=False, to_host=False)
+        own = state["optimizer"]["param_groups"]
+        state["optimizer"]["param_groups"] = [{"params": list(group["params"])} for group in own]
         if full:
             full_state.read_into(state, path / FULL)
         else:
             sharded_state.read_into(state, path / SHARDED)
     except MalformedState as error:
         raise BadInput(f"{path} is not what this run could have saved: {error}") from None
+    state["optimizer"]["param_groups"] = own
     set_state_dict(inner, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
 

@@ -93,6 +93,33 @@ def test_save_and_load(tmp_path: Path, full: bool) -> None:
     assert all(torch.equal(streamed[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_the_optimizers_own_options_stay(tmp_path: Path, full: bool) -> None:
+    """Each option of the groups differs from the saved one, also one that the saved groups lack, or that only they
+    have; the state is the saved one."""
+    model, _ = model_and_optimizer(seed=5)
+    saved = dict(lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True, foreach=None, maximize=False)
+    own = dict(lr=0.5, betas=(0.5, 0.75), eps=1e-3, weight_decay=100.0, fused=None, foreach=True, maximize=True)
+    old = torch.optim.AdamW(model.parameters(), **saved)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    old.step()
+    old.param_groups[0]["of_another_version"] = 3
+    path = save(tmp_path, facts(7), model, old, full=full)
+    other = model_and_optimizer(seed=6)[0]
+    other.zero_grad(set_to_none=True)
+    new = torch.optim.AdamW(other.parameters(), **own)
+    new.param_groups[0]["of_this_version"] = 4
+    load(verified(path), other, new)
+    group = {name: value for name, value in new.param_groups[0].items() if name != "params"}
+    assert {name: group[name] for name in own} == own
+    assert group["of_this_version"] == 4
+    assert "of_another_version" not in group
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(old.state[a]["exp_avg"], new.state[b]["exp_avg"])
+        assert new.state[b]["step"] == 1
+
+
 def test_names_have_no_wrapper_prefixes(tmp_path: Path) -> None:
     """Compiled blocks save under the same names, and load into plain ones."""
     model, optimizer = model_and_optimizer()
