@@ -80,6 +80,12 @@ def parse_settings(
     return settings, files
 
 
+def given_flags(argv: Sequence[str] | None = None) -> frozenset[str]:
+    """Names of the settings that the command line itself gives; parse_settings must have read it without an error."""
+    words = sys.argv[1:] if argv is None else argv
+    return frozenset(word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--"))
+
+
 def setting_types(settings_type: type[SettingsSlice]) -> dict[str, Any]:
     """Name of each setting -> its type, as values.read_value takes it."""
     hints = get_type_hints(settings_type, include_extras=True)

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lit_gpt.cli import run_program
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.site import site_settings
-from lit_gpt.settings_reader import parse_settings
-from lit_gpt.train.settings import COMMON, Settings
+from lit_gpt.settings_reader import given_flags, parse_settings
+from lit_gpt.train.settings import COMMON, Settings, without_recipe_limits
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -32,17 +32,19 @@ def main() -> int:
     stop_flag = StopFlag()  # first of all: a signal during the import of torch must not kill the program
     recipes, site = sorted(CONFIGS.glob("*.yaml")), site_settings(CONFIGS)
     settings, files = parse_settings(Settings, None, __doc__, common=COMMON, environment=site, recipes=recipes)
+    flags = given_flags()
+    settings = without_recipe_limits(settings, flags)
     settings.check()
     if settings.plan:
         from lit_gpt.train.run_plan import lines, plan
 
-        print("\n".join(lines(plan(settings))))
+        print("\n".join(lines(plan(settings, flags))))
         return 0
     from lit_gpt.datapoints.run_folder import read_resolved
     from lit_gpt.train.trainer import train  # imports torch, for which --help and bad input need not wait
 
     repeated = [found for file in files if (found := read_resolved(file.parent)) is not None]
-    return train(settings, stop_flag, repeated[-1] if repeated else None)
+    return train(settings, stop_flag, repeated[-1] if repeated else None, flags)
 
 
 if __name__ == "__main__":

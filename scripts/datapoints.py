@@ -117,7 +117,8 @@ def show_contradictions(replay: Replay, marks: list[Witness], *, as_json: bool) 
         found += 1
         print(json.dumps({"contradiction": contradiction}) if as_json else contradiction, flush=True)
     newest = replay.record.last()
-    rows = replay.record.consumed() - sum(left_out.rows for left_out in replay.record.left_out())
+    consumed = sum(map(replay.record.consumed, replay.record.data_starts()))
+    rows = consumed - sum(left_out.rows for left_out in replay.record.left_out())
     result = {"steps_to": newest.step if newest else 0, "rows": rows, "contradictions": found}
     if as_json:
         print(json.dumps(result))

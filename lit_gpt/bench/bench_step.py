@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from lit_gpt.train.train_step import TrainStep
 
 MEDIAN_TOKENS, SIGMA = 368, 1.14
 """Of a document's length: log-normal, as German web text has it (docs/benchmarks.md)."""
+SCHEDULE_STEPS = 1_430_512
+"""Length of the schedule, unless max_steps says another: that of the published recipe."""
 MATMUL_SIDE = 8192
 """Of the square matrices that measure the device's matmul rate."""
 COPY_BYTES = 1 << 30
@@ -57,7 +60,8 @@ class StepBench:
         world = find_world(settings)
         self.fabric = launch(settings, world, lambda model: shard(model, settings, world))
         self.device = self.fabric.device
-        self.settings = settings = resolve_step(settings, self.config, world, self.device)
+        settings = resolve_step(settings, self.config, world, self.device)
+        self.settings = settings = replace(settings, max_steps=settings.max_steps or SCHEDULE_STEPS)
         self.model = build_model(self.fabric, self.config, settings)
         self.optimizer = make_optimizer(self.model, settings, compiled=bool(settings.compile))
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)

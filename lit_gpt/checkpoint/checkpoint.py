@@ -190,14 +190,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
     optimizer.
     """
     inner = unwrapped(model)
-    if inner.config != checkpoint.config:
-        differs = [k for k, v in asdict(inner.config).items() if v != checkpoint.facts["model"][k]]
-        raise BadInput(
-            f"{checkpoint.path} is a checkpoint of another model: "
-            + ", ".join(
-                f"{k} is {checkpoint.facts['model'][k]} there, {getattr(inner.config, k)} here" for k in differs
-            )
-        )
+    require_model(checkpoint, inner.config)
     path = checkpoint.path
     full = (path / FULL).is_file()
     try:
@@ -216,6 +209,16 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
     state["optimizer"]["param_groups"] = own
     set_state_dict(inner, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
+
+
+def require_model(checkpoint: Checkpoint, config: Config) -> None:
+    """Raise BadInput if the checkpoint is of another model; says what differs."""
+    if config != checkpoint.config:
+        there = checkpoint.facts["model"]
+        raise BadInput(
+            f"{checkpoint.path} is a checkpoint of another model: "
+            + ", ".join(f"{k} is {there[k]} there, {v} here" for k, v in asdict(config).items() if v != there[k])
+        )
 
 
 def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

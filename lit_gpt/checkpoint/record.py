@@ -73,6 +73,9 @@ class Facts(_Needed, total=False):
     datapoint_log: MarkFields | None
     step_guard: GuardFields
     left_out: list[tuple[Count, Count]]
+    slot_facts: dict[str, Any]
+    data_from_step: Count
+    rows: Count
     resolved: dict[str, Any]
     environment: dict[str, Any]
     dataset_id: Paths

@@ -123,11 +123,7 @@ class StepLoader:
         prefetch_steps: int = 2,
     ) -> None:
         check_batch_sizes(global_batch_size, micro_batch_size, world_size)
-        if dataset.total_rows < global_batch_size:
-            raise BadInput(
-                f"the data has {dataset.total_rows} rows of {dataset.block_size} tokens, too few for one step of "
-                f"global_batch_size={global_batch_size}: take a smaller batch, more data or more max_epochs"
-            )
+        require_a_step(dataset.total_rows, global_batch_size, dataset.block_size)
         self._dataset = dataset
         self._pin_memory = pin_memory
         self._rows = global_batch_size
@@ -224,6 +220,20 @@ def step_stretches(first_slot: int, rows: int, total_rows: int, left_out: Sequen
         stretches.append(range(first_slot, first_slot + steps * rows, rows))
         first_slot = max(first_slot, end)
     return stretches
+
+
+def steps_left(first_slot: int, rows: int, total_rows: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """Steps of `rows` rows from `first_slot` to the end of the data; arguments as step_stretches has them."""
+    return sum(map(len, step_stretches(first_slot, rows, total_rows, left_out)))
+
+
+def require_a_step(total_rows: int, global_batch_size: int, block_size: int) -> None:
+    """Raise BadInput if the data does not have the rows of one step."""
+    if total_rows < global_batch_size:
+        raise BadInput(
+            f"the data has {total_rows} rows of {block_size} tokens, too few for one step of "
+            f"global_batch_size={global_batch_size}: take a smaller batch, more data or more max_epochs"
+        )
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:

@@ -98,7 +98,7 @@ class RowReader:
         self._seed = seed
         self.rows_per_epoch = self.mixture.slots_within([order.rows_per_epoch for order in self.orders])
         """Rows until the first of the sources has been seen once."""
-        self.total_rows = self.mixture.slots_within([max_epochs * order.rows_per_epoch for order in self.orders])
+        self.total_rows = self.rows_within(max_epochs)
         """Rows until the first of the sources has been seen max_epochs times."""
 
     def slot_facts(self) -> dict[str, Any]:
@@ -113,6 +113,10 @@ class RowReader:
             "order_version": ORDER_VERSION,
             "pool_shards": POOL_SHARDS,
         }
+
+    def rows_within(self, epochs: int) -> int:
+        """Rows until the first of the sources has been seen `epochs` times."""
+        return self.mixture.slots_within([epochs * order.rows_per_epoch for order in self.orders])
 
     def epochs(self, slot: int) -> tuple[float, ...]:
         """How often each source has been seen when `slot` rows are consumed."""

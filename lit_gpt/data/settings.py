@@ -25,7 +25,8 @@ class DataSettings(SettingsSlice):
     cross_document_attention: bool = False
     """Let tokens attend across document boundaries inside a row, as TinyLlama and nanochat do."""
     max_epochs: int = 1
-    """Passes over the training split before the run stops, whatever max_steps says."""
+    """Most passes over the training split. Of max_steps, max_tokens and max_epochs, the smallest ends run and schedule;
+    one on the command line replaces a YAML file's."""
     seed: int = 3407
     """Seed of the initial weights and of the data order."""
     global_batch_size: int = 1024

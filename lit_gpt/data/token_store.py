@@ -98,6 +98,12 @@ class TokenStore:
             raise BadInput(f"{path / MANIFEST} is damaged (its shards do not add up to its tokens): build it again")
         return store
 
+    def targets(self, *, cross_document_attention: bool) -> int:
+        """Valid targets of an epoch in the packing `window`: all tokens but each document's first; or, with
+        cross_document_attention, all but each shard's first."""
+        firsts = sum(shard.tokens > 0 for shard in self.shards) if cross_document_attention else self.documents
+        return self.tokens - firsts
+
     @property
     def add_bos(self) -> bool:
         """Whether each document begins with BOS."""

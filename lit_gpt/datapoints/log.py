@@ -3,9 +3,9 @@
     run.json     attempts: every start of the training program, with its parent, its slot facts and its details
     steps.jsonl  one line per step, and one per deviation (a skipped step, rows that are left out)
 
-Slot facts are what the meaning of a slot depends on (data sets, order, seed, block size, packing, batch); they may not
-change within a run. Details may (processes, micro-batch, folders, the slots that rollbacks left out). row_reader.py
-defines a step's digest.
+Slot facts are what the meaning of a slot depends on (data sets, order, seed, block size, packing, batch); an attempt
+that continues with others was told to (train/data_start.py). Details are the rest (processes, micro-batch, folders, the
+slots that rollbacks left out, settings that changed). row_reader.py defines a step's digest.
 
 Invariants: only rank 0 writes, one line after each optimizer step, in one write. Nothing is ever deleted or changed: a
 resume is a new attempt that names the step and the attempt after which it continues (its parent), and readers follow
@@ -66,24 +66,11 @@ class Attempt(NamedTuple):
     """The slot facts."""
     details: Mapping[str, Any]
 
-
-def check_slot_facts(folder: Path, slot_facts: Mapping[str, Any], *, allow_changed_data: bool = False) -> None:
-    """Raise BadInput, or with `allow_changed_data` warn, if the run's latest attempt had other slot facts. Writes
-    nothing."""
-    attempts = read_attempts(folder)
-    if not attempts:
-        return
-    before = attempts[-1].facts
-    changed = [name for name in {**before, **slot_facts} if before.get(name) != slot_facts.get(name)]
-    if not changed:
-        return
-    said = "; ".join(f"{name} was {before.get(name)} and is {slot_facts.get(name)}" for name in changed)
-    if not allow_changed_data:
-        raise BadInput(
-            f"the data of the run in {folder.parent} has changed: {said}. Restore it, choose another --out_dir, or "
-            f"pass {OVERRIDE} true to continue with other data"
-        )
-    log.warning("the run continues with changed data: %s", said)
+    @property
+    def data_from_step(self) -> int:
+        """The step after which its data began at slot 0."""
+        number: int = self.details.get("data_from_step", 0)
+        return number
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
@@ -134,16 +121,17 @@ class DatapointLog:
         *,
         parent: Mark | None = None,
         details: Mapping[str, Any] | None = None,
+        foreign: bool = False,
         allow_changed_data: bool = False,
     ) -> DatapointLog:
         """Begin the next attempt, which continues after `parent` (a checkpoint's mark), or starts afresh without one.
 
-        Raises BadInput if another process trains in this folder, if the slot facts have changed, or if the log does
-        not begin with what `parent` says; `allow_changed_data` turns the last two into warnings.
+        foreign: `parent` is of another run folder, whose log this one goes on from if no step is logged here yet.
+        Raises BadInput if another process trains in this folder,
+        or if the log does not begin with what `parent` says, which `allow_changed_data` turns into a warning.
         """
         slot_facts = json.loads(json.dumps(slot_facts))  # tuples become lists, as read_attempts gives them
         folder.mkdir(parents=True, exist_ok=True)
-        check_slot_facts(folder, slot_facts, allow_changed_data=allow_changed_data)
         lock = _lock(folder)
         descriptor = os.open(folder / STEPS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -151,7 +139,7 @@ class DatapointLog:
             attempts = read_attempts(folder)
             running = xxhash.xxh3_64()
             begin_bytes, matches = _hash_and_compare(descriptor, running, parent)
-            here = bool(attempts)
+            here = bool(attempts) and not (foreign and begin_bytes == 0)
             if parent and here and not (matches and parent.attempt < len(attempts)):
                 if parent != lineage(attempts)[-1].parent:  # else this log began with that checkpoint of another run
                     _refuse_or_warn(folder / STEPS_FILE, parent, allow_changed_data)

@@ -160,15 +160,16 @@ class Replay:
                     found += self._visits(reader, number, location, document_id)
         if not known:
             raise BadInput(f"no document {document_id!r} in the data of the run")
-        return sorted(found, key=lambda seen: (seen.slot, seen.start))
+        return sorted(found, key=lambda seen: (seen.step, seen.slot, seen.start))
 
     def _visits(self, reader: RowReader, number: int, location: Location, document_id: str) -> Iterator[Seen]:
         spans = reader.shards.packing(number, location.shard).rows_between(location.begin, location.end)
-        for epoch in range(self._epochs(reader, number)):
+        visits = [(start, e) for start in self.record.data_starts() for e in range(self._epochs(reader, number, start))]
+        for data_from_step, epoch in visits:
             own = reader.orders[number].slot_of(epoch, location.shard, spans.row)
             slots = reader.mixture.slot_of(number, own)
             for slot, start, length in zip(slots.tolist(), spans.start.tolist(), spans.inputs.tolist(), strict=True):
-                record = self.record.step_of(slot)
+                record = self.record.step_of(slot, data_from_step)
                 if record is None or self.source(record.attempt).reader is not reader:
                     continue
                 row = slot - record.first_slot
@@ -178,9 +179,10 @@ class Replay:
                     record.step, slot, rank, row, epoch, document_id, within, length, number, location.shard, start
                 )  # fmt: skip
 
-    def _epochs(self, reader: RowReader, number: int) -> int:
-        """Number of epochs of a source that the run has begun."""
-        return -(-reader.mixture.consumed(self.record.consumed())[number] // reader.orders[number].rows_per_epoch)
+    def _epochs(self, reader: RowReader, number: int, data_from_step: int) -> int:
+        """Number of epochs of a source that the run has begun since that start of data."""
+        slots = self.record.consumed(data_from_step)
+        return -(-reader.mixture.consumed(slots)[number] // reader.orders[number].rows_per_epoch)
 
     def tokens(self, seen: Seen) -> list[int]:
         """The part's token ids, read from its shard."""
@@ -202,6 +204,8 @@ class Replay:
         for record in self.record.steps():
             step = before.step + 1 if before else begun.after + 1
             slot = before.first_slot + before.rows if before else record.first_slot if begun.attempt.parent else 0
+            if before and self._began(before) != self._began(record):
+                slot = 0
             slot = jumps.get((record.step, slot), slot)
             missing = set(range(step, record.step)) - excused
             if missing:
@@ -215,6 +219,9 @@ class Replay:
                     f"{record.targets}; {self._explain(record)}"
                 )
             before = record
+
+    def _began(self, record: StepRecord) -> int:
+        return self.record.attempts[record.attempt].data_from_step
 
     def _replayed(self, record: StepRecord) -> tuple[int, int]:
         reader = self.source(record.attempt).reader

@@ -40,6 +40,10 @@ PACKAGES = (
     "torchao",
 )
 RESOLVED = "resolved.json"
+PATHS = ("train_data_dir", "val_data_dir", "tokenizer_path", "cache_dir", "out_dir")
+"""The settings that are paths of a run."""
+_OF_ONE_START = ("resume", "new_data", "allow_changed_data")
+"""Settings that belong to one start, not to the run."""
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -55,9 +59,9 @@ def create(path: Path) -> None:
 
 
 def write_settings(path: Path, settings: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
-    """Write settings.yaml, resolved.json and environment.json. `resume` is left out: it belongs to one start, not to
-    the run."""
-    asked = {name: value for name, value in settings.items() if name != "resume"}
+    """Write settings.yaml, resolved.json and environment.json: those that run now. How an earlier attempt differed is
+    in the datapoint log's run.json. `resume` and the like are left out: they belong to one start, not to the run."""
+    asked = {name: value for name, value in settings.items() if name not in _OF_ONE_START}
     sweep(path)
     publish(path / "settings.yaml", [yaml.safe_dump(asked, sort_keys=False).encode()])
     publish(path / RESOLVED, [json.dumps(resolved, indent=1).encode()])
@@ -111,8 +115,22 @@ def read_resolved(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def log_changes(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Log each setting that differs from what a checkpoint was saved with."""
-    for name, value in settings.items():
-        if name != "resume" and name in saved and saved[name] != value:
-            log.warning("--%s was %r when the checkpoint was saved, and is %r now", name, saved[name], value)
+def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, paths from the root (links as they are): they mean the same wherever settings.yaml is used."""
+    found = dict(settings)
+    for name in PATHS:
+        value = found.get(name)
+        if value is not None:
+            found[name] = [_absolute(path) for path in value] if isinstance(value, list) else _absolute(value)
+    return found
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Each setting that differs from what a checkpoint was saved with: name -> [as saved, now]."""
+    before = with_absolute_paths(saved)
+    names = [name for name in settings if name in before and name not in _OF_ONE_START]
+    return {name: [before[name], settings[name]] for name in names if before[name] != settings[name]}

@@ -53,6 +53,11 @@ class Segment(NamedTuple):
     def holds(self, step: int) -> bool:
         return self.after < step and (self.until is None or step <= self.until)
 
+    @property
+    def data_from_step(self) -> int:
+        """The step after which its data began at slot 0."""
+        return self.attempt.data_from_step
+
 
 class RunRecord:
     """The log of a run, open for reading, also while the run trains. Raises BadInput if there is none."""
@@ -102,9 +107,21 @@ class RunRecord:
         found = next(self.steps(number), None)
         return found if found and found.step == number else None
 
-    def step_of(self, slot: int) -> StepRecord | None:
-        """The step of the lineage that trained on the row of `slot`; None where none did."""
-        for segment in self.lineage:
+    def data_starts(self) -> list[int]:
+        """The steps after which data began at slot 0, in order; more than one if the run went on with new data."""
+        return sorted({segment.data_from_step for segment in self.lineage})
+
+    def _segments(self, data_from_step: int | None) -> list[Segment]:
+        """The segments of one data start; None: of the newest."""
+        wanted = self.lineage[-1].data_from_step if data_from_step is None else data_from_step
+        return [segment for segment in self.lineage if segment.data_from_step == wanted]
+
+    def step_of(self, slot: int, data_from_step: int | None = None) -> StepRecord | None:
+        """The step of the lineage that trained on the row of `slot`; None where none did.
+
+        data_from_step: one of data_starts, whose slots are meant; None: the newest.
+        """
+        for segment in self._segments(data_from_step):
             begin = self._search(segment, lambda record: record.first_slot + record.rows > slot)
             line = next((line for line in self._lines(begin, segment.end) if "slot" in line), None)
             if line and segment.holds(line["step"]) and line["slot"] <= slot:
@@ -113,7 +130,10 @@ class RunRecord:
 
     def last(self) -> StepRecord | None:
         """The newest step of the lineage; None where there is none."""
-        for segment in reversed(self.lineage):
+        return self._last(self.lineage)
+
+    def _last(self, segments: list[Segment]) -> StepRecord | None:
+        for segment in reversed(segments):
             end = segment.end
             if segment.until is not None:
                 end = self._search(segment, partial(_is_after, segment.until))
@@ -123,9 +143,9 @@ class RunRecord:
                     return _record(lines[-1])
         return None
 
-    def consumed(self) -> int:
-        """The slot after the newest step: rows trained on or left out so far."""
-        newest = self.last()
+    def consumed(self, data_from_step: int | None = None) -> int:
+        """The slot after the newest step: rows trained on or left out so far; data_from_step as for step_of."""
+        newest = self._last(self._segments(data_from_step))
         return newest.first_slot + newest.rows if newest else 0
 
     def _search(self, segment: Segment, reached: Callable[[StepRecord], bool]) -> int:

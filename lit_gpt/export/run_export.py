@@ -90,7 +90,7 @@ class RunExport:
         except DamagedCheckpoint as error:
             self._pass_over(path, error)
             return
-        last_step = checkpoint.facts["settings"].get("max_steps")
+        last_step = checkpoint.facts.get("resolved", {}).get("max_steps", checkpoint.facts["settings"].get("max_steps"))
         branches = self._missing_branches(revision, title, newest=newest)
         if self._options.hub is not None and not branches:
             log.info("%s is on the Hub already", revision)

@@ -42,6 +42,15 @@ class ModelSettings(SettingsSlice):
         overrides = {name: getattr(self, name) for name in ("block_size", "vocab_size") if getattr(self, name)}
         return Config.from_name(self.model_name, **overrides)
 
+    def config_for(self, data_vocab_size: int) -> Config:
+        """The shape for data of so many ids; raises BadInput if the model, or --vocab_size, has another vocabulary."""
+        if self.vocab_size not in (None, data_vocab_size):
+            raise BadInput(
+                f"--vocab_size {self.vocab_size}, but the data has a vocabulary of {data_vocab_size} ids: leave it "
+                f"out, or give {data_vocab_size}"
+            )
+        return self.config.with_vocabulary(data_vocab_size)
+
     def check(self) -> None:
         super().check()
         Config.from_name(self.model_name)

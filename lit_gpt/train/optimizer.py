@@ -15,7 +15,11 @@ from lit_gpt.train.settings import OptimizerSettings
 
 
 def learning_rate(step: int, settings: OptimizerSettings) -> float:
-    """Learning rate of update number `step`, counted from 0: linear warm-up, then settings.lr_schedule."""
+    """Learning rate of update number `step`, counted from 0: linear warm-up, then settings.lr_schedule.
+
+    settings.max_steps: the run's last step (run_length.py).
+    """
+    assert settings.max_steps is not None
     peak, lowest, last = settings.learning_rate, settings.min_lr, settings.max_steps - 1
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps

@@ -28,7 +28,7 @@ Step = TypeVar("Step", bound=StepSettings)
 
 CHOICES = (
     "vocab_size", "block_size", "accelerator", "num_nodes", "devices", "shard_group_size", "attention", "mlp",
-    "compile", "float8", "state_dict_type", "async_save",
+    "compile", "float8", "state_dict_type", "async_save", "max_steps",
 )  # fmt: skip
 """The settings that resolved.json holds, resolved; without those that do not apply."""
 KERNEL_PACKAGES = {

@@ -14,9 +14,9 @@ Costs: nothing until a spike; then a checkpoint is verified and loaded, and the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_gpt.checkpoint.history import whole_newest_first
 from lit_gpt.checkpoint.record import Checkpoint
@@ -62,13 +62,14 @@ class Rollbacks:
             return []
         return found
 
-    def plan(self, spikes: Sequence[SkippedStep], to: Checkpoint) -> Rollback:
-        """A rollback to `to`: leaves out the rows of rollback_steps steps up to the first spike, and on to the last.
+    def plan(self, spikes: Sequence[SkippedStep], to: Checkpoint, slot: int) -> Rollback:
+        """A rollback to `to`, after which the data goes on at `slot`: leaves out the rows of rollback_steps steps up to
+        the first spike, and on to the last.
 
         Rows from before the checkpoint stay.
         """
         first, last = spikes[0], spikes[-1]
-        first_slot = max(to.facts["slot"], first.first_slot - (self._settings.rollback_steps - 1) * first.rows)
+        first_slot = max(slot, first.first_slot - (self._settings.rollback_steps - 1) * first.rows)
         return Rollback(first.step, to, first_slot, last.first_slot + last.rows)
 
 
@@ -80,7 +81,10 @@ def last_good(run_dir: Path, step: int) -> Checkpoint | None:
     return None
 
 
-def logged_left_out(run_dir: Path) -> list[list[int]]:
-    """The ranges that the newest attempt began with; after a kill they may not be in any checkpoint yet."""
+def logged_left_out(run_dir: Path, slot_facts: Mapping[str, Any], data_from_step: int) -> list[list[int]]:
+    """The ranges that the newest attempt began with, if it read the same data; after a kill they may not be in any
+    checkpoint yet."""
     attempts = read_attempts(run_dir / FOLDER)
-    return attempts[-1].details.get("left_out", []) if attempts else []
+    if not attempts or (dict(attempts[-1].facts), attempts[-1].data_from_step) != (slot_facts, data_from_step):
+        return []
+    return attempts[-1].details.get("left_out", [])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.cli import BadInput
-from lit_gpt.config import Config
+from lit_gpt.config import IGNORE_INDEX, Config
 from lit_gpt.data.loader import PackedDataset, check_batch_sizes
 from lit_gpt.data.row_reader import open_sources
 from lit_gpt.data.settings import DataSettings
@@ -47,31 +49,42 @@ def open_inputs(settings: Settings) -> RunInputs:
     if settings.cache_dir:
         refuse_foreign(Path(settings.cache_dir))
     train, weights = open_sources(settings.train_sources)
-    config = settings.config.with_vocabulary(train[0].vocab_size)
+    config = settings.config_for(train[0].vocab_size)
     val = TokenStore.open(settings.val_data_dir) if settings.val_data_dir else None
     _require_one_tokenizer(settings, [*train, *([val] if val else [])])
+    _require_targets(settings, train, val, config.block_size)
     prompts = open_prompts(settings, settings.tokenizer_path, config.block_size, add_bos=train[0].add_bos)
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
     run_folder.create(run_dir)
     return RunInputs(config, tuple(train), weights, val, run_dir, world, prompts)
 
 
+def slot_facts(dataset: PackedDataset, settings: DataSettings) -> dict[str, Any]:
+    """What the meaning of a slot of the run depends on, as JSON."""
+    return {
+        **dataset.slot_facts(),
+        "global_batch_size": settings.global_batch_size,
+        "cross_document_attention": settings.cross_document_attention,
+    }
+
+
 def open_datapoint_log(
     inputs: RunInputs,
     settings: DataSettings,
-    dataset: PackedDataset,
+    facts: Mapping[str, Any],
     start: Checkpoint | None,
     left_out: Sequence[tuple[int, int]],
     *,
+    data_from_step: int,
+    changed_settings: Mapping[str, Any],
     allow_changed_data: bool,
 ) -> DatapointLog:
     """The datapoint log of the steps after `start` (None: from the first).
 
-    left_out: the ranges of slots of all rollbacks. Raises BadInput if the data is not what the run began with, unless
+    facts: the slot facts; left_out: the ranges of slots of all rollbacks; changed_settings: those that differ from the
+    checkpoint's (run_folder.changed_settings). Raises BadInput if the log is not the checkpoint's, unless
     allow_changed_data.
     """
-    slot_facts = {**dataset.slot_facts(), "global_batch_size": settings.global_batch_size}
-    slot_facts["cross_document_attention"] = settings.cross_document_attention
     details = {
         "world_size": inputs.world.size,
         "micro_batch_size": settings.micro_batch_size,
@@ -79,13 +92,16 @@ def open_datapoint_log(
         "tokenizer_path": settings.tokenizer_path,
         "left_out": left_out,
         "resumed_from": str(start.path.resolve()) if start else None,
+        "data_from_step": data_from_step,
+        "changed_settings": changed_settings,
     }
     parent = start.facts.get("datapoint_log") if start else None  # an imported model has none
     return DatapointLog.open(
         inputs.run_dir / FOLDER,
-        slot_facts,
+        facts,
         parent=Mark(**parent) if parent else None,
         details=details,
+        foreign=start is not None and start.path.resolve().parent != inputs.run_dir.resolve(),
         allow_changed_data=allow_changed_data,
     )
 
@@ -110,6 +126,33 @@ def _require_one_tokenizer(settings: DataSettings, stores: list[TokenStore]) -> 
                 f"--tokenizer_path {settings.tokenizer_path} (fingerprint {fingerprint}) is not the tokenizer that "
                 f"{first.path} was made with ({first.tokenizer_fingerprint})"
             )
+
+
+def _require_targets(settings: Settings, train: Sequence[TokenStore], val: TokenStore | None, block_size: int) -> None:
+    """Raise BadInput for a split, or rows of it that are to validate, in which no token is a target."""
+    across = settings.cross_document_attention
+    for store in train:
+        if not store.targets(cross_document_attention=across and settings.packing == "window"):
+            raise BadInput(
+                f"{store.path}: no token is a target ({store.tokens} tokens in {store.documents} documents, and a "
+                "document's first is none): give documents of two tokens or more"
+            )
+    if val is None or (val.targets(cross_document_attention=across) and _has_target(settings, val, block_size)):
+        return
+    which = f"its first {settings.eval_max_rows} rows (--eval_max_rows)" if settings.eval_max_rows else "it"
+    raise BadInput(
+        f"--val_data_dir {val.path}: no token of {which} is a target ({val.tokens} tokens in {val.documents} "
+        "documents, and a document's first is none): give another split, or leave it out"
+    )
+
+
+def _has_target(settings: Settings, val: TokenStore, block_size: int) -> bool:
+    """Whether the rows that a validation reads have a target; reads up to the first one, which is at once."""
+    reader = PackedDataset(val, block_size, settings.seed, cross_document_attention=settings.cross_document_attention)
+    rows = min(settings.eval_max_rows or reader.rows_per_epoch, reader.rows_per_epoch)
+    found = any((reader.read(np.array([slot]))[0].targets != IGNORE_INDEX).any() for slot in range(rows))
+    reader.close()
+    return found
 
 
 def open_cache(settings: DataSettings) -> ShardCache | None:

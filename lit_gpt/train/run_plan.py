@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 from lit_gpt.config import Config
 from lit_gpt.data.loader import check_batch_sizes
-from lit_gpt.data.row_reader import open_sources
+from lit_gpt.data.row_reader import RowReader, open_sources
 from lit_gpt.train.memory_plan import USABLE_SHARE, Memory, largest_gathered_unit, peak_bytes, step_memory
 from lit_gpt.train.resolve import resolve_for_plan
+from lit_gpt.train.run_length import Progress, RunLength, run_length
 from lit_gpt.train.settings import Settings
 
 GIB = 2**30
@@ -33,28 +34,32 @@ class Plan(NamedTuple):
     input_tokens_per_step: int
     """Tokens that the model reads in a step, padding included."""
     checkpoint_bytes: int
-    checkpoints: int
-    """Most checkpoints on disk at once: those that stay, and the one that is being written."""
+    checkpoints: int | None
+    """Most checkpoints on disk at once: those that stay, and the one that is being written; None if that depends on
+    the unknown length."""
     data_tokens: int | None
     """Tokens of the training data; None if the settings name no data."""
-
-    @property
-    def input_tokens(self) -> int:
-        return self.settings.max_steps * self.input_tokens_per_step
+    length: RunLength | None
+    """Of a run from its first step; None without data and limits."""
 
 
-def plan(settings: Settings) -> Plan:
-    """The plan of a run with --devices x --num_nodes processes; raises BadInput for settings that cannot run."""
+def plan(settings: Settings, flags: Collection[str] = ()) -> Plan:
+    """The plan of a run with --devices x --num_nodes processes; raises BadInput for settings that cannot run.
+
+    flags: names of the settings that the command line gave.
+    """
     settings = resolve_for_plan(settings)
     devices = settings.devices or 1
     world_size = devices * settings.num_nodes
     shards = settings.shards(devices, world_size)
     check_batch_sizes(settings.global_batch_size, settings.micro_batch_size, world_size)
-    config, data_tokens = settings.config, None
+    config, data_tokens, data = settings.config, None, None
     if settings.train_sources:
-        stores, _ = open_sources(settings.train_sources)
-        config = config.with_vocabulary(stores[0].vocab_size)
+        stores, weights = open_sources(settings.train_sources)
+        config = settings.config_for(stores[0].vocab_size)
         data_tokens = sum(store.tokens for store in stores)
+        data = RowReader(stores, config.block_size, settings.seed, weights=weights, packing=settings.packing)
+    length = run_length(settings, flags, data, Progress())
     stored = 2 if settings.precision == "bf16-true" else 4
     return Plan(
         config=config,
@@ -65,8 +70,9 @@ def plan(settings: Settings) -> Plan:
         largest_micro_batch=_largest_micro_batch(config, settings, world_size, shards),
         input_tokens_per_step=settings.global_batch_size * config.block_size,
         checkpoint_bytes=3 * stored * config.parameters,  # weights and AdamW's two moments
-        checkpoints=_checkpoints(settings),
+        checkpoints=_checkpoints(settings, length.steps if length else None),
         data_tokens=data_tokens,
+        length=length,
     )
 
 
@@ -80,11 +86,14 @@ def _largest_micro_batch(config: Config, settings: Settings, world_size: int, sh
     return None
 
 
-def _checkpoints(settings: Settings) -> int:
-    written = -(-settings.max_steps // settings.save_interval_steps)
+def _checkpoints(settings: Settings, steps: int | None) -> int | None:
+    if steps is None:
+        forever = not settings.keep_last_checkpoints or settings.keep_every_steps
+        return None if forever else settings.keep_last_checkpoints + 1
+    written = -(-steps // settings.save_interval_steps)
     kept_for_ever = 0
     if settings.keep_every_steps:
-        kept_for_ever = settings.max_steps // math.lcm(settings.save_interval_steps, settings.keep_every_steps)
+        kept_for_ever = steps // math.lcm(settings.save_interval_steps, settings.keep_every_steps)
     return min(written, (settings.keep_last_checkpoints or written) + kept_for_ever) + 1
 
 
@@ -106,14 +115,22 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"not counted, for want of a measurement: attention's scores in fp32, some {scores / GIB:.2f} GiB"
     yield _fit(plan)
     yield ""
-    yield f"{settings.max_steps:,} steps of {plan.input_tokens_per_step:,} tokens: {plan.input_tokens:,} tokens"
-    if plan.data_tokens is not None:
-        yield f"the training data has {plan.data_tokens:,} tokens: {plan.input_tokens / plan.data_tokens:.2f} epochs"
+    yield from _length(plan)
     yield _time(plan)
-    yield (
-        f"a checkpoint is {plan.checkpoint_bytes / GIB:.2f} GiB; at most {plan.checkpoints} on disk: "
-        f"{plan.checkpoints * plan.checkpoint_bytes / GIB:.2f} GiB"
-    )
+    on_disk = ""
+    if plan.checkpoints:
+        on_disk = f"; at most {plan.checkpoints} on disk: {plan.checkpoints * plan.checkpoint_bytes / GIB:.2f} GiB"
+    yield f"a checkpoint is {plan.checkpoint_bytes / GIB:.2f} GiB{on_disk}"
+
+
+def _length(plan: Plan) -> Iterator[str]:
+    yield f"a step is {plan.settings.global_batch_size:,} rows, {plan.input_tokens_per_step:,} tokens"
+    if plan.length is None:
+        yield "length: give --max_steps, --max_tokens or --train_data_dir"
+        return
+    yield f"in all {plan.length}"
+    if plan.data_tokens is not None:
+        yield f"the training data has {plan.data_tokens:,} tokens"
 
 
 def _memory_table(plan: Plan) -> Iterator[str]:
@@ -141,8 +158,10 @@ def _fit(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     rate = plan.settings.plan_tokens_per_s
+    if plan.length is None:
+        return "time: depends on the length"
     if rate is None:
         return "time: give a GPU's tokens/s by --plan_tokens_per_s (docs/benchmarks.md has measured rates)"
-    seconds = plan.input_tokens / (rate * plan.world_size)
+    seconds = plan.length.tokens / (rate * plan.world_size)
     gpu_hours = seconds * plan.world_size / 3600
     return f"time at {rate:,.0f} tokens/s a GPU: {seconds / 86400:.2f} days, {gpu_hours:,.0f} GPU hours"

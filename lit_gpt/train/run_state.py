@@ -1,8 +1,9 @@
 """The state of a run between two steps: how far it is, its records, and how it gets into and out of a checkpoint.
 
-Invariants: step, slot and total_targets are the same on every rank and belong to the weights: the same code sets all of
-them from a checkpoint, at the program's start (`start`) and at a rollback (`roll_back`). Only rank 0 has the records
-(datapoint log, trackers); each start and each rollback opens them again, as a new attempt.
+Invariants: step, slot and the totals are the same on every rank and belong to the weights: the same code sets all of
+them from a checkpoint, at the program's start (`start`) and at a rollback (`roll_back`). Whatever can be refused about
+a checkpoint, its data and the length of the run is refused before the checkpoint is loaded. Only rank 0 has the
+records (datapoint log, trackers); each start and each rollback opens them again, as a new attempt.
 Costs: `step_done` writes one line; the rest waits for files.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from lit_gpt.data.loader import PackedDataset, Step
 from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.log import DatapointLog
 from lit_gpt.launch.world import Fabric, on_rank_zero
+from lit_gpt.train.data_start import DataStart, data_start, told
 from lit_gpt.train.resolve import log_differences
 from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_left_out
-from lit_gpt.train.run_inputs import RunInputs, open_datapoint_log
+from lit_gpt.train.run_inputs import RunInputs, open_datapoint_log, slot_facts
+from lit_gpt.train.run_length import Progress, RunLength, run_length
 from lit_gpt.train.settings import Settings
 from lit_gpt.train.step_guard import SkippedStep, StepGuard
 from lit_gpt.train.trackers import Trackers
@@ -47,21 +51,29 @@ class RunState:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         guard: StepGuard,
+        flags: Collection[str],
     ) -> None:
         """asked: the settings before they were resolved; resolved: the choices made (resolve.resolved_choices);
-        repeated: those of the run whose settings.yaml this run repeats, or None."""
+        repeated: those of the run whose settings.yaml this run repeats, or None; flags: names of the settings that the
+        command line gave."""
         self.step = 0
         """Updates done."""
         self.slot = 0
-        """Rows consumed or left out."""
+        """Rows of the present data that are consumed or left out."""
+        self.total_rows = 0
+        """Rows trained on."""
         self.total_targets = 0
         """Valid targets trained on."""
+        self.length: RunLength
+        """Where the run and its schedule end; known from `start` on, and again after each rollback."""
         self.rollbacks = Rollbacks(asked)
         self.load_s = 0.0
         """Seconds that loading the last checkpoint took."""
         self.trackers: Trackers | None = None
         self.datapoints: DatapointLog | None = None
-        self._asked, self._resolved, self._repeated = asked, resolved, repeated
+        self._asked, self._resolved, self._repeated, self._flags = asked, resolved, repeated, flags
+        self._slot_facts = slot_facts(dataset, asked)
+        self._data_from_step = 0
         self._inputs, self._fabric, self._dataset = inputs, fabric, dataset
         self._model, self._optimizer, self._guard = model, optimizer, guard
 
@@ -75,29 +87,41 @@ class RunState:
         if resume is None:
             on_rank_zero(self._fabric, lambda: history.refuse_used(run_dir))
             return None
-        found_and_left_out = on_rank_zero(
-            self._fabric, lambda: (history.find(resume, run_dir), logged_left_out(run_dir)), share=True
-        )
+        found_and_left_out = on_rank_zero(self._fabric, lambda: self._found(resume), share=True)
         assert found_and_left_out is not None
         found, left_out = found_and_left_out
         if found is None:
             log.info("no checkpoint in %s: a fresh start", run_dir)
             return None
-        self.rollbacks.add([*found.facts.get("left_out", []), *left_out])
+        self.rollbacks.add(left_out)
         return found
+
+    def _found(self, resume: str) -> tuple[Checkpoint | None, list[list[int]]]:
+        """The checkpoint that `resume` names, and the ranges of slots that rollbacks left out."""
+        found = history.find(resume, self._inputs.run_dir)
+        if found is None:
+            return None, []
+        checkpoint.require_model(found, self._inputs.config)
+        data = self._data_start(found)
+        saved = [] if data.anew else found.facts.get("left_out", [])
+        return found, [*saved, *logged_left_out(self._inputs.run_dir, self._slot_facts, data.from_step)]
+
+    def _data_start(self, start: Checkpoint) -> DataStart:
+        return data_start(start, self._slot_facts, self._inputs.train[0].tokenizer_fingerprint, self._asked)
 
     def _begin(self, start: Checkpoint | None) -> None:
         """Load a checkpoint, if there is one, and open the records of the steps after it."""
         if start is not None:
-            began = time.monotonic()
-            checkpoint.load(start, self._model, self._optimizer)
-            self.load_s = time.monotonic() - began
-            self.step, self.slot, self.total_targets = start.step, start.facts["slot"], start.facts["tokens"]
-            if "step_guard" in start.facts:  # an imported model has none
-                self._guard.load(start.facts["step_guard"])
-            log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
-            self._tell_other_bos(start)
-            run_folder.log_changes(start.facts["settings"], asdict(self._asked))
+            data, facts = self._data_start(start), start.facts
+            self.step, self.slot, self.total_targets = start.step, data.slot, facts["tokens"]
+            self.total_rows = facts.get("rows", facts["slot"])
+            self._data_from_step = data.from_step
+        self._set_length()
+        if start is not None:
+            self._load(start, data)
+        changed = run_folder.changed_settings(start.facts["settings"], asdict(self._asked)) if start else {}
+        for name, (was, now) in changed.items():
+            log.warning("--%s was %r when the checkpoint was saved, and is %r now", name, was, now)
         before = start.facts.get("resolved") if start is not None else self._repeated
         if before is not None:
             log_differences(before, self._resolved)
@@ -106,9 +130,11 @@ class RunState:
             lambda: open_datapoint_log(
                 self._inputs,
                 self._asked,
-                self._dataset,
+                self._slot_facts,
                 start,
                 self.rollbacks.left_out,
+                data_from_step=self._data_from_step,
+                changed_settings=changed,
                 allow_changed_data=self._asked.allow_changed_data,
             ),
         )
@@ -119,6 +145,28 @@ class RunState:
         if start.facts.get("add_bos", now) != now:
             how = "begin with BOS" if now else "do not begin with BOS"
             log.warning("documents %s here, unlike those that the weights were trained on", how)
+
+    def _set_length(self) -> None:
+        done = Progress(self.step, self.total_rows, self.slot, self.rollbacks.left_out)
+        length = on_rank_zero(
+            self._fabric, lambda: run_length(self._asked, self._flags, self._dataset, done), share=True
+        )
+        assert length is not None
+        self.length = length
+        self._resolved = {**self._resolved, "max_steps": length.steps}
+
+    def _load(self, start: Checkpoint, data: DataStart) -> None:
+        began = time.monotonic()
+        checkpoint.load(start, self._model, self._optimizer)
+        self.load_s = time.monotonic() - began
+        if "step_guard" in start.facts:  # an imported model has none
+            self._guard.load(start.facts["step_guard"])
+        log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
+        self._tell_other_bos(start)
+        if data.changed:
+            log.warning(
+                "%s: %s", "new data from its start on" if data.anew else "the data has changed", told(data.changed)
+            )
 
     def _open_run_folder(self) -> Trackers:
         history.tell_left_behind(self._inputs.run_dir)
@@ -133,6 +181,7 @@ class RunState:
         targets, digest: of the step's rows, over all ranks.
         """
         self.step += 1
+        self.total_rows += data.rows
         self.total_targets += targets
         left_out = data.first_slot - self.slot
         if left_out:
@@ -152,6 +201,9 @@ class RunState:
         return {
             "step": self.step,
             "slot": self.slot,
+            "slot_facts": self._slot_facts,
+            "data_from_step": self._data_from_step,
+            "rows": self.total_rows,
             "tokens": self.total_targets,
             "step_guard": self._guard.state(),
             "left_out": self.rollbacks.left_out,
@@ -173,7 +225,7 @@ class RunState:
         first, run_dir = spikes[0].step, self._inputs.run_dir
         to = on_rank_zero(self._fabric, lambda: last_good(run_dir, first), share=True)
         if to is not None:
-            return self.rollbacks.plan(spikes, to)
+            return self.rollbacks.plan(spikes, to, self._data_start(to).slot)
         if self._fabric.is_global_zero:
             log.warning("step %d: no checkpoint of this run to roll back to: the update is skipped, no more", first)
         return None

@@ -8,7 +8,8 @@ looks at these refuses the rest. train/resolve.py decides once what `auto` and N
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lit_gpt.checkpoint.settings import CheckpointSettings
@@ -24,18 +25,23 @@ COMMON = (
     "num_nodes", "log_interval_steps", "eval_interval_steps", "save_interval_steps", "wandb", "plan",
 )  # fmt: skip
 """The settings that --help lists first."""
+LIMITS = ("max_steps", "max_tokens", "max_epochs")
+"""The settings that end a run (run_length.py)."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings(SettingsSlice):
     """The optimizer and its schedule."""
 
-    max_steps: int = 1_430_512
-    """Optimizer updates of the whole run, over all its attempts."""
+    max_steps: int | None = None
+    """Most optimizer updates of the whole run, over all its attempts. The smallest of the limits given (also
+    max_tokens, max_epochs) ends the run and its schedule."""
+    max_tokens: int | None = None
+    """Most tokens that the model reads in the whole run, padding included; the run ends with the last whole step."""
     learning_rate: float = 2.5e-4
     """Peak learning rate."""
     min_lr: float = 4e-6
-    """Learning rate at max_steps; constant never falls to it."""
+    """Learning rate of the last step; constant never falls to it."""
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0 to learning_rate."""
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -54,26 +60,33 @@ class OptimizerSettings(SettingsSlice):
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(1, "max_steps")
+        self.require_at_least(1, "max_steps", "max_tokens")
         self.require_not_negative("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "min_lr")
         self.require_above(0, "learning_rate")
         if self.min_lr > self.learning_rate:
             raise BadInput(
                 f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: the schedule would rise "
-                f"({self.lr_schedule}, {self.warmup_steps} steps of warm-up, {self.max_steps} in all)"
+                f"({self.lr_schedule}, {self.warmup_steps} steps of warm-up)"
             )
         if (self.lr_schedule == "wsd") != (self.decay_steps > 0):
             raise BadInput(
                 f"--decay_steps {self.decay_steps} with --lr_schedule {self.lr_schedule}: "
                 "only wsd has a final decay, of at least 1 step"
             )
-        if self.warmup_steps + self.decay_steps > self.max_steps:
-            raise BadInput(
-                f"--warmup_steps {self.warmup_steps} and --decay_steps {self.decay_steps} "
-                f"do not fit in --max_steps {self.max_steps}"
-            )
+        if self.max_steps is not None:
+            self.require_schedule_fits(self.max_steps, "max_steps")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise BadInput(f"--beta1 {self.beta1} --beta2 {self.beta2}: each must lie in [0, 1)")
+
+    def require_schedule_fits(self, steps: int, limit: str) -> None:
+        """Raise BadInput if warm-up and final decay do not fit in a run that `limit` ends after `steps` steps."""
+        if self.warmup_steps + self.decay_steps > steps:
+            given = getattr(self, limit)
+            ends = "" if given == steps else f", which ends the run after {steps} steps"
+            raise BadInput(
+                f"--warmup_steps {self.warmup_steps} and --decay_steps {self.decay_steps} "
+                f"do not fit in --{limit} {given}{ends}"
+            )
 
 
 @dataclass(frozen=True)
@@ -237,6 +250,17 @@ class Settings(
                 "--train_data_dir is missing (and TRAIN_DATA_DIR in the environment): the folder DIR/train that "
                 "scripts/prepare_data.py wrote; --help lists the flags"
             )
+
+
+def without_recipe_limits(settings: Settings, flags: Collection[str]) -> Settings:
+    """`settings` without the recipe's max_steps and max_tokens where the command line (`flags`: names) has a limit."""
+    if not set(LIMITS) & set(flags):
+        return settings
+    return replace(
+        settings,
+        max_steps=settings.max_steps if "max_steps" in flags else None,
+        max_tokens=settings.max_tokens if "max_tokens" in flags else None,
+    )
 
 
 def step_range(steps: str) -> tuple[int, int]:

@@ -38,12 +38,13 @@ class TrainStep:
         self._fabric = fabric
         self._model = model
         self._optimizer = optimizer
-        self._settings = settings
+        self.settings = settings
+        """max_steps: where the schedule ends."""
         self.guard = StepGuard(settings, fabric.device)
 
     def update(self, step: int, batches: Sequence[Batch], targets: int) -> Update:
         """Do update number `step`, from 0, on this rank's micro-batches; targets: the step's, over all ranks."""
-        lr = learning_rate(step, self._settings)
+        lr = learning_rate(step, self.settings)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # FSDP averages gradients over ranks; the loss is a sum over all of them.
@@ -54,7 +55,7 @@ class TrainStep:
             loss_sum += self._backward(batch, scale)
         grad_norm = gradient_norm(self._model.parameters())
         verdict = self.guard.judge(grad_norm)
-        self._optimizer.step_clipped(grad_norm, self._settings.grad_clip, skip=(verdict != 0).float())
+        self._optimizer.step_clipped(grad_norm, self.settings.grad_clip, skip=(verdict != 0).float())
         self._optimizer.zero_grad(set_to_none=True)
         return Update(loss_sum, grad_norm, lr, verdict)
 

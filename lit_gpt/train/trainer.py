@@ -16,6 +16,8 @@ import gc
 import json
 import logging
 import time
+from collections.abc import Collection
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
 from lit_gpt.data.loader import Step, StepLoader
+from lit_gpt.datapoints.run_folder import with_absolute_paths
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import Reason, StopRequest
 from lit_gpt.launch.watchdog import Watchdog
@@ -68,12 +71,16 @@ class Agreed(NamedTuple):
     """Some rank's background save failed."""
 
 
-def train(settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | None = None) -> int:
-    """Train until max_steps, the end of the data, a stop signal or the job's end; returns the program's exit code.
+def train(
+    settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | None = None, flags: Collection[str] = ()
+) -> int:
+    """Train to the end that run_length.py gives, a stop signal or the job's end; returns the program's exit code.
 
     settings: as asked for; they have passed `check`. repeated: resolved.json of the run whose settings.yaml this run
-    repeats, or None (run_folder.read_resolved). Raises BadInput; any other exception ends the process.
+    repeats, or None (run_folder.read_resolved). flags: names of the settings that the command line gave. Raises
+    BadInput; any other exception ends the process.
     """
+    settings = replace(settings, **with_absolute_paths(asdict(settings)))
     stop = StopRequest(stop_flag, settings)
     inputs = open_inputs(settings)
     if starts_alone(inputs.world) and stop.signal:
@@ -84,7 +91,7 @@ def train(settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | No
     try:
         if any_rank(stop.signal is not None):
             return stop.log_early_stop()
-        trainer = Trainer(settings, repeated, inputs, fabric, stop, name)
+        trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name)
         return trainer.run()
     except BadInput:
         raise
@@ -107,6 +114,7 @@ class Trainer:
         self,
         asked: Settings,
         repeated: dict[str, Any] | None,
+        flags: Collection[str],
         inputs: RunInputs,
         fabric: Fabric,
         stop: StopRequest,
@@ -117,8 +125,7 @@ class Trainer:
         self.rank, self.device = fabric.global_rank, fabric.device
         self.watchdog = Watchdog(inputs.run_dir / "watchdog", name, self.rank, inputs.world.size, asked)
         self.settings = settings = resolve(asked, inputs.config, inputs.world, self.device)
-        resolved = resolved_choices(settings)
-        log.info("resolved: %s", json.dumps(resolved))
+        log.info("resolved: %s", json.dumps(resolved := resolved_choices(settings)))
         torch.manual_seed(settings.seed)  # nothing draws from it, but checkpoints hold its state
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings, compiled=bool(settings.compile))
@@ -127,8 +134,9 @@ class Trainer:
         self.dataset = training_rows(inputs, settings, self.cache)
         self.validation = validation_rows(inputs, settings)
         parts = self.model, self.optimizer, self.train_step.guard
-        self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts)
+        self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts, flags)
         self.state.start()
+        self._follow_length()
         stop.note_save(self.state.load_s)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
@@ -146,14 +154,14 @@ class Trainer:
 
     def run(self) -> int:
         """Take all steps; returns the program's exit code."""
-        settings = self.settings
-        if self.state.step < settings.max_steps:
+        last = self.state.length.steps
+        if self.state.step < last:
             on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
             return self.stop.log_early_stop()
-        log.info("training from step %d to %d in %s", self.state.step, settings.max_steps, self.inputs.run_dir)
+        log.info("from step %d on in %s; in all %s", self.state.step, self.inputs.run_dir, self.state.length)
         self.saver.log_room()
-        with manual_collection(), ProgressBar(settings.max_steps, self.state.step, enabled=self.rank == 0) as progress:
+        with manual_collection(), ProgressBar(last, self.state.step, enabled=self.rank == 0) as progress:
             while True:
                 with self._open_loader() as loader:
                     stopped, rollback = self._take_steps(loader, progress)
@@ -173,7 +181,7 @@ class Trainer:
             world_size=self.inputs.world.size,
             first_slot=self.state.slot,
             left_out=self.state.rollbacks.left_out,
-            max_steps=max(self.settings.max_steps - self.state.step, 0),
+            max_steps=self.state.length.steps - self.state.step,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -231,9 +239,14 @@ class Trainer:
     def _roll_back(self, rollback: Rollback) -> None:
         self.profiler.stop()
         self.state.roll_back(rollback)
+        self._follow_length()
         self.stop.note_save(self.state.load_s)  # also: the step that the rollback interrupts is not measured
         self.saver.failure = None  # of a save after the spike: the run is at a checkpoint again
         self.monitor.restart()
+
+    def _follow_length(self) -> None:
+        self.settings = replace(self.settings, max_steps=self.state.length.steps)
+        self.train_step.settings = self.settings
 
     @property
     def _gave_up(self) -> str | None:
@@ -254,12 +267,8 @@ class Trainer:
             return EXIT_GAVE_UP
         if stopped:
             return self.stop.log_stop(stopped, self.state.step)
-        if self.state.step < self.settings.max_steps:
-            log.warning(
-                "the data ended after step %d of %d (%d epochs): --max_epochs allows more",
-                self.state.step, self.settings.max_steps, self.settings.max_epochs,
-            )  # fmt: skip
-        log.info("finished at step %d: %s tokens trained", self.state.step, f"{self.state.total_targets:,}")
+        tokens = f"{self.state.total_targets:,}"
+        log.info("finished at step %d (%s): %s tokens trained", self.state.step, self.state.length.limit, tokens)
         return 0
 
     def _agree(self, data: Step) -> Agreed:

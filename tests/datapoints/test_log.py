@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.log import DatapointLog, Mark, check_slot_facts
+from lit_gpt.datapoints.log import DatapointLog, Mark
 from lit_gpt.datapoints.run_record import RunRecord
 from tests.support.no_locks import NO_LOCKS, without_locks
 
@@ -66,20 +66,49 @@ def test_a_line_is_short_and_a_mark_is_the_file_s_hash(folder: Path) -> None:
     assert Mark(**json.loads(json.dumps(mark._asdict()))) == mark
 
 
-def test_changed_facts_are_refused_by_name_with_the_way_out(folder: Path) -> None:
+def test_each_attempt_has_its_own_facts(folder: Path) -> None:
+    """Whether an attempt may continue with other facts is not the log's business (tests/train/test_data_start.py)."""
     with DatapointLog.open(folder, FACTS) as log:
         mark = write(log, 1, 2)
-    changed = {**FACTS, "seed": 2}
-    with pytest.raises(BadInput, match=r"seed was 1 and is 2.*--allow_changed_data true"):
-        DatapointLog.open(folder, changed, parent=mark)
-    with pytest.raises(BadInput, match="seed was 1 and is 2"):
-        check_slot_facts(folder, changed)
-    check_slot_facts(folder, FACTS)
-    with DatapointLog.open(folder, changed, parent=mark, allow_changed_data=True) as log:
+    with DatapointLog.open(folder, {**FACTS, "seed": 2}, parent=mark) as log:
         write(log, 3, 4)
     with RunRecord(folder) as run:
         assert [segment.attempt.facts["seed"] for segment in run.lineage] == [1, 2]
         assert [record.step for record in run.steps()] == [1, 2, 3, 4]
+
+
+def test_slots_that_begin_again_with_new_data(folder: Path) -> None:
+    """Two steps, then two of new data from slot 0 on: a slot's step depends on which data is meant."""
+    with DatapointLog.open(folder, FACTS) as log:
+        mark = write(log, 1, 2)
+    with DatapointLog.open(folder, {**FACTS, "seed": 2}, parent=mark, details={"data_from_step": 2}) as log:
+        log.append(3, 0, 8, 100, 3)
+        log.append(4, 8, 8, 100, 4)
+    with RunRecord(folder) as run:
+        assert run.data_starts() == [0, 2]
+        found = {start: [run.step_of(slot, start) for slot in (0, 8, 16)] for start in (0, 2)}
+        assert {start: [r and r.step for r in records] for start, records in found.items()} == {
+            0: [1, 2, None],
+            2: [3, 4, None],
+        }
+        assert run.step_of(0).step == 3
+        assert (run.consumed(0), run.consumed(2), run.consumed()) == (16, 16, 16)
+
+
+def test_an_attempt_without_a_step_binds_nothing(folder: Path, tmp_path: Path) -> None:
+    """A start that trained nothing, then a checkpoint of another run; once a step is logged, that is refused."""
+    with DatapointLog.open(tmp_path / "other", FACTS) as log:
+        mark = write(log, 1, 4)
+    DatapointLog.open(folder, FACTS).close()
+    with pytest.raises(BadInput, match="does not begin with the"):  # of this folder: its log was lost
+        DatapointLog.open(folder, FACTS, parent=mark)
+    with DatapointLog.open(folder, {**FACTS, "seed": 2}, parent=mark, foreign=True) as log:
+        write(log, 5, 6)
+    with RunRecord(folder) as run:
+        assert [record.step for record in run.steps()] == [5, 6]
+    other = mark._replace(xxh3="0" * 16)
+    with pytest.raises(BadInput, match="does not begin with the"):
+        DatapointLog.open(folder, FACTS, parent=other, foreign=True)
 
 
 def test_a_log_that_is_not_the_checkpoint_s_is_refused(folder: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from lit_gpt.data.token_store import write_store
 from tests.support.programs import ROOT, environment, run_program
-from tests.support.training import command, train
+from tests.support.training import VOCABULARY, command, train
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,17 @@ def copied(store: Path, to: Path, damage: Callable[[Path], Any]) -> Path:
     shutil.copytree(store, to)
     damage(to / "train")
     return to / "train"
+
+
+def one_token_documents(folder: Path, *, and_a_longer: bool = False) -> Path:
+    """Documents of the EOS alone; with and_a_longer, a second shard of many rows with one document of two tokens."""
+    documents = [(str(number), [2]) for number in range(40)]
+    if and_a_longer:
+        documents += [(f"more {number}", [2]) for number in range(20_000)] + [("longer", [7, 2])]
+    write_store(
+        folder, documents, tokenizer_fingerprint="test", vocab_size=VOCABULARY, bos_id=1, eos_id=2, shard_tokens=1 << 20
+    )  # fmt: skip
+    return folder
 
 
 def truncate(path: Path) -> None:
@@ -103,6 +115,23 @@ TRAINING: dict[str, tuple[Callable[[Path, Path], dict[str, object]], list[str]]]
         ["--resume", "no checkpoint"],
     ),
     "cache in a data set": (lambda store, tmp: {"cache_dir": store}, ["--cache_dir", "train holds a data set"]),
+    "vocabulary size that is not the data's": (lambda store, tmp: {"vocab_size": 100}, ["--vocab_size 100", "512"]),
+    "two ways to go on": (
+        lambda store, tmp: {"new_data": "true", "allow_changed_data": "true"},
+        ["--new_data", "--allow_changed_data", "Choose one"],
+    ),
+    "validation without a target": (
+        lambda store, tmp: {"val_data_dir": one_token_documents(tmp / "one")},
+        ["--val_data_dir", "no token of it is a target", "40 tokens in 40 documents"],
+    ),
+    "first row of the validation without a target": (
+        lambda store, tmp: {"val_data_dir": one_token_documents(tmp / "one", and_a_longer=True), "eval_max_rows": 1},
+        ["no token of its first 1 rows (--eval_max_rows) is a target"],
+    ),
+    "training data without a target": (
+        lambda store, tmp: {"train_data_dir": one_token_documents(tmp / "one")},
+        ["one: no token is a target", "documents of two tokens or more"],
+    ),
     "tokenizer folder missing": (lambda store, tmp: {"tokenizer_path": tmp / "nowhere"}, ["nowhere"]),
     "run folder is a file": (
         lambda store, tmp: {"out_dir": (tmp / "file").write_text("x") and tmp / "file"},

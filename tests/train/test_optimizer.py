@@ -54,7 +54,7 @@ def test_constant() -> None:
 
 
 def test_published_recipe() -> None:
-    settings = OptimizerSettings()
+    settings = OptimizerSettings(max_steps=1_430_512)
     assert learning_rate(0, settings) == pytest.approx(2.5e-4 / 2000)
     assert learning_rate(1999, settings) == 2.5e-4
     assert learning_rate(1_430_511, settings) == pytest.approx(4e-6)

@@ -166,7 +166,7 @@ def test_which_rows_go() -> None:
     found = rollbacks.spikes([skipped(19, Verdict.NOT_FINITE), skipped(20, Verdict.SPIKE), skipped(22, Verdict.SPIKE)])
     assert [entry.step for entry in found] == [20, 22]
     for slot, first_slot in ((80, 136), (144, 144)):  # 8 * (20 - 3) = 136
-        assert rollbacks.plan(found, Checkpoint(Path(), {"slot": slot}))[2:] == (first_slot, 176)
+        assert rollbacks.plan(found, Checkpoint(Path(), {}), slot)[2:] == (first_slot, 176)
     rollbacks.add([(136, 176)])
     rollbacks.add([[136, 176], [8, 16]])  # as JSON gives them back; one is known
     assert rollbacks.left_out == [(8, 16), (136, 176)]
