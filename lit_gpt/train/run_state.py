@@ -26,6 +26,7 @@ from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.log import DatapointLog
 from lit_gpt.launch.world import Fabric, on_rank_zero
 from lit_gpt.train.data_start import DataStart, data_start, told
+from lit_gpt.train.equal_ranks import NODE_FOLDERS, require_equal_ranks
 from lit_gpt.train.resolve import log_differences
 from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_left_out
 from lit_gpt.train.run_inputs import RunInputs, open_datapoint_log, slot_facts
@@ -78,7 +79,17 @@ class RunState:
         self._model, self._optimizer, self._guard = model, optimizer, guard
 
     def start(self) -> None:
-        """Start where --resume says; raises BadInput if that is not possible."""
+        """Start where --resume says; raises BadInput if that is not possible, or if ranks differ."""
+        asked, inputs = asdict(self._asked), self._inputs
+        require_equal_ranks(
+            {
+                **{name: value for name, value in asked.items() if name not in NODE_FOLDERS},
+                **{f"resolved {name}": value for name, value in self._resolved.items()},
+                **self._slot_facts,
+                "validation data set": inputs.val.dataset_id if inputs.val else None,
+                "run folder": str(inputs.run_dir.absolute()),
+            }
+        )
         self._begin(self._find_start())
 
     def _find_start(self) -> Checkpoint | None:
