@@ -2,8 +2,8 @@
 
     python scripts/datapoints.py step 1200 --run_dir out/LLaMmlein_1B [--text]   parts of documents in a step
     python scripts/datapoints.py doc ID --run_dir out/LLaMmlein_1B               steps, epochs and parts of a document
-    python scripts/datapoints.py verify --run_dir out/LLaMmlein_1B               compares every step with its digest, and
-                                                                                 the log with the checkpoints' marks
+    python scripts/datapoints.py verify --run_dir out/LLaMmlein_1B               every step against its digest, the log
+                                                                                 against the checkpoints' marks
     python scripts/datapoints.py diff OTHER_RUN --run_dir out/LLaMmlein_1B       first step in which two runs differ
     python scripts/datapoints.py export FILE.parquet --run_dir out/LLaMmlein_1B  everything, as a table to publish
 

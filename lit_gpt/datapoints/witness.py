@@ -1,7 +1,7 @@
 """What knows how the datapoint log began: each checkpoint's mark, and each mark that an attempt continued from.
 
-A mark holds the length and the hash of the log's beginning. So a log that lost its head, its tail or a part between, that
-was changed, or that is another run's, contradicts the marks. Cost: the log is read once.
+A mark holds the length and the hash of the log's beginning. So a log that lost its head, its tail or a part between,
+that was changed, or that is another run's, contradicts the marks. Cost: the log is read once.
 """
 
 from __future__ import annotations

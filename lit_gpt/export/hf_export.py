@@ -22,11 +22,11 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.token_store import MANIFEST, ShardFile, TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export.hf_folder import HFWeights, require_hashes, write_weights
+from lit_gpt.export.hf_folder import require_hashes, write_weights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
 from lit_gpt.export.hf_weights import SHAPE_FIELDS, hf_config, hf_generation_config, hf_shapes, to_hf
 from lit_gpt.export.model_card import Card, write_card
-from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits, their_logits
+from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits
 from lit_gpt.files import publishing_new, write_json
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def export(
         require_same_ids(tokenizer, reference.encoder(folder), (GERMAN_TEXT, *TRICKY_TEXTS), add_bos=add_bos)
         hashes = write_weights(folder, shapes, format.dtype, to_hf(config, as_stored(), rows), format.max_shard_bytes)
         require_hashes(folder, hashes)
-        theirs = their_logits(reference.model(folder), HFWeights(folder).read, sample)
+        theirs = reference.logits(folder, format.dtype, sample)
         parity = compare(our_logits(config, as_stored(), sample), theirs)
         write_card(folder, checkpoint, Card(license, str(format.dtype).removeprefix("torch."), parity))
         return parity

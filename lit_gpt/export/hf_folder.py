@@ -9,7 +9,7 @@ Cost: memory for one weight.
 from __future__ import annotations
 
 import json
-import pickle
+import logging
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -18,13 +18,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lit_gpt.cli import BadInput
 from lit_gpt.files import read_json, write_json
 
+log = logging.getLogger(__name__)
+
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
+_ENTRIES = tuple(
+    f"{whole}{index}" for whole in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
+"""What a folder's weights are read from, as transformers ranks it."""
 _HEADER_ALIGNMENT_BYTES = 8
 """safetensors pads its header with spaces to a multiple of this, so that mapped data is aligned."""
 
@@ -150,6 +157,8 @@ class HFWeights:
         claimed: set[str] = set()
         for path in self._find(folder, claimed):
             names, opened = _open_weights(path)
+            if twice := sorted(self._files.keys() & set(names)):
+                raise BadInput(f"weight {twice[0]!r} is in two files of {folder}: which one counts is not said")
             self._files |= dict.fromkeys(names, opened)
         if absent := sorted(claimed - set(self._files)):
             raise BadInput(f"weight {absent[0]!r} is in the index of {folder}, but in no file")
@@ -171,17 +180,39 @@ class HFWeights:
         file = self._files[name]
         return tuple(file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which all weights are stored; fp32 if they have several."""
+        found = {self._dtype(name) for name in self._files}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def _dtype(self, name: str) -> torch.dtype:
+        file = self._files[name]
+        stored = file[name].dtype if isinstance(file, dict) else file.get_slice(name).get_dtype()
+        found = _DTYPES.get(stored, stored)
+        if found not in _SAFETENSORS_NAMES:
+            raise BadInput(f"weight {name!r} is stored as {stored}; fp32, fp16 and bf16 are read")
+        return found
+
     @staticmethod
     def _find(folder: Path, claimed: set[str]) -> list[Path]:
-        for whole in ("model.safetensors", "pytorch_model.bin"):
-            index = folder / f"{whole}.index.json"
-            if index.is_file():
-                weight_map = read_json(index).get("weight_map", {})
-                claimed |= set(weight_map)
-                return [folder / Path(file).name for file in sorted(set(weight_map.values()))]
-            if (folder / whole).is_file():
-                return [folder / whole]
+        """The files that transformers reads: safetensors before .bin, a single file before an index."""
+        present = [name for name in _ENTRIES if (folder / name).is_file()]
+        if len(present) > 1:
+            log.warning("%s: %s is read, as by transformers; left aside: %s", folder, present[0], present[1:])
+        if present and not present[0].endswith(".json"):
+            return [folder / present[0]]
+        if present:
+            weight_map = read_json(folder / present[0]).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(_is_plain_name(file) for file in weight_map.values()):
+                raise BadInput(f"{folder / present[0]}: weight_map must give each weight the name of a file beside it")
+            claimed |= set(weight_map)
+            return [folder / file for file in sorted(set(weight_map.values()))]
         raise BadInput(f"{folder} holds no weights: looked for model.safetensors and pytorch_model.bin, or their index")
+
+
+def _is_plain_name(file: Any) -> bool:
+    return isinstance(file, str) and file == Path(file).name
 
 
 def _open_weights(path: Path) -> tuple[list[str], Any]:
@@ -190,8 +221,35 @@ def _open_weights(path: Path) -> tuple[list[str], Any]:
         if path.suffix == ".safetensors":
             opened = safe_open(path, framework="pt")
             return list(opened.keys()), opened
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=_require_stored(path))
+        _require_dense(tensors, path.stat().st_size)
         return list(tensors), tensors
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except Exception as error:  # noqa: BLE001 - a damaged file may raise any class
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(f"{path} is damaged, or holds more than weights: {reason}") from None
+
+
+def _require_stored(path: Path) -> bool:
+    """Whether this is a zip file; ValueError if a part is compressed, or if the parts exceed the file."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its parts are compressed, which torch.save does not do")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its parts exceed the file")
+    return True
+
+
+def _require_dense(tensors: Any, file_bytes: int) -> None:
+    """Raise ValueError unless this is a dictionary of plain tensors, each no larger than the file."""
+    if not isinstance(tensors, dict):
+        raise TypeError(f"it holds a {type(tensors).__name__}, not a dictionary of weights")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"{str(name)[:80]!r} is a {type(tensor).__name__}, not a weight")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise TypeError(f"{name!r} is not a plain tensor")
+        if tensor.numel() * tensor.itemsize > file_bytes:
+            raise ValueError(f"{name!r} of shape {tuple(tensor.shape)} exceeds the file")

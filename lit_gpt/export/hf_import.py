@@ -20,7 +20,7 @@ from lit_gpt.data.tokenizer import FILES, Tokenizer
 from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids
 from lit_gpt.export.hf_weights import config_from_hf, to_lit
-from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits, their_logits
+from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits
 from lit_gpt.files import read_json
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ def import_folder(
     if destination.exists():
         raise BadInput(f"{destination} exists already: name another destination, or remove it first")
     fields = read_json(folder / "config.json")
+    if fields.get("transformers_weights") or (folder / "adapter_config.json").exists():
+        raise BadInput(f"{folder} holds an adapter, or names its own weights file: merge it into plain weights first")
     tokenizer, tokenizer_path = _tokenizer(folder, tokenizer_path)
     config = config_from_hf(fields, model_name=model_name, vocab_size=tokenizer.vocab_size if tokenizer else None)
     weights = HFWeights(folder)
@@ -43,7 +45,7 @@ def import_folder(
 
     sample = _sample(tokenizer, config.vocab_size)[: config.block_size]
     ours = our_logits(config, tensors(), sample)
-    parity = compare(ours, their_logits(reference.model(folder), weights.read, sample))
+    parity = compare(ours, reference.logits(folder, weights.dtype, sample))
     run: dict[str, Any] = {"step": 0, "slot": 0, "tokens": 0, "settings": {}, "imported_from": str(folder)}
     if tokenizer:
         run |= {"tokenizer_path": str(tokenizer_path), "tokenizer_fingerprint": tokenizer.fingerprint}

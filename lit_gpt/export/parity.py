@@ -1,9 +1,11 @@
 """Check that transformers' model and ours compute the same with the same weights: logits in fp32, on real text.
 
-Each model is built on the meta device and runs once. The weights of a piece (the embedding, one block, the final norm,
-the output projection) are read when the forward pass reaches it and dropped afterwards. So a model of any size needs
-memory for its largest piece in fp32 (7B: 0.8 GB), and each side runs its own forward code.
-Cost: one forward pass on each side.
+Each model runs once. Transformers finds and loads the folder's weights itself, so the proof does not share a reader
+with what it proves. Ours is built on the meta device: the weights of a piece (the embedding, one block, the final norm,
+the output projection) are read when the forward pass reaches it. On both sides a piece is converted to fp32 when it
+runs, and dropped afterwards.
+Cost: one forward pass on each side; memory for the weights as stored (7B in bf16: 14 GB) and for the largest piece in
+fp32 (7B: 0.8 GB).
 """
 
 from __future__ import annotations
@@ -45,14 +47,22 @@ class Reference:
     def __init__(self, transformers: ModuleType) -> None:
         self._transformers = transformers
 
-    def model(self, folder: Path) -> Any:
-        """The model of the folder's config.json, on the meta device, with eager attention."""
-        config = self._transformers.AutoConfig.from_pretrained(folder)
-        config.use_cache = False
-        with torch.device("meta"):
-            model = self._transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # a buffer, not a weight: it must be real
-        return model
+    def logits(self, folder: Path, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+        """The logits (T, V) in fp32 of the folder's model, whose weights are stored as `dtype`, for tokens (T,).
+
+        Transformers finds and loads the weights; BadInput if it cannot.
+        """
+        self._transformers.utils.logging.disable_progress_bar()
+        try:
+            model = self._transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # noqa: BLE001 - transformers raises any class for a folder that it cannot load
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadInput(f"transformers cannot load {folder}: {reason}") from None
+        model.config.use_cache = False
+        weights = model.state_dict()
+        return logits(model, lambda names: {name: weights.pop(name) for name in names}, tokens)
 
     def encoder(self, folder: Path) -> Callable[[str], Sequence[int]]:
         """The folder's tokenizer, called as a user calls it; BadInput if transformers cannot read it."""
@@ -85,11 +95,6 @@ def our_logits(config: Config, tensors: Iterable[tuple[str, Tensor]], tokens: Te
     with torch.device("meta"):
         model = GPT(config)
     return logits(model, fetch_from(tensors), tokens)
-
-
-def their_logits(model: nn.Module, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
-    """The logits (T, V) in fp32 of transformers' `model`, whose weights `read` reads, for tokens (T,)."""
-    return logits(model, lambda names: {name: read(name) for name in names}, tokens)
 
 
 def logits(model: nn.Module, fetch: Fetch, tokens: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.token_store import write_store
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export import hf_export
+from lit_gpt.export import hf_export, hf_folder
 from lit_gpt.export.hf_weights import hf_config
 from lit_gpt.export.parity import GERMAN_TEXT
 from lit_gpt.model.gpt import GPT
@@ -250,6 +250,27 @@ def test_a_terminated_export_leaves_nothing(run_dir: Path, tmp_path: Path) -> No
     process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_an_older_index_is_imported_as_transformers_reads_it(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin is loaded by transformers, so a reader that takes other files is found."""
+    source = tmp_path / "hf"
+    export(run_dir, source, "--dtype", "fp32")
+    weights = load_file(source / "model.safetensors")
+    older = {name: weight * 1.5 for name, weight in weights.items()}
+    save_file(older, source / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    arguments = ["--checkpoint_dir", str(source), "--destination_path"]
+    convert_hf_checkpoint.main([*arguments, str(tmp_path / "new" / "iter-00000000-ckpt.pth")])
+    found = weights_of(tmp_path / "new" / "iter-00000000-ckpt.pth")["transformer.ln_f.weight"]
+    assert torch.equal(found, weights["model.norm.weight"])
+    monkeypatch.setattr(hf_folder, "_ENTRIES", ("model.safetensors.index.json",))
+    with pytest.raises(BadInput, match="the logits of both sides differ"):
+        convert_hf_checkpoint.main([*arguments, str(tmp_path / "other" / "iter-00000000-ckpt.pth")])
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_import_that_fails_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,49 @@ def test_bin_files_are_read_and_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+def test_the_files_that_transformers_reads_are_read(tmp_path: Path) -> None:
+    """A single file goes before an index, safetensors before .bin."""
+    other = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    save_file(other, tmp_path / "old.safetensors")
+    index = {"weight_map": dict.fromkeys(TENSORS, "old.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.save({name: tensor + 2 for name, tensor in TENSORS.items()}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(HFWeights(tmp_path).read("a"), TENSORS["a"] + 1)
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert torch.equal(HFWeights(tmp_path).read("a"), TENSORS["a"])
+
+
+def test_odd_bins_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+
+    def refused(content: object, said: str) -> None:
+        torch.save(content, path)
+        with pytest.raises(BadInput, match=said) as caught:
+            HFWeights(tmp_path).dtype  # noqa: B018 - it is read
+        assert "\n" not in str(caught.value)
+
+    refused([torch.ones(2)], "holds a list")
+    refused({"a": 3}, "'a' is a int, not a weight")
+    refused({3: torch.ones(2)}, "'3' is a Tensor, not a weight")
+    refused({"a": torch.ones(1).expand(2**40)}, "exceeds the file")
+    refused({"a": torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (2**40,))}, "not a plain")
+    refused({"a": torch.ones(2, dtype=torch.int64)}, "stored as torch.int64; fp32, fp16 and bf16 are read")
+    torch.save(TENSORS, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in whole.infolist():
+            bomb.writestr(entry.filename, whole.read(entry))
+    (tmp_path / "bomb").replace(path)
+    with pytest.raises(BadInput, match="its parts are compressed"):
+        HFWeights(tmp_path)
+
+
+def test_an_index_must_name_files_beside_it(tmp_path: Path) -> None:
+    for weight_map in (None, [], {"a": 3}, {"a": "../x.safetensors"}, {"a": ["x"]}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(BadInput, match="must give each weight the name of a file"):
+            HFWeights(tmp_path)
+
+
 def test_damaged_absent_and_incomplete_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"holds no weights: looked for model\.safetensors"):
         HFWeights(tmp_path)
@@ -110,7 +154,8 @@ def test_damaged_absent_and_incomplete_weights_are_named(tmp_path: Path) -> None
         HFWeights(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     index = {"weight_map": dict.fromkeys([*TENSORS, "d"], "model.safetensors")}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": {"d": "x.safetensors"}}))
+    (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
     with pytest.raises(BadInput, match="weight 'd' is in the index"):
         HFWeights(tmp_path)
     save_file({"a": torch.tensor([float("inf")])}, tmp_path / "model.safetensors")
