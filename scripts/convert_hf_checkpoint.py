@@ -1,5 +1,7 @@
 """Import a Hugging Face LLaMA (safetensors, or .bin without running code) as a checkpoint to continue training from.
 
+An iter-*.pth of TinyLlama's or LLäMmlein's published programs is imported too: weights only, not the optimizer.
+
 The checkpoint has step 0 and no optimizer state; the training program starts from it by `--resume PATH`. It is
 published only after transformers' model and ours give the same logits on real text, in fp32.
 """
@@ -21,13 +23,26 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Hugging Face model folder")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Hugging Face model folder, or iter-*.pth")
     parser.add_argument(
         "--destination_path", type=Path, required=True, help="checkpoint to write: RUN_FOLDER/iter-00000000-ckpt.pth"
     )
     parser.add_argument("--model_name", help="model of the registry that it must be (default: the first of its shape)")
     parser.add_argument("--tokenizer_path", type=Path, help="tokenizer for the training (default: the folder's own)")
     arguments = parser.parse_args(argv)
+    destination = arguments.destination_path.absolute()
+    if arguments.checkpoint_dir.is_file():
+        from lit_gpt.export.hf_import import import_legacy
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        tokenizer_path = arguments.tokenizer_path.absolute() if arguments.tokenizer_path else None
+        parity = import_legacy(
+            arguments.checkpoint_dir.absolute(), destination,
+            model_name=arguments.model_name, tokenizer_path=tokenizer_path,
+        )  # fmt: skip
+        log.info("logits agree: %s", parity)
+        log.info("published %s", destination)
+        return
     if not (arguments.checkpoint_dir / "config.json").is_file():
         raise BadInput(f"--checkpoint_dir {arguments.checkpoint_dir}: holds no config.json, so it is no model's folder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind

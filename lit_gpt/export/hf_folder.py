@@ -217,16 +217,31 @@ def _is_plain_name(file: Any) -> bool:
 
 def _open_weights(path: Path) -> tuple[list[str], Any]:
     """The names in a file, and the opened file."""
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             opened = safe_open(path, framework="pt")
             return list(opened.keys()), opened
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=_require_stored(path))
+        except Exception as error:  # noqa: BLE001 - a damaged file may raise any class
+            raise _damaged(path, error) from None
+    tensors = load_plain(path)
+    try:
         _require_dense(tensors, path.stat().st_size)
-        return list(tensors), tensors
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return list(tensors), tensors
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote, mapped; no code is run. BadInput if it is damaged or holds more than values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_require_stored(path))
     except Exception as error:  # noqa: BLE001 - a damaged file may raise any class
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"{path} is damaged, or holds more than weights: {reason}") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> BadInput:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return BadInput(f"{path} is damaged, or holds more than weights: {reason}")
 
 
 def _require_stored(path: Path) -> bool:

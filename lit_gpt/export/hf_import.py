@@ -7,6 +7,7 @@ again. The check compares the logits of transformers' model and ours, in fp32, o
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lit_gpt.data.tokenizer import FILES, Tokenizer
 from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids
 from lit_gpt.export.hf_weights import config_from_hf, to_lit
+from lit_gpt.export.legacy import LegacyState, published_logits, published_weights
 from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits
 from lit_gpt.files import read_json
 
@@ -54,6 +56,28 @@ def import_folder(
         write_initial(destination, config, tensors(), run)
     except OSError as error:
         raise BadInput(f"cannot write {destination}: {error.strerror}") from None
+    return parity
+
+
+def import_legacy(path: Path, destination: Path, *, model_name: str | None, tokenizer_path: Path | None) -> Parity:
+    """`import_folder` for an iter-*.pth of the published programs; see legacy.py."""
+    if os.path.lexists(destination):
+        raise BadInput(f"{destination} exists already: name another destination, or remove it first")
+    tokenizer = Tokenizer.from_folder(tokenizer_path) if tokenizer_path else None
+    state = LegacyState(path)
+    config = state.config(model_name, tokenizer.vocab_size if tokenizer else None)
+    sample = _sample(tokenizer, config.vocab_size)[: config.block_size]
+    ours = our_logits(config, state.tensors(config), sample)
+    theirs = published_logits(config, published_weights(path), sample, swiglu=state.swiglu)
+    parity = compare(ours, theirs)
+    run: dict[str, Any] = {"step": 0, "slot": 0, "tokens": 0, "settings": {}, "imported_from": str(path)}
+    if tokenizer:
+        run |= {"tokenizer_path": str(tokenizer_path), "tokenizer_fingerprint": tokenizer.fingerprint}
+    try:
+        write_initial(destination, config, state.tensors(config), run)
+    except OSError as error:
+        raise BadInput(f"cannot write {destination}: {error.strerror}") from None
+    log.info("left behind in %s: %s", path, ", ".join(state.others) or "nothing")
     return parity
 
 
