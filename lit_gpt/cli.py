@@ -121,11 +121,13 @@ def end_failed(where: str, error: Exception) -> NoReturn:
 
     For one process of several: an orderly end would wait for the others, which wait for this one.
     """
-    traceback.print_exception(error)
-    logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(EXIT_FAILURE)
+    try:
+        traceback.print_exception(error)
+        logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
+        logging.shutdown()
+        sys.stdout.flush()
+    finally:  # also where the screen is a file on a full disk
+        os._exit(EXIT_FAILURE)
 
 
 class _Screen(logging.StreamHandler):

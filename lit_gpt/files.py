@@ -1,4 +1,4 @@
-"""Files that survive a kill: how to publish, lock and hash them, and how to read a log whose last line is torn.
+"""Files that survive a kill: how to publish, lock and hash them.
 
 Publish: write under a temporary name in the same folder, fsync, rename, fsync the folder. Even after a crash of the
 machine, a file or folder is either whole or absent (or as it was before). The temporary name is
@@ -323,12 +323,6 @@ def xxh3(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a text file, each with its newline; a last line without one (torn, or being written) is left out."""
-    *whole, _ = path.read_bytes().split(b"\n")
-    return [f"{line.decode()}\n" for line in whole]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, run_program
-from lit_gpt.files import whole_lines
+from lit_gpt.datapoints.line_log import whole_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".made-by-demo"

@@ -16,6 +16,7 @@ import xxhash
 
 from lit_gpt import files
 from lit_gpt.cli import BadInput
+from lit_gpt.datapoints.line_log import whole_lines
 from lit_gpt.files import (
     Lock,
     LockHeld,
@@ -24,7 +25,6 @@ from lit_gpt.files import (
     publishing_new,
     read_json,
     sweep,
-    whole_lines,
     write_json,
     xxh3,
 )

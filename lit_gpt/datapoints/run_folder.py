@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 from lit_gpt.cli import BadInput
-from lit_gpt.files import publish, read_json, sweep, whole_lines
+from lit_gpt.datapoints.line_log import whole_lines
+from lit_gpt.files import publish, read_json, sweep
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +70,26 @@ def write_settings(path: Path, settings: Mapping[str, Any], resolved: Mapping[st
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, str]]:
-    """The lines of metrics.csv, up to `last_step` if given; none where there is no such file. A torn last line is left
-    out."""
+    """The lines of metrics.csv, up to `last_step` if given; none where there is no such file.
+
+    Each line is parsed by itself, so that a stray quote costs one. Left out, with a warning, are those that do not have
+    the header's columns, or whose step is no number; and all of them below a header without `step`.
+    """
     if not path.is_file():
         return []
-    return [row for row in csv.DictReader(whole_lines(path)) if last_step is None or int(row["step"]) <= last_step]
+    header, *lines = [_fields(line) for line in whole_lines(path)] or [[]]
+    rows = [dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)]
+    known = [row for row in rows if row.get("step", "").isdecimal()]
+    if len(known) < len(lines):
+        log.warning("%s: %d damaged lines of %d are left out", path, len(lines) - len(known), len(lines))
+    return [row for row in known if last_step is None or int(row["step"]) <= last_step]
+
+
+def _fields(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
 
 
 def environment() -> dict[str, Any]:

@@ -12,9 +12,12 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
+
+import msgspec
 
 from lit_gpt.cli import BadInput
+from lit_gpt.datapoints.line_log import text_line
 from lit_gpt.datapoints.log import RUN_FILE, STEPS_FILE, Attempt, lineage, read_attempts
 
 _TAIL_BYTES = 1 << 16
@@ -30,6 +33,24 @@ class StepRecord(NamedTuple):
     targets: int
     digest: int
     attempt: int
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Step(TypedDict):
+    step: _Count
+    slot: _Count
+    rows: _Count
+    targets: _Count
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+    attempt: _Count
+
+
+class _Deviation(TypedDict):
+    deviation: str
+    step: _Count
+    attempt: _Count
 
 
 class LeftOut(NamedTuple):
@@ -171,10 +192,11 @@ class RunRecord:
             raw = self._file.readline()
             if not raw:  # the file is shorter than run.json says
                 return
-            try:
-                yield json.loads(raw)
-            except ValueError:  # no JSON, or no text: zeros after a power loss
+            line = _parsed(raw)
+            if line is None:
                 self.torn.add(at)
+            else:
+                yield line
             at += len(raw)
 
     def close(self) -> None:
@@ -185,6 +207,17 @@ class RunRecord:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    """A line of the log; None if it is torn, or not of the form that DatapointLog writes."""
+    try:
+        line = json.loads(text_line(raw) or "")
+        msgspec.convert(line, _Deviation if "deviation" in line else _Step)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    found: dict[str, Any] = line
+    return found
 
 
 def _is_after(step: int, record: StepRecord) -> bool:

@@ -6,17 +6,22 @@ A resumed run continues its files: a resume at step s drops the lines after s, w
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.datapoints.line_log import LineLog, whole_lines
 from lit_gpt.datapoints.run_folder import read_metrics
-from lit_gpt.files import publish, publishing, sweep, whole_lines
+from lit_gpt.files import publish, sweep
 from lit_gpt.train.sampling import Sample
 from lit_gpt.train.settings import TrackerSettings
 from lit_gpt.train.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
 
 COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
@@ -50,14 +55,18 @@ class Trackers:
         for written in (path, self._samples):
             sweep(run_dir, written.name, alone=True)
             written.with_name(f"{written.name}.new").unlink(missing_ok=True)  # of an earlier version
-        with publishing(path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        self._file = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        if path.exists() and path.read_bytes().count(b"\n") > len(lines) + 1:
+            aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+            log.warning("%s is damaged: it stays as %s", path, aside.name)
+            _or_alarm(aside, lambda: publish(aside, [path.read_bytes()]))
+        further = dict.fromkeys(name for row in kept for name in row if name not in COLUMNS)
+        self._columns = (*COLUMNS, *further)  # those of another version stay
+        head = [dict(zip(self._columns, self._columns, strict=True)), *kept]
+        _or_alarm(path, lambda: publish(path, [self._csv_line(row).encode() for row in head]))
         if self._samples.exists():
-            _keep_samples(self._samples, resume_step)
+            _or_alarm(self._samples, lambda: _keep_samples(self._samples, resume_step))
+        self._metrics = LineLog(path)
+        self._samples_log: LineLog | None = None
         self._board = None
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -74,32 +83,65 @@ class Trackers:
     def log(self, values: Mapping[str, float | int | None]) -> None:
         """Write one line; missing or None columns stay empty. Flushed at once, so a killed run keeps its lines."""
         present = {name: value for name, value in values.items() if value is not None}
-        self._writer.writerow({**present, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self._attempt})
-        self._file.flush()
-        if self._board is not None:
-            for name, value in present.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(values["step"] or 0))
+        written = {**present, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self._attempt}
+        self._metrics.append(self._csv_line(written))
+        self._to_board(
+            lambda board: [
+                board.add_scalar(name, value, int(values["step"] or 0))
+                for name, value in present.items()
+                if name != "step"
+            ]
+        )
         if self._wandb is not None:
             self._wandb.log(int(values["step"] or 0), present)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Write one line for each sample."""
-        with self._samples.open("a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
-        if self._board is not None:
-            texts = (f"**{sample.prompt}**{sample.text}" for sample in samples)
-            self._board.add_text("samples", "\n\n".join(texts), step)
+        self._samples_log = self._samples_log or LineLog(self._samples)
+        for sample in samples:
+            self._samples_log.append(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+        texts = "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in samples)
+        self._to_board(lambda board: board.add_text("samples", texts, step))
+
+    def _csv_line(self, row: Mapping[str, Any]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns).writerow(row)
+        return text.getvalue()
+
+    def _to_board(self, write: Callable[[Any], object]) -> None:
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except Exception as error:  # noqa: BLE001 - its thread raises what it likes; it must not end the training
+            log.error("TensorBoard cannot be written: %s. Training goes on without it", error)
+            self._board = None
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._metrics.close()
+        if self._samples_log is not None:
+            self._samples_log.close()
+        self._to_board(lambda board: board.close())
         if self._wandb is not None:
             self._wandb.close()
 
 
 def _keep_samples(path: Path, resume_step: int) -> None:
     """Drop the samples after `resume_step`, and a last line that a kill cut short."""
-    publish(path, [line.encode() for line in whole_lines(path) if json.loads(line)["step"] <= resume_step])
+    publish(path, [line.encode() for line in whole_lines(path) if (step := _step(line)) and step <= resume_step])
+
+
+def _step(line: str) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _or_alarm(path: Path, write: Callable[[], object]) -> None:
+    """Write, or log why not: a log never stops a run."""
+    try:
+        write()
+    except OSError as error:
+        log.error("%s cannot be written: %s. Training goes on; the file stays as it was", path, error)

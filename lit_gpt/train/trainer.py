@@ -96,10 +96,12 @@ def train(
     except BadInput:
         raise
     except Exception as error:  # noqa: BLE001 - the process ends here, with the rank's name
-        if trainer is not None:
-            trainer.watchdog.close()  # does not return if the failure follows from a stall, which the watchdog reports
-            trainer.close()
-        end_failed(f"{name} failed at step {trainer.state.step + 1 if trainer else 0}", error)
+        try:
+            if trainer is not None:
+                trainer.watchdog.close()  # does not return if the failure follows from a stall, which it reports
+                trainer.close()
+        finally:  # a second failure must not hide the first
+            end_failed(f"{name} failed at step {trainer.state.step + 1 if trainer else 0}", error)
     finally:
         if trainer is not None:
             trainer.close()
