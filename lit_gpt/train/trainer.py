@@ -5,9 +5,8 @@ model, optimizer and checkpoint (`Trainer`), then the steps (`Trainer.run`). The
 (run_state.py). All else is a function of these and the settings, so a resumed run repeats an uninterrupted one. A
 rollback after a spike (rollback.py) leaves the loop over steps and enters it again, as a resume does.
 
-Once a step, before the forward pass, the ranks agree by one all-reduce of a few integers on the host: the number of
-valid targets (the loss's divisor), the digest of the rows, whether any rank has a stop signal or is out of time, and
-whether a background save failed. The host waits for the GPU only when a line of metrics or a checkpoint is due.
+Once a step, before the forward pass, the ranks agree by one all-reduce of integers on the host: valid targets (the
+loss's divisor), digest of the rows, stop signal, time, failed saves. The host waits for the GPU only for logs and saves.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ def train(
     except Exception as error:  # noqa: BLE001 - the process ends here, with the rank's name
         try:
             if trainer is not None:
-                trainer.watchdog.close()  # does not return if the failure follows from a stall, which it reports
-                trainer.close()
+                trainer.close()  # does not return if the failure follows from a stall, which the watchdog reports
         finally:  # a second failure must not hide the first
             end_failed(f"{name} failed at step {trainer.state.step + 1 if trainer else 0}", error)
     finally:
