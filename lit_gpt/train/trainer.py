@@ -6,7 +6,7 @@ model, optimizer and checkpoint (`Trainer`), then the steps (`Trainer.run`). The
 rollback after a spike (rollback.py) leaves the loop over steps and enters it again, as a resume does.
 
 Once a step, before the forward pass, the ranks agree by one all-reduce of integers on the host: valid targets (the
-loss's divisor), digest of the rows, stop signal, time, failed saves. The host waits for the GPU only for logs and saves.
+loss's divisor), digest of the rows, stop signal, time, failed saves. The host waits for the GPU at logs and saves.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,7 @@ def test_a_full_disk_that_is_freed_again_costs_no_line(tmp_path: Path, caplog: p
         log = LineLog(disk / "log")
         log.append("0\n")
         with (disk / "others").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(bytes(4096))
+            file.writelines(itertools.repeat(bytes(4096)))
         lines = ["0\n", *(f"{number}{'x' * 1000}\n" for number in range(1, 20))]
         for line in lines[1:]:
             log.append(line)
