@@ -51,15 +51,16 @@ class RunLength(NamedTuple):
     """The setting that ends it."""
     tokens: int
     """Tokens that the model reads from the first step to the last, padding included."""
-    epochs: float
-    """Passes over the data at the last step; of a mixture, over the source that ends first."""
+    epochs: float | None
+    """Passes over the data at the last step; of a mixture, over the source that ends first. None without data."""
     ends: dict[str, int]
     """The last step by each limit that was given."""
 
     def __str__(self) -> str:
         others = ", ".join(f"{name} would allow {end:,}" for name, end in self.ends.items() if end > self.steps)
+        epochs = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
         return (
-            f"{self.steps:,} steps, {self.tokens:,} tokens, {self.epochs:.2f} epochs; run and schedule end by "
+            f"{self.steps:,} steps, {self.tokens:,} tokens{epochs}; run and schedule end by "
             f"{self.limit} at step {self.steps:,}" + (f" ({others})" if others else "")
         )
 
@@ -102,7 +103,7 @@ def run_length(settings: Settings, flags: Collection[str], data: Rows | None, do
         )
     settings.require_schedule_fits(steps, limit)
     to_come = (steps - done.step) * batch
-    epochs = (done.slot + to_come) / data.rows_per_epoch if data else 0.0
+    epochs = (done.slot + to_come) / data.rows_per_epoch if data else None
     return RunLength(steps, limit, (done.rows + to_come) * block_size, epochs, ends)
 
 

@@ -197,7 +197,7 @@ def test_tokens_time_and_disk() -> None:
     )  # fmt: skip
     settings.check()
     planned = plan(settings)
-    assert (planned.input_tokens_per_step, planned.input_tokens) == (2_097_152, 209_715_200)
+    assert (planned.input_tokens_per_step, planned.length.tokens) == (2_097_152, 209_715_200)
     assert (planned.checkpoint_bytes, planned.checkpoints) == (1_497_203_712, 4)
     text = "\n".join(lines(planned))
     assert "0.30 days, 58 GPU hours" in text
@@ -225,7 +225,9 @@ def test_the_largest_micro_batch() -> None:
 
 def test_the_program_plans_without_data_or_devices(store: Path, tmp_path: Path) -> None:
     """More processes than this machine has; the flag alone, and nothing is written."""
-    arguments = command(store, tmp_path / "out", accelerator=None, devices=64, global_batch_size=256, val_data_dir=None)
+    arguments = command(
+        store, tmp_path / "out", accelerator=None, devices=64, global_batch_size=256, val_data_dir=None, max_epochs=10
+    )
     done = run_program([*arguments, "--plan"])
     assert done.returncode == 0, done.stderr
     assert "64 processes (1 nodes x 64), FULL_SHARD: a copy of the weights on 64" in done.stdout
