@@ -32,6 +32,7 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
         "gguf": ["gguf>=0.16,<1"],  # up to 0.13 it brought a package `scripts`, which hid ours
+        "llama-cpp": ["xllamacpp>=2026.9.11063"],  # wheels for Linux and macOS; since 2026.9 with the split ufakzeka
         "float8": ["torchao>=0.14,<0.19"],
         "bench": [  # what the benchmarks compare with; litgpt comes apart, see scripts/benchmark_litgpt.py
             "liger-kernel>=0.5,<0.9",
@@ -50,6 +51,7 @@ setup(
             "setuptools>=77,<90",  # a test builds a wheel
             "types-PyYAML>=6,<7",
             "gguf>=0.16,<1",
+            "xllamacpp>=2026.9.11063",
             "wandb>=0.19,<1",
             "torchao>=0.14,<0.19",
             "lm-eval[hf]>=0.4.9,<0.5",

@@ -1,4 +1,8 @@
-"""Convert a folder that create.sh wrote into one GGUF file for llama.cpp, tokenizer included."""
+"""Convert a folder that create.sh wrote into one GGUF file for llama.cpp, tokenizer included.
+
+The file is published only after a proof that it gives the folder's ids for texts where tokenizers differ: by
+llama.cpp's rules and, where xllamacpp is installed (the extra llama-cpp), by llama.cpp itself.
+"""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ FENCES = {
     "transformers": ("scripts/*",),
     "triton": ("lit_gpt/*_triton.py",),
     "wandb": ("lit_gpt/train/*_run.py",),
+    "xllamacpp": ("lit_gpt/export/llama_cpp.py",),
     "xformers": ("lit_gpt/model/attention.py",),
 }
 """Package, or another module that it installs -> patterns of the files that may import it; `*` crosses folders."""

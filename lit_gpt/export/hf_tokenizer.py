@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.files import write_json
+from lit_gpt.files import read_json, write_json
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """The class of transformers 4 and 5 that takes tokenizer.json as it is."""
@@ -56,6 +56,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_
         "model_input_names": ["input_ids", "attention_mask"],
     }
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def chat_template(folder: Path) -> Any:
+    """The folder's chat template (Jinja), or its list of named ones, or None: in the file of transformers 5 or 4."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    return read_json(config).get("chat_template") if config.is_file() else None
 
 
 def _bos_template(bos: str | None, bos_id: int | None) -> dict[str, Any]:
