@@ -37,6 +37,10 @@ WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 u + U+0308); there are no English contractions. Each digit is a piece, as in LLaMA 2 and the published LLäMmlein: it
 means the same in every number, and a small vocabulary need not hold the thousand groups of three digits."""
 
+WORD_CHARACTERS = 512
+"""Longer words are trained on in parts, since training takes time by the square of a word's length; so no token is
+longer. The bound is no rule of the tokenizer itself: where no word is longer, it changes no byte of it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -98,15 +102,18 @@ def train(documents: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
     newline_runs = pre_tokenizers.Split(tokenizers.Regex(NEWLINES), "isolated")
     words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([newline_runs, words, to_bytes])
+    parts = pre_tokenizers.FixedLength(length=WORD_CHARACTERS)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([newline_runs, words, parts, to_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[BOS, EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
+        max_token_length=WORD_CHARACTERS,
     )
     backend.train_from_iterator(documents, trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([newline_runs, words, to_bytes])
     return backend
 
 

@@ -132,6 +132,20 @@ def test_transformers_gives_the_same_ids_beside_a_llama_model(folder: Path, tmp_
     assert [theirs.encode(text) for text in TRICKY] == Tokenizer.from_folder(folder).encode_batch(TRICKY)
 
 
+@pytest.mark.slow
+def test_words_are_bounded(folder: Path, tmp_path: Path) -> None:
+    """A run of one character would take time by the square of its length, and become one token."""
+    lines = [json.dumps({"id": str(number), "text": text}) for number, text in enumerate(["a" * 3_000_000, "b" * 512])]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    run("--source", tmp_path / "long.jsonl", "--destination_path", tmp_path / "out", "--vocab_size", 290)
+    vocabulary = json.loads((tmp_path / "out/tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert max(map(len, vocabulary)) <= 512
+    tokenizer = Tokenizer.from_folder(tmp_path / "out")
+    assert tokenizer.encode("a" * 1024) == [vocabulary["a" * 256]] * 4
+    before, after = (json.loads((path / "tokenizer.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert before["pre_tokenizer"] == after["pre_tokenizer"]
+
+
 def test_same_input_same_bytes(folder: Path, tmp_path: Path) -> None:
     run("--source", corpus(tmp_path), "--destination_path", tmp_path / "out", "--vocab_size", 320)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
