@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lit_gpt.checkpoint.checkpoint import write_initial
 from lit_gpt.cli import BadInput
-from lit_gpt.data.tokenizer import FILES, Tokenizer
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.data.tokenizer_folder import FILES
 from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids
 from lit_gpt.export.hf_weights import config_from_hf, to_lit

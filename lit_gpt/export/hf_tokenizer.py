@@ -8,7 +8,6 @@ one intended difference: a control token spelled out in a text is that token, as
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,13 @@ TRICKY_TEXTS = (
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_bos: bool) -> None:
     """Write tokenizer.json and tokenizer_config.json; BadInput if BOS is wanted but the tokenizer has none."""
-    rules: dict[str, Any] = json.loads(tokenizer._backend.to_str())
+    rules = tokenizer.rules()
     contents = {token["id"]: token["content"] for token in rules["added_tokens"]}
     bos = contents[tokenizer.bos_id] if tokenizer.bos_id is not None else None
     if add_bos and bos is None:
         raise BadInput("the training data begins each document with a BOS, but its tokenizer has none")
     if add_bos:
         rules["post_processor"] = _bos_template(bos, tokenizer.bos_id)
-    elif "TemplateProcessing" in json.dumps(rules["post_processor"]):
-        rules["post_processor"] = None
     write_json(folder / "tokenizer.json", rules)
     tokens = {"bos_token": bos, "eos_token": contents[tokenizer.eos_id], "unk_token": rules["model"].get("unk_token")}
     settings = {

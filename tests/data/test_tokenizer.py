@@ -71,13 +71,6 @@ def test_published_ids_from_sentencepiece_model(shared: Path, tmp_path: Path) ->
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32_010, 1, 2)
 
 
-def test_sentencepiece_model_alone_knows_its_control_tokens(shared: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes((shared / "tokenizer/tokenizer.model").read_bytes())
-    tokenizer = Tokenizer.from_folder(tmp_path)
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 1, 2)
-    assert tokenizer.encode("Hallo Welt") == [18526, 822]  # as the sentencepiece library: with a space before it
-
-
 def test_published_decode_inverts_encode(shared: Path) -> None:
     tokenizer = Tokenizer.from_folder(shared / "tokenizer")
     for text in (" führendes Leerzeichen", "zwei  Leerzeichen\n", "Tab\tstop", "Straße, Größe </s>"):
