@@ -54,7 +54,7 @@ def add_vocabulary(
     writer: Any, gguf: ModuleType, folder: Path, tokenizer: Tokenizer, rows: int, probes: Sequence[str]
 ) -> None:
     """Write the fields of the tokenizer in `folder` for a model of `rows` ids; BadInput if llama.cpp cannot have it."""
-    rules = json.loads(tokenizer._backend.to_str())
+    rules = tokenizer.rules()
     if rules["model"]["type"] != "BPE":
         raise BadInput(f"{folder}: a LLaMA of llama.cpp has a BPE tokenizer, this one is {rules['model']['type']}")
     _require_in_vocabulary(folder, tokenizer, rows)

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
 from lit_gpt.cli import BadInput
+from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.export import llama_cpp
 from lit_gpt.export.gguf_vocabulary import SPLITS
 from lit_gpt.export.parity import GERMAN_TEXT
@@ -114,20 +115,30 @@ def refused(rules: dict[str, Any], folder: Path, message: str) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["model", "tokenizer"]
 
 
-def test_merges_that_llama_cpp_would_not_keep_to(tmp_path: Path) -> None:
-    """Training has bc first, then no way to abc from a and bc; llama.cpp merges whatever makes a token."""
+@pytest.mark.parametrize("installed", [True, False])
+def test_merges_that_llama_cpp_would_not_keep_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """Training has bc first, then no way to abc from a and bc; llama.cpp merges whatever makes a token.
+
+    Found from the file's fields, so without llama.cpp too.
+    """
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: installed)
     refused(over_characters([["b", "c"], ["a", "b"], ["ab", "c"]]), tmp_path, r"'.*abc.*', training has .* llama\.cpp")
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_an_added_token_that_takes_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
-    """Found from the file's fields, so without llama.cpp too."""
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: installed)
+def test_an_added_token_takes_no_spaces(tmp_path: Path) -> None:
+    """The loader switches its lstrip off, so the file is right: in llama.cpp no token takes spaces either."""
     source = write_byte_level(tmp_path / "source", [GERMAN_TEXT])
     backend = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    (a, space), new = backend.encode("a ").ids, backend.get_vocab_size()
     backend.add_tokens([AddedToken("<x>", lstrip=True, normalized=False)])
     (tmp_path / "case").mkdir()
-    refused(json.loads(backend.to_str()), tmp_path / "case", "as llama.cpp would read texts otherwise: for '.*<x>")
+    model = model_with(json.loads(backend.to_str()), tmp_path / "case")
+    path = convert(model, tmp_path / "m.gguf", "f16")
+    assert Tokenizer.from_folder(model).encode("a <x>") == [a, space, new]
+    pytest.importorskip("xllamacpp")
+    assert llama_cpp.tokenize(path, ["a <x>"]) == [[a, space, new]]
 
 
 @pytest.mark.parametrize(
