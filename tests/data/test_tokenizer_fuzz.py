@@ -85,14 +85,14 @@ def as_the_library_says(folder: Path) -> Callable[[str], list[int]]:
     content = json.loads((folder / "tokenizer.json").read_bytes())
     content |= {"truncation": None, "padding": None, "post_processor": None}
     content["model"].pop("dropout", None)
-    for token in content["added_tokens"]:
+    for token in content.get("added_tokens", []):
         token["lstrip"] = token["rstrip"] = False
     backend = tokenizers.Tokenizer.from_str(json.dumps(content))
     backend.encode_special_tokens = True
     return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 1500), marks=pytest.mark.long)])
+@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 3000), marks=pytest.mark.long)])
 @pytest.mark.timeout(600)
 def test_right_ids_or_one_line(
     sources: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], seeds: range
@@ -121,5 +121,5 @@ def test_right_ids_or_one_line(
         library = as_the_library_says(folder)
         for text, text_ids in zip(TEXTS, ids, strict=False):
             assert library(text) == text_ids, (seed, text)
-    assert loaded > len(seeds) / 5
+    assert loaded > len(seeds) / 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500_000  # KiB
