@@ -1,4 +1,4 @@
-# Each target sets up everything that it needs: only make and Python 3.10, 3.11 or 3.12 must be there.
+# Each target sets up everything that it needs: only make and Python 3.10 to 3.14 must be there.
 #   make demo    German text -> tokenizer -> training, killed and resumed -> Hugging Face model, with proofs, on the CPU
 #   make test    the tests that this machine can run, on all its cores
 #   make test-fast   for while you write: no slow test, no test of several processes, no GPU
@@ -17,10 +17,10 @@ setup: .venv/ready
 
 # ready is younger than what it was made from: a change of the dependencies is installed by the next target.
 .venv/ready: setup.py requirements.txt constraints-cpu.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else "Python 3.10, 3.11 or 3.12 is needed, this is %d.%d; make PYTHON=... picks another" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 15) else "Python 3.10 to 3.14 is needed, this is %d.%d; make PYTHON=... picks another" % v)'
 	@$(PYTHON) -m venv .venv || { echo "python -m venv failed: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
-	@echo "Installing into .venv, which takes a minute or two ..."
-	@$(BIN)/pip install --quiet --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	@echo "Installing into .venv: some 120 packages, a minute or more; pip names each as it comes"
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --constraint constraints-cpu.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup

@@ -27,10 +27,18 @@ setup(
     license="Apache-2.0",
     license_files=["license.md"],
     packages=find_packages(include=["lit_gpt", "lit_gpt.*"]),
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.15",
     install_requires=requirements(),
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)],
     extras_require={
-        "wandb": ["wandb>=0.19,<1"],
+        "gpu": [  # for Hopper GPUs; the versions that docs/benchmarks.md was measured with
+            "flash-attn-4==4.0.0b36",
+            "quack-kernels>=0.6.5,<0.7",
+            "nvidia-ml-py>=12,<14",
+        ],
+        # FlashAttention 2 shares its package with flash-attn-4, so not with "gpu". Only a stand-in of it was called.
+        "flash-attn": ["flash-attn>=2.8,<3"],
+        "xformers": ["xformers>=0.0.33,<0.1"],  # each release wants one release of torch; none was run
         "gguf": ["gguf>=0.16,<1"],  # up to 0.13 it brought a package `scripts`, which hid ours
         "llama-cpp": ["xllamacpp>=2026.9.11063"],  # wheels for Linux and macOS; since 2026.9 with the split ufakzeka
         "float8": ["torchao>=0.14,<0.19"],
@@ -52,7 +60,6 @@ setup(
             "types-PyYAML>=6,<7",
             "gguf>=0.16,<1",
             "xllamacpp>=2026.9.11063",
-            "wandb>=0.19,<1",
             "torchao>=0.14,<0.19",
             "lm-eval[hf]>=0.4.9,<0.5",
         ],
