@@ -125,7 +125,7 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str, monkeypatch
     [
         ("seed: 1\nlr: 1e-3\n", "line 2: no setting lr; did you mean learning_rate?"),
         ("max_steps: many\n", "line 1: max_steps many: must be a whole number"),
-        ("max_steps:\n", "line 1: max_steps null: must be a whole number"),
+        ("seed:\n", "line 1: seed null: must be a whole number"),
         ("seed: 1\n\nseed: 2\n", "line 3: seed stands here twice"),
         ("model:\n  name: x\n", "line 1: no setting model; did you mean model_name?"),
         ("seed:\n  value: 3\n", "line 1: seed: must be one value or a list of values"),
@@ -201,5 +201,5 @@ def test_help_lists_the_common_flags_first_and_each_once(
     assert flags[2 : 2 + len(COMMON)] == [f"--{name}" for name in COMMON]
     assert sorted(flags[2:]) == sorted(f"--{field.name}" for field in dataclasses.fields(Settings))
     assert "Union" not in text
-    assert "Optimizer updates of the whole run" in text
+    assert "Peak learning rate (default: 0.00025)" in text
     assert max(map(len, text.splitlines())) <= 120

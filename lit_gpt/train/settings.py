@@ -20,7 +20,8 @@ from lit_gpt.launch.settings import LaunchSettings, StopSettings, WatchdogSettin
 from lit_gpt.model.settings import ModelSettings
 
 COMMON = (
-    "model_name", "train_data_dir", "val_data_dir", "tokenizer_path", "out_dir", "resume", "max_steps", "learning_rate",
+    "model_name", "train_data_dir", "val_data_dir", "tokenizer_path", "out_dir", "resume", "max_steps", "max_tokens",
+    "max_epochs", "learning_rate",
     "min_lr", "warmup_steps", "global_batch_size", "micro_batch_size", "sharding_strategy", "precision", "devices",
     "num_nodes", "log_interval_steps", "eval_interval_steps", "save_interval_steps", "wandb", "plan",
 )  # fmt: skip
