@@ -197,10 +197,17 @@ def _values(batch: pa.RecordBatch, path: str) -> list[Any]:
     else:
         first, *rest = _parts(batch.schema, path)
         column = pc.struct_field(batch.column(first), rest)
+    column.validate()  # a damaged file may hold offsets outside its buffers, which pyarrow would follow
     if pa.types.is_dictionary(column.type):
+        column.indices.validate(full=True)
+        column.dictionary.validate()
+        column.validate(full=True)
         column = column.dictionary_decode()
     if pa.types.is_string_view(column.type):
         column = column.cast(pa.binary_view())
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.view(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
+    column.validate(full=True)  # as bytes, because a row of bad UTF-8 is that row's fault alone
     return list((column.cast(pa.large_binary()) if _is_text(column.type) else column).to_pylist())
 
 
