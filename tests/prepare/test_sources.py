@@ -58,6 +58,11 @@ def zst(data: bytes) -> bytes:
     return pa.Codec("zstd").compress(data, asbytes=True)
 
 
+def name_of(value: object) -> str:
+    """Of a parameter: the same in every worker, which the bytes of a gzip file, with its time, are not."""
+    return value if isinstance(value, str) else "content"
+
+
 JSONL = lines(ONE, TWO)
 ARRAY = json.dumps([ONE, TWO], ensure_ascii=False, indent=1).encode()
 CSV = 'id,text\n1,Straße über Füchse\n2,"zwei\nZeilen, ""gut"""\n'.encode()
@@ -84,6 +89,7 @@ BOTH = [("1", "Straße über Füchse"), ("2", 'zwei\nZeilen, "gut"')]
         ("a.csv", CSV.replace(b"id,text", b"id;text").replace(b"1,", b"1;").replace(b"2,", b"2;")),
         ("a.tsv", CSV.replace(b"id,text", b"id\ttext").replace(b"1,", b"1\t").replace(b"2,", b"2\t")),
     ],
+    ids=name_of,
 )
 def test_kinds_of_text(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
