@@ -161,12 +161,15 @@ def _require_weights(checkpoint: Checkpoint) -> None:
             raise DamagedCheckpoint(f"{checkpoint.path} holds weights that are not finite numbers: {name}")
         shapes[name] = tuple(tensor.shape)
     config = checkpoint.config
+    differs = ""
     if config.n_layer < len(shapes):  # a model of more layers is not even described
         with torch.device("meta"):
             wanted = {name: tuple(weight.shape) for name, weight in GPT(config).state_dict().items()}
         if shapes == wanted:
             return
-    raise DamagedCheckpoint(f"{checkpoint.path}: the {len(shapes)} weights are not those of the model in {RUN}")
+        differs = f": '{min(shapes.items() ^ wanted.items())[0]}' is missing, unknown or of another shape"
+    message = f"the {len(shapes)} weights are not those of the model in {RUN}{differs}"
+    raise DamagedCheckpoint(f"{checkpoint.path}: {message}")
 
 
 def newest_first(run_dir: Path) -> list[Path]:
