@@ -1,27 +1,27 @@
 """A run's settings: defaults < the environment < YAML files (`--config`) < flags.
 
 The fields of the settings' dataclasses are the flags and the keys; the docstring after a field is its help. A value is
-read in the same way wherever it stands (values.py), and a mistake is told with the place where it stands.
+read in the same way wherever it stands (values.py), and a mistake is told with the place where it stands. jsonargparse
+makes --help out of the dataclasses, checks what was read against their types and fills in defaults.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import logging
 import os
 import re
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+import jsonargparse
 import yaml
 
-from lit_gpt.cli import BadInput, Parser, SettingsSlice
+from lit_gpt.cli import DASHES, FLAG, BadInput, SettingsSlice
 from lit_gpt.values import PathText, did_you_mean, read_value
 
 Slice = TypeVar("Slice", bound=SettingsSlice)
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 NULLS = ("", "~", "null", "Null", "NULL")
 METAVARS = {int: "N", float: "X", str: "TEXT", PathText: "PATH", bool: "true|false"}
+OTHER_FLAGS = ("help", "config", "print_config")
+"""Flags that are no settings."""
 
 
 class Given(NamedTuple):
@@ -54,14 +56,12 @@ def parse_settings(
     where no --config is given. recipes: YAML files to suggest for a --config that is not there.
     """
     kinds = setting_types(settings_type)
+    argv = sys.argv[1:] if argv is None else argv
+    flags = read_flags(argv, kinds)
     parser = _parser(settings_type, kinds, description, common)
-    arguments, extra = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if extra:
-        file = extra[0].endswith((".yaml", ".yml"))
-        hint = f"; did you mean --config {extra[0]}?" if file else " (--help lists the flags)"
-        raise BadInput(f"{extra[0]}: the value of no flag{hint}")
-    flags = vars(arguments)
-    shown = flags.pop("print_config", False)
+    if "help" in flags:
+        parser.print_help()
+        sys.exit()
     given = dict(environment or {})
     from_environment = given.pop("config", None)
     named = [Given(file, "--config") for file in flags.pop("config", [])]
@@ -69,15 +69,60 @@ def parse_settings(
     for file in files:
         given |= read_yaml(file, kinds)
     taken = [from_environment] if from_environment and not named else []
-    given |= {name: Given(_unlisted(words), f"--{name}") for name, words in flags.items()}
-    settings = settings_type(**{name: _value(kinds[name], entry) for name, entry in given.items()})
+    shown = flags.pop("print_config", None)
+    given |= {name: Given(_unlisted(words, kinds[name]), f"--{name}") for name, words in flags.items()}
+    checked = parser.parse_object({name: _value(kinds[name], entry) for name, entry in given.items()}).as_dict()
+    settings = settings_type(**{name: checked[name] for name in kinds})
     taken += [entry for name, entry in given.items() if entry is (environment or {}).get(name)]
     if taken:
         log.info("from the environment: %s", ", ".join(f"{entry.where} {entry.words}" for entry in taken))
-    if shown:
+    if shown is not None:
         print(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
         sys.exit()
     return settings, files
+
+
+def read_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name of each flag -> the words given for it; those of a repeated flag add up. Raises BadInput.
+
+    A flag without a word stands for `true` where its setting is a switch.
+    """
+    flags: dict[str, list[str]] = {}
+    for flag, words in _flags_and_words(argv):
+        name = {"-h": "help"}.get(flag) or (flag[2:] if flag[2:] in kinds or flag[2:] in OTHER_FLAGS else None)
+        if name is None:
+            known = did_you_mean(flag.strip(DASHES), [*kinds, *OTHER_FLAGS], "--")
+            raise BadInput(f"no flag {flag}{known} (--help lists the arguments)")
+        least, most = _words_of_a_flag(kinds[name]) if name in kinds else ((1, 1) if name == "config" else (0, 0))
+        if len(words) < least:
+            raise BadInput(f"{flag}: expects a value (--help lists the arguments)")
+        if len(words) > most:
+            file = words[most].endswith((".yaml", ".yml"))
+            hint = f"; did you mean --config {words[most]}?" if file else " (--help lists the flags)"
+            raise BadInput(f"{words[most]}: the value of no flag{hint}")
+        words = words or (["true"] if name in kinds else [])
+        adds_up = name == "config" or most > 1
+        flags[name] = flags.get(name, []) + words if adds_up else words
+    return flags
+
+
+def _flags_and_words(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    starts = [number for number, word in enumerate(argv) if FLAG.match(word)]
+    if argv and (not starts or starts[0] > 0):
+        file = argv[0].endswith((".yaml", ".yml"))
+        hint = f"; did you mean --config {argv[0]}?" if file else " (--help lists the flags)"
+        raise BadInput(f"{argv[0]}: the value of no flag{hint}")
+    for start, end in zip(starts, [*starts, len(argv)][1:], strict=True):
+        flag, equals, word = argv[start].partition("=")
+        yield flag, [word] * bool(equals) + list(argv[start + 1 : end])
+
+
+def _words_of_a_flag(kind: Any) -> tuple[int, int]:
+    """The fewest and the most words that a flag of this type takes."""
+    kinds = [kind, *get_args(kind)] if kind is not PathText else [kind]
+    if any(get_origin(one) is list for one in kinds):
+        return 1, sys.maxsize
+    return (0 if bool in kinds else 1), 1
 
 
 def given_flags(argv: Sequence[str] | None = None) -> frozenset[str]:
@@ -127,9 +172,9 @@ def _words(node: yaml.Node, where: str) -> str | list[str]:
     raise BadInput(f"{where}: must be one value or a list of values")
 
 
-def _unlisted(words: str | list[str]) -> str | list[str]:
+def _unlisted(words: list[str], kind: Any) -> str | list[str]:
     """The words of a flag, of which one may be a list of YAML: [a, b]."""
-    if isinstance(words, str) or len(words) > 1:
+    if len(words) > 1:
         return words
     (word,) = words
     if word.startswith("[") and word.endswith("]"):
@@ -139,7 +184,8 @@ def _unlisted(words: str | list[str]) -> str | list[str]:
             return word
         if isinstance(node, yaml.SequenceNode):
             return _words(node, word)
-    return word
+    is_list = any(get_origin(one) is list for one in (kind, *get_args(kind)))
+    return words if is_list and type(None) not in get_args(kind) else word
 
 
 def _value(kind: Any, given: Given) -> Any:
@@ -165,61 +211,50 @@ def _config_file(given: Given, recipes: Sequence[Path]) -> Path:
 # Help
 
 
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Without the types, which are Python's; with defaults as YAML has them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, argparse.SUPPRESS) or "Default:" in text:
+            return text
+        shown = str(default).lower() if isinstance(default, bool) else default
+        return f"{text.rstrip('.')} (default: {', '.join(shown) if isinstance(shown, list) else shown})"
+
+
 def _parser(
     settings_type: type[SettingsSlice], kinds: Mapping[str, Any], description: str | None, common: Sequence[str]
-) -> Parser:
+) -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"
-    parser = Parser(description, usage=usage, argument_default=argparse.SUPPRESS)
-    groups = {name: parser.add_argument_group("The most used") for name in common[:1]}
-    groups |= dict.fromkeys(common, *groups.values())
-    first = next(iter(groups.values()), parser)
-    first.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; flags override it")
+    parser = jsonargparse.ArgumentParser(
+        description=(description or "").strip(), usage=usage, exit_on_error=False, formatter_class=_HelpFormatter
+    )
+    first = parser.add_argument_group("The most used")
+    first.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
     first.add_argument("--print_config", action="store_true", help="print the settings as YAML, and exit")
-    parts: dict[str, tuple[Any, str]] = {}
     for part in _slices(settings_type):
-        group, texts = parser.add_argument_group((part.__doc__ or part.__name__).strip().rstrip(".")), _docstrings(part)
-        parts |= {name: (groups.get(name, group), texts.get(name, "")) for name in inspect.get_annotations(part)}
-    defaults = {field.name: field for field in dataclasses.fields(settings_type)}
-    for name in (*common, *(name for name in parts if name not in common)):
-        group, text = parts[name]
-        group.add_argument(f"--{name}", **_form(kinds[name]), help=_help(text, defaults[name]).replace("%", "%%"))
+        parser.add_class_arguments(part, as_group=True)
+    actions = {action.dest: action for action in parser._actions}
+    for name in common:
+        group = next(group for group in parser._action_groups if actions[name] in group._group_actions)
+        group._group_actions.remove(actions[name])
+        first._group_actions.append(actions[name])
+    for name, kind in kinds.items():
+        actions[name].option_strings = [f"--{name}"]  # a list's flag has a second name, which we do not take
+        if (metavar := _metavar(kind)) is not None:
+            actions[name].metavar = metavar
     return parser
 
 
-def _form(kind: Any) -> dict[str, Any]:
-    """How argparse takes a flag of this type: as text, which _value reads."""
-    kinds = [one for one in get_args(kind) or (kind,) if one is not type(None)]
-    if get_origin(kind) in (list, Literal) or kind is PathText:
-        kinds = [kind]
-    if any(get_origin(one) is list for one in kinds):
-        (inner,) = get_args(next(one for one in kinds if get_origin(one) is list))
-        return dict(nargs="+", action="extend", metavar=METAVARS[inner])
-    (one,) = kinds
-    if one is bool:
-        return dict(nargs="?", const="true", metavar=METAVARS[bool])
-    return dict(metavar=f"{{{','.join(get_args(one))}}}" if get_origin(one) is Literal else METAVARS[one])
-
-
-def _help(text: str, field: dataclasses.Field[Any]) -> str:
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    if default is None or "Default:" in text:
-        return text
-    shown = str(default).lower() if isinstance(default, bool) else default
-    return f"{text.rstrip('.')} (default: {', '.join(shown) if isinstance(shown, list) else shown})"
+def _metavar(kind: Any) -> str | None:
+    """What stands for a value of this type; None: its choices."""
+    kinds = [kind] if kind is PathText else [one for one in get_args(kind) or (kind,) if one is not type(None)]
+    inner = [one for one in kinds for one in (get_args(one) if get_origin(one) is list else (one,))]
+    return next((METAVARS[one] for one in inner if one in METAVARS), None)
 
 
 def _slices(settings_type: type[SettingsSlice]) -> list[type[SettingsSlice]]:
     """The classes that settings_type is the sum of, in the order of its fields."""
     parts = [part for part in reversed(settings_type.__mro__) if inspect.get_annotations(part)]
     return [part for part in parts if issubclass(part, SettingsSlice)]
-
-
-def _docstrings(part: type[SettingsSlice]) -> dict[str, str]:
-    """Name of each field that the class itself defines -> the docstring that follows it."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for field, after in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            found[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return found

@@ -98,7 +98,7 @@ def test_lists(tmp_path: Path) -> None:
         (["--lr", "1e-3"], "no flag --lr; did you mean --learning_rate?"),
         (["--max_step", "3"], "no flag --max_step; did you mean --max_steps?"),
         (["--learning", "3"], "no flag --learning; did you mean --learning_rate?"),
-        (["--max_steps"], "argument --max_steps: expected one argument"),
+        (["--max_steps"], "--max_steps: expects a value"),
         (["--max_steps", "many"], "--max_steps many: must be a whole number, such as 1000, 1_000 or 1e3"),
         (["--max_steps", ""], "--max_steps '': must be a whole number"),
         (
