@@ -53,16 +53,17 @@ class RoundingAdamW(AdamW):
         if compiled:
             self._update = torch.compile(rounding_update, fullgraph=True, dynamic=False)
         self._starts: dict[Tensor, Tensor] = {}
+        # From the start: to load a state, PyTorch would make moments by a step with gradients of the weights' dtype,
+        # and weights whose gradients are fp32 refuse those.
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            moments = {name: torch.zeros_like(weight, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
 
     @torch.no_grad()
     @torch.profiler.record_function("Optimizer.step#RoundingAdamW")  # a profiler event as PyTorch's optimizers have it
     def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
         clip = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(skip)
         weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
-        for weight in weights:
-            if not self.state[weight]:
-                moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-                self.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
         counts = [self.state[weight]["step"] for weight in weights]
         torch._foreach_add_(counts, [1 - skip] * len(counts))  # a list of tensors: with a number, the host would wait
         count = counts[0]  # the same for all weights
