@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -110,23 +109,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, full: 
     full: whole tensors instead of this rank's shards; with to_host, on rank 0 alone, in host memory.
     """
     options = StateDictOptions(full_state_dict=full, cpu_offload=to_host)
-    with _gradients_of_any_dtype(model):
-        weights, optimizer_state = get_state_dict(unwrapped(model), optimizer, options=options)
+    weights, optimizer_state = get_state_dict(unwrapped(model), optimizer, options=options)
     return {"model": weights, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
-
-
-@contextmanager
-def _gradients_of_any_dtype(model: nn.Module) -> Iterator[None]:
-    """Lift the dtype that weights ask of their gradients: PyTorch makes an optimizer's first state by an update with
-    gradients of the weights' own dtype."""
-    asked = [(weight, weight.grad_dtype) for weight in model.parameters() if weight.grad_dtype != weight.dtype]
-    for weight, _ in asked:
-        weight.grad_dtype = None
-    try:
-        yield
-    finally:
-        for weight, dtype in asked:
-            weight.grad_dtype = dtype
 
 
 def remove(path: Path) -> None:
