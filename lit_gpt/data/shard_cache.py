@@ -238,8 +238,7 @@ class ShardCache:
             self._folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 sweep(self._folder.parent, self._folder.name)
-                with publishing(self._folder) as partial:
-                    partial.mkdir()
+                with publishing(self._folder, folder=True) as partial:
                     (partial / TAG).write_text(TAG_TEXT)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was quicker
