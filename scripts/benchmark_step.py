@@ -2,7 +2,7 @@
 
     python scripts/benchmark_step.py --size LLaMmlein_1B --rows 16 [--precision bf16-true] [--attention fa4]
         [--mlp quack] [--float8 tensorwise] [--checkpointing selective] [--compile false] [--deterministic]
-        [--micro_batch N] [--breakdown]
+        [--micro_batch N] [--devices N] [--sharding_strategy FULL_SHARD] [--breakdown]
 
 The step is that of the training program, on packed random documents with the lengths of German web text. --breakdown
 prints where the time goes, beside the least time that the device's measured rates of matmuls and copies allow.
@@ -23,7 +23,7 @@ from lit_gpt.train.settings import StepSettings
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--size", default="LLaMmlein_1B", help="a name from the registry of models")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step on each device")
     parser.add_argument("--micro_batch", type=int, help="rows of a forward pass (default: all rows of the step)")
     parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
     parser.add_argument("--float8", default="none", choices=("none", "tensorwise", "rowwise"))
@@ -33,6 +33,10 @@ def main() -> None:
     parser.add_argument("--compile", default=None, choices=("true", "false"), help="default: on GPUs")
     parser.add_argument("--deterministic", action="store_true", help="use only deterministic kernels")
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--devices", type=int, default=1, help="processes, one a GPU")
+    parser.add_argument(
+        "--sharding_strategy", default="FULL_SHARD", choices=("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD")
+    )
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=6, help="steps before the measured ones")
     parser.add_argument("--breakdown", action="store_true", help="print where the time goes; on GPUs")
@@ -40,12 +44,13 @@ def main() -> None:
     micro_batch = arguments.micro_batch or arguments.rows
     if arguments.rows < 1 or micro_batch < 1 or arguments.rows % micro_batch:
         raise BadInput(f"--micro_batch {micro_batch} does not divide --rows {arguments.rows}")
-    require_at_least(arguments, 1, "steps", "warmup")
+    require_at_least(arguments, 1, "steps", "warmup", "devices")
     settings = StepSettings(
-        model_name=arguments.size, global_batch_size=arguments.rows, micro_batch_size=micro_batch,
+        model_name=arguments.size, global_batch_size=arguments.rows * arguments.devices, micro_batch_size=micro_batch,
         precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,
         mlp=arguments.mlp, deterministic=arguments.deterministic,
-        activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=1,
+        activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=arguments.devices,
+        sharding_strategy=arguments.sharding_strategy,
         compile=None if arguments.compile is None else arguments.compile == "true",
     )  # fmt: skip
     settings.check()

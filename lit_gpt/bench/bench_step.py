@@ -3,6 +3,7 @@
 The step is the training program's own (train_step.py), on rows of packed documents: random tokens, with the lengths of
 German web text. They are made once and copied to the device at each step; loading, logging and saving are left out.
 Times are medians by the device's clock, after a warm-up that compiles, of steps that follow each other without a wait.
+Of several processes each makes its own rows; rank 0 tells its times.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ COPY_BYTES = 1 << 30
 PROFILED_STEPS = 3
 
 PARTS = ("attention", "products", "float8 casts", "loss", "optimizer", "rest")
+COMMUNICATION = "communication"
 _CASTS = "float8_"
 """How the names of float8_triton.py's kernels begin."""
 _KERNELS = {
@@ -65,10 +67,12 @@ class StepBench:
         self.model = build_model(self.fabric, self.config, settings)
         self.optimizer = make_optimizer(self.model, settings, compiled=bool(settings.compile))
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
-        generator = np.random.default_rng(settings.seed)
-        micro_batches = settings.global_batch_size // settings.micro_batch_size
+        generator = np.random.default_rng([settings.seed, self.fabric.global_rank])
+        self.ranks = world.size
+        micro_batches = settings.global_batch_size // (settings.micro_batch_size * self.ranks)
         self._steps = [[self._batch(generator) for _ in range(micro_batches)] for _ in range(distinct_steps)]
         self._targets = [sum(int((b.targets != IGNORE_INDEX).sum()) for b in step) for step in self._steps]
+        """Valid targets of this rank."""
         self._done = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -84,9 +88,9 @@ class StepBench:
         return Batch(tokens, targets, cu_seqlens, np.arange(rows))
 
     def step(self) -> tuple[Tensor, int]:
-        """One update: the summed loss on the device, and the valid targets."""
+        """One update: this rank's summed loss on the device, and its valid targets."""
         which = self._done % len(self._steps)
-        update = self.train_step.update(self._done, self._steps[which], self._targets[which])
+        update = self.train_step.update(self._done, self._steps[which], self._targets[which] * self.ranks)
         self._done += 1
         self._skipped += update.verdict != 0
         return update.loss_sum, self._targets[which]
@@ -114,7 +118,7 @@ def packed_documents(rows: int, length: int, generator: np.random.Generator) -> 
 
 
 def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool) -> Iterator[dict[str, Any]]:
-    """The step's speed, and with `breakdown` where its time goes; one dictionary a line of output."""
+    """The step's speed, and with `breakdown` where its time goes; one dictionary a line of output, from rank 0."""
     started = time.perf_counter()
     bench = StepBench(settings)
     settings = bench.settings
@@ -136,8 +140,9 @@ def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool)
         "attention": settings.attention, "mlp": bench.model.mlp_backend,
         "checkpointing": settings.activation_checkpointing,
         "deterministic": settings.deterministic, "compile": settings.compile,
-        "rows": settings.global_batch_size, "micro_batch": settings.micro_batch_size,
-        "value": round(rate), "unit": "tokens/s",
+        "devices": bench.ranks, "sharding_strategy": settings.sharding_strategy,
+        "rows": settings.global_batch_size // bench.ranks, "micro_batch": settings.micro_batch_size,
+        "value": round(rate), "unit": "tokens/s a device",
         "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),
         "first_step_s": round(first_step_s, 1), "loss_after_warmup": round(loss, 4),
     }  # fmt: skip
@@ -146,23 +151,25 @@ def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool)
         if peak := peak_flops(torch.cuda.get_device_name(bench.device)):
             for name, with_embedding in (("mfu_palm", True), ("mfu", False)):
                 line[name] = round(rate * bench.config.flops_per_token(with_embedding=with_embedding) / peak, 4)
-    yield line
+    if bench.fabric.is_global_zero:
+        yield line
     if breakdown:
-        yield from _breakdown(bench, median)
+        lines = list(_breakdown(bench, median))
+        yield from lines if bench.fabric.is_global_zero else ()
 
 
 def _breakdown(bench: StepBench, step_s: float) -> Iterator[dict[str, Any]]:
     """Milliseconds of a step by part, beside the least time that the device's measured rates allow.
 
     "no kernel running" is the time of a timed step less the kernels of other steps, which were profiled: if these ran
-    slower, it is a few ms below 0.
+    slower, it is a few ms below 0. Of communication the part beside which nothing is computed counts.
     """
     if bench.device.type != "cuda":
         return
     flops_s, bytes_s = _matmul_rate(bench.device), _copy_rate(bench.device)
     yield {"what": "rate of bf16 products", "value": round(flops_s / 1e12, 1), "unit": "TFLOP/s"}
     yield {"what": "rate of copies", "value": round(bytes_s / 1e9), "unit": "GB/s, read and written"}
-    spent, kernels = _time_by_part(bench)
+    spent, kernels, communication_s = _time_by_part(bench)
     floors = _floors(bench, flops_s, bytes_s)
     for part in PARTS:
         line: dict[str, Any] = {"what": part, "value": round(spent[part] * 1e3, 2), "unit": "ms"}
@@ -170,14 +177,19 @@ def _breakdown(bench: StepBench, step_s: float) -> Iterator[dict[str, Any]]:
         if part in floors:
             line |= {"floor_ms": round(floors[part] * 1e3, 2), "of_floor": round(floors[part] / spent[part], 3)}
         yield line
+    if bench.ranks > 1:
+        line = {"what": "communication", "value": round(communication_s * 1e3, 2), "unit": "ms"}
+        alone = spent[COMMUNICATION]
+        yield line | {"not_overlapped_ms": round(alone * 1e3, 2), "share": round(alone / step_s, 3)}
     idle = step_s - sum(spent.values())
     yield {"what": "no kernel running", "value": round(idle * 1e3, 2), "unit": "ms", "share": round(idle / step_s, 3)}
     for (part, name), seconds in sorted(kernels.items(), key=lambda item: -item[1])[:24]:
         yield {"what": "kernel", "part": part, "value": round(seconds * 1e3, 2), "unit": "ms", "name": name[:90]}
 
 
-def _time_by_part(bench: StepBench) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Seconds a step of each part, and of each kernel: by the operator that launched it, else by its name."""
+def _time_by_part(bench: StepBench) -> tuple[dict[str, float], dict[tuple[str, str], float], float]:
+    """Seconds a step of each part, and of each kernel: by the operator that launched it, else by its name; and those of
+    all communication, of which the part counts what no other kernel overlaps."""
     bench.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         for _ in range(PROFILED_STEPS):
@@ -185,6 +197,7 @@ def _time_by_part(bench: StepBench) -> tuple[dict[str, float], dict[tuple[str, s
         bench.synchronize()
     parts: dict[str, float] = defaultdict(float)
     kernels: dict[tuple[str, str], float] = defaultdict(float)
+    spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # communication or not: starts and ends, ns
     # calls of the CUDA runtime count their ids apart from operators
     operators = {e.id: e for e in recorded.events() or [] if not e.name.startswith("cu")}
     assert recorded.profiler is not None
@@ -193,12 +206,27 @@ def _time_by_part(bench: StepBench) -> tuple[dict[str, float], dict[tuple[str, s
             continue
         part = _part(operators.get(event.linked_correlation_id()), event.name())
         seconds = event.duration_ns() / 1e9 / PROFILED_STEPS
+        spans[part == COMMUNICATION].append((event.start_ns(), event.start_ns() + event.duration_ns()))
         parts[part] += seconds
         kernels[part, event.name()] += seconds
-    return parts, kernels
+    communication_s = parts[COMMUNICATION]
+    busy, computing = covered_ns(spans[True] + spans[False]), covered_ns(spans[False])
+    parts[COMMUNICATION] = (busy - computing) / 1e9 / PROFILED_STEPS
+    return parts, kernels, communication_s
+
+
+def covered_ns(spans: list[tuple[int, int]]) -> int:
+    """Nanoseconds that lie in at least one of the spans (start, end)."""
+    covered, reached = 0, 0
+    for start, end in sorted(spans):
+        covered += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
 
 
 def _part(operator: Any, kernel: str) -> str:
+    if "nccl" in kernel.lower():
+        return COMMUNICATION
     while operator is not None:
         if "LinearCrossEntropy" in operator.name:
             return "loss"
@@ -216,7 +244,7 @@ def _part(operator: Any, kernel: str) -> str:
 def _floors(bench: StepBench, flops_s: float, bytes_s: float) -> dict[str, float]:
     """Seconds that a step's GEMMs and the optimizer's memory traffic take at the device's measured rates."""
     config, settings = bench.config, bench.settings
-    tokens = settings.global_batch_size * config.block_size
+    tokens = settings.global_batch_size // bench.ranks * config.block_size
     blocks = config.n_layer * config.block_parameters
     recompute = 8 if settings.activation_checkpointing == "full" else 6
     faster = 1 if settings.float8 == "none" else 2
@@ -227,7 +255,7 @@ def _floors(bench: StepBench, flops_s: float, bytes_s: float) -> dict[str, float
         "attention": 14 * pairs * config.n_embd * config.n_layer / flops_s,  # two GEMMs forward, five backward
         "products": recompute * blocks * tokens / flops_s / faster,
         "loss": 6 * config.padded_vocab_size * config.n_embd * tokens / flops_s,
-        "optimizer": 7 * stored * config.parameters / bytes_s,  # four numbers read, three written
+        "optimizer": 7 * stored * config.parameters / bench.ranks / bytes_s,  # four numbers read, three written
     }
 
 

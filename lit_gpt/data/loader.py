@@ -101,6 +101,13 @@ def full_rows(rows: int, block_size: int) -> torch.Tensor:
     return F.pad(cu_seqlens, (0, cu_seqlens_entries(rows + 1) - len(cu_seqlens)), value=rows * block_size)
 
 
+def padding_batch(rows: int, block_size: int) -> Batch:
+    """A batch of the shape that training has, without a target."""
+    tokens = torch.zeros(rows, block_size, dtype=torch.int32)
+    targets = torch.full((rows, block_size), IGNORE_INDEX, dtype=torch.int32)
+    return Batch(tokens, targets, full_rows(rows, block_size), np.full(rows, -1))
+
+
 class StepLoader:
     """Iterates over the steps of one rank from `first_slot` on; a thread reads `prefetch_steps` ahead.
 

@@ -129,12 +129,15 @@ class GPT(nn.Module):
         self.transformer = Transformer(config, mlp_backend)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.cross_entropy = cross_entropy
+        self.compiled = False
 
     def compile_parts(self) -> None:
         """torch.compile each block in place, and the loss of a chunk of tokens. Weights keep their names.
 
-        All blocks share one compilation, so that a start takes seconds.
+        All blocks share one compilation, so that a start takes seconds. There is one graph with gradients and one
+        without: the number of segments, the only size that differs between batches, is a symbol in them.
         """
+        self.compiled = True
         for block in self.transformer.h:
             block.compile()
         self.cross_entropy = torch.compile(cross_entropy)
@@ -156,6 +159,8 @@ class GPT(nn.Module):
             raise ValueError(f"a row of {length} tokens exceeds block_size {self.config.block_size}")
         x = self.transformer.wte(tokens).to(self.compute_dtype)  # (B, T, C)
         segments = make_segments(cu_seqlens, rows, length, tokens.device, x.dtype, self.attention_backend)
+        if self.compiled:
+            torch._dynamo.mark_dynamic(segments.cu_seqlens, 0)
         cos, sin = rotary_angles(segments.positions, self.config.head_size, self.config.rope_base)
         for block in self.transformer.h:
             x = block(x, cos, sin, segments, self.attention_backend)

@@ -52,7 +52,7 @@ from lit_gpt.train.sharding import build_model, shard
 from lit_gpt.train.speed_monitor import SpeedMonitor
 from lit_gpt.train.step_guard import SkippedStep
 from lit_gpt.train.train_step import TrainStep, Update
-from lit_gpt.train.validation import validate
+from lit_gpt.train.validation import compile_without_gradients, validate
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ class Trainer:
             return self.stop.log_early_stop()
         log.info("from step %d on in %s; in all %s", self.state.step, self.inputs.run_dir, self.state.length)
         self.saver.log_room()
+        compile_without_gradients(self.train_step.loss, settings, self.inputs.config.block_size)
         with manual_collection(), ProgressBar(last, self.state.step, enabled=self.rank == 0) as progress:
             while True:
                 with self._open_loader() as loader:

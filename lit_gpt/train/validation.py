@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_gpt.config import IGNORE_INDEX
-from lit_gpt.data.loader import Batch, PackedDataset, validation_batches
+from lit_gpt.data.loader import Batch, PackedDataset, padding_batch, validation_batches
 from lit_gpt.data.token_store import TokenStore
+from lit_gpt.train.settings import Settings
 
 
 class Validation(NamedTuple):
@@ -54,3 +55,13 @@ def validate(
     average = nats / targets
     bits_per_byte = average / math.log(2) * store.tokens / store.text_bytes
     return Validation(average, math.exp(min(average, 700)), bits_per_byte)
+
+
+@torch.no_grad()
+def compile_without_gradients(loss: Callable[[Batch], Tensor], settings: Settings, block_size: int) -> None:
+    """Compile the graph that validation and samples run, where a run has any, before the first step.
+
+    Later, all ranks would wait for each one that compiles. A collective: every rank calls it.
+    """
+    if settings.compile and (settings.val_data_dir or settings.sample_interval_steps):
+        loss(padding_batch(settings.micro_batch_size, block_size))
