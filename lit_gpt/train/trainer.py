@@ -161,7 +161,7 @@ class Trainer:
             return self.stop.log_early_stop()
         log.info("from step %d on in %s; in all %s", self.state.step, self.inputs.run_dir, self.state.length)
         self.saver.log_room()
-        compile_without_gradients(self.train_step.loss, settings, self.inputs.config.block_size)
+        compile_without_gradients(self.train_step.loss, self.settings, self.inputs.config.block_size)
         with manual_collection(), ProgressBar(last, self.state.step, enabled=self.rank == 0) as progress:
             while True:
                 with self._open_loader() as loader:
