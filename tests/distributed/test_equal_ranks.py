@@ -28,7 +28,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("what", ["learning rate", "store"])
+@pytest.mark.parametrize("what", ["learning rate", pytest.param("store", marks=pytest.mark.long)])
 def test_two_processes_of_which_one_differs(store: Path, tmp_path: Path, what: str) -> None:
     other = write_store(
         tmp_path / "other", documents(80, 9), tokenizer_fingerprint="test", vocab_size=VOCABULARY, bos_id=1,

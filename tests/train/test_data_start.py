@@ -87,6 +87,7 @@ def datapoints(run: Path, *query: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_continued_pretraining(store: Path, tmp_path: Path) -> None:
     """Four steps, then eight on other data from its slot 0 on; taken up again with the flag still given; the record
     verifies over both, and finds a document of each."""
