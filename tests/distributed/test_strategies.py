@@ -50,8 +50,8 @@ def test_two_processes_equal_one(store: Path, alone: Path, tmp_path: Path, strat
 def test_float8_and_recomputation(store: Path, tmp_path: Path, float8: str) -> None:
     """Sharded weights are gathered in bf16 before their cast to 8 bits, whole ones are cast from fp32: 2^-8 apart.
 
-    The losses begin 1e-3 apart at most, and part further with each update: up to 1.6e-3 at steps 2 and 3 on one CPU, 2.4e-3
-    at step 3 on another.
+    The losses begin 1e-3 apart at most, and part further with each update: up to 1.6e-3 at steps 2 and 3 on one CPU,
+    2.4e-3 at step 3 on another.
     """
     settings = dict(
         max_steps=4, warmup_steps=1, micro_batch_size=2, precision="bf16-mixed", float8=float8,
