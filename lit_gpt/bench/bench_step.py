@@ -142,7 +142,7 @@ def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool)
         "deterministic": settings.deterministic, "compile": settings.compile,
         "devices": bench.ranks, "sharding_strategy": settings.sharding_strategy,
         "rows": settings.global_batch_size // bench.ranks, "micro_batch": settings.micro_batch_size,
-        "value": round(rate), "unit": "tokens/s a device",
+        "value": round(rate), "unit": "tokens/s" + " a device" * (bench.ranks > 1),
         "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),
         "first_step_s": round(first_step_s, 1), "loss_after_warmup": round(loss, 4),
     }  # fmt: skip

@@ -150,8 +150,6 @@ class Trainer:
             keep_every_steps=settings.keep_every_steps,
         )
 
-    # The loop
-
     def run(self) -> int:
         """Take all steps; returns the program's exit code."""
         last = self.state.length.steps

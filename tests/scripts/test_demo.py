@@ -13,6 +13,7 @@ from lit_gpt.checkpoint.checkpoint import write_initial
 from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.model import GPT
 from scripts import demo
 
 LOSSES = [("1", "8.5", ""), ("2", "8.25", "8.125"), ("3", "8.0", "")]
@@ -60,10 +61,13 @@ def test_rows(tmp_path: Path, change: dict, holds: bool) -> None:
 
 @pytest.mark.parametrize(("value", "holds"), [(0.0, True), (-0.0, False)])
 def test_weights_are_compared_by_bits(tmp_path: Path, value: float, holds: bool) -> None:
+    config = Config.from_name("debug")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     for name, weight in (("run", 0.0), ("other", value)):
         (tmp_path / name).mkdir()
-        tensors = [("lm_head.weight", torch.full((2,), weight))]
-        write_initial(tmp_path / name / checkpoint_name(3), Config.from_name("debug"), tensors, {"step": 3})
+        tensors = [(weight_name, torch.full(shape, weight)) for weight_name, shape in shapes.items()]
+        write_initial(tmp_path / name / checkpoint_name(3), config, tensors, {"step": 3})
     assert demo.same_weights(tmp_path / "run", tmp_path / "other").holds is holds
 
 
