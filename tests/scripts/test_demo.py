@@ -67,7 +67,8 @@ def test_weights_are_compared_by_bits(tmp_path: Path, value: float, holds: bool)
     for name, weight in (("run", 0.0), ("other", value)):
         (tmp_path / name).mkdir()
         tensors = [(weight_name, torch.full(shape, weight)) for weight_name, shape in shapes.items()]
-        write_initial(tmp_path / name / checkpoint_name(3), config, tensors, {"step": 3})
+        facts = {"step": 3, "slot": 24, "tokens": 100, "settings": {}}
+        write_initial(tmp_path / name / checkpoint_name(3), config, tensors, facts)
     assert demo.same_weights(tmp_path / "run", tmp_path / "other").holds is holds
 
 
