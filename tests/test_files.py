@@ -1,14 +1,11 @@
-"""Publishing, locking, hashing and torn lines: right values, kills, full disks, a file system without locks."""
+"""Publishing, removing, hashing and torn lines: right values, kills, full disks, NFS."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,6 @@ from lit_gpt import files
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.line_log import whole_lines
 from lit_gpt.files import (
-    Lock,
-    LockHeld,
     publish,
     publishing,
     publishing_new,
@@ -28,32 +23,9 @@ from lit_gpt.files import (
     write_json,
     xxh3,
 )
-from tests.support.no_locks import NO_LOCKS, without_locks
+from lit_gpt.locks import host_name
+from tests.support.processes import DEAD_PID, names, start, wait_for
 from tests.support.training import small_disk
-
-ROOT = str(Path(__file__).resolve().parents[1])
-DEAD_PID = 2**22 + 1  # above the largest that Linux gives
-
-
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a Python process that runs the code; sys and files are imported."""
-    begin = "import os, signal, sys, time\nfrom pathlib import Path\nfrom lit_gpt import files\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", begin + code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": ROOT},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
-
 
 # Publishing
 
@@ -95,7 +67,7 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_after(
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     publish(tmp_path / "a", [b"1"])
-    mine = f"{files._host()}-{os.getpid()}.partial"
+    mine = f"{host_name()}-{os.getpid()}.partial"
     assert calls == [f"fsync .a.{mine}", "rename", "fsync ."]
     calls.clear()
     with publishing(tmp_path / "b", folder=True) as folder:
@@ -127,7 +99,7 @@ def test_a_kill_leaves_the_old_file_and_what_is_swept(tmp_path: Path, moment: st
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-    assert names(tmp_path) == [f".a.{files._host()}-{killed.pid}.partial", "a"]
+    assert names(tmp_path) == [f".a.{host_name()}-{killed.pid}.partial", "a"]
     sweep(tmp_path)
     assert names(tmp_path) == ["a"]
 
@@ -154,7 +126,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_sweeping_takes_what_was_left_behind_and_nothing_else(tmp_path: Path) -> None:
-    host = files._host()
+    host = host_name()
     dead = [f".a.{host}-{DEAD_PID}.partial", f".model.gguf.{host}-{DEAD_PID}.partial"]
     alive = [f".a.{host}-{os.getppid()}.partial", ".a.elsewhere-7.partial"]
     earlier = ["a.partial", ".a.partial"]  # names of earlier versions, which say no process
@@ -191,12 +163,12 @@ def test_what_was_planted_under_a_temporary_name_is_not_written_to(tmp_path: Pat
             target = {"link to a file": "file", "link to a folder": "inner", "dangling link": "absent"}[kind]
             planted.symlink_to(victim / target)
 
-    mine = f"{files._host()}-{os.getpid()}.partial"
+    mine = f"{host_name()}-{os.getpid()}.partial"
     for name in ("a", "model", "model.gguf"):
         plant(f".{name}.{mine}")
         plant(f".{name}.partial")
     plant("a.partial")
-    plant(f".b.{files._host()}-{DEAD_PID}.partial")
+    plant(f".b.{host_name()}-{DEAD_PID}.partial")
     publish(run / "a", [b"ours"])
     with publishing_new(run / "model", folder=True) as folder:
         (folder / "weights").write_text("ours")
@@ -258,7 +230,8 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     )
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    assert names(tmp_path) == [".model.lock", f".model.{files._host()}-{killed.pid}.partial"]
+    left = [".model.lock", ".model.lock.owner", f".model.{host_name()}-{killed.pid}.partial"]
+    assert names(tmp_path) == sorted(left)
     (tmp_path / ".model.partial").mkdir()  # of an earlier version
     (tmp_path / ".model.partial/old").touch()
     with publishing_new(tmp_path / "model", folder=True) as folder:
@@ -290,150 +263,49 @@ def test_an_unwritable_destination_is_one_line(tmp_path: Path) -> None:
         pass
 
 
-# Locking
+def on_nfs(monkeypatch: pytest.MonkeyPatch, opened: str) -> None:
+    """As NFS while a file named `opened` is open: removing it renames it, and the new name cannot be removed."""
+    real = os.unlink
+
+    def unlink(path: str | Path, *, dir_fd: int | None = None) -> None:
+        name = os.path.basename(path)
+        if name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        if name == opened:
+            os.rename(path, os.path.join(os.path.dirname(path), ".nfs0001"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        else:
+            real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
 
 
-HOLDER = """
-with files.Lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read() if len(sys.argv) == 2 else time.sleep(60)
-"""
+def test_a_folder_with_an_open_file_on_nfs_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "build"
+    for part in ("runs", "shards"):
+        (folder / part).mkdir(parents=True)
+        for name in ("a", "lock", "z"):
+            (folder / part / name).touch()
+    with monkeypatch.context() as patched:
+        on_nfs(patched, "lock")
+        for _ in range(2):  # the second time only the name of NFS is there
+            files.discard(folder)
+            left = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+            assert left == ["runs/.nfs0001", "shards/.nfs0001"]
+    files.discard(folder)
+    assert names(tmp_path) == []
 
 
-@pytest.fixture(params=["locks", "no locks"])
-def patch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The file system with or without locks, for this process; returns the code that does it in another."""
-    if request.param == "locks":
-        return ""
-    without_locks(monkeypatch)
-    return NO_LOCKS
+def test_a_folder_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlink(path: str, *, dir_fd: int | None = None) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
-
-def holder(patch: str, path: Path) -> subprocess.Popen[str]:
-    process = start(patch + HOLDER, path, "until killed")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def test_a_lock_keeps_others_out_until_its_holder_is_killed(tmp_path: Path, patch: str) -> None:
-    path = tmp_path / "lock"
-    process = holder(patch, path)
-    for _ in range(2):
-        with pytest.raises(LockHeld, match="another process holds"):
-            Lock(path)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with Lock(path):
-        held = start(patch + HOLDER, path)
-        held.communicate()
-        assert held.returncode == 1
-    with Lock(path):
-        pass
-    assert names(tmp_path) == ["lock"]
-
-
-@pytest.mark.slow
-def test_waiting_for_a_holder(tmp_path: Path, patch: str) -> None:
-    process = holder(patch, tmp_path / "lock")
-    code = patch + "with files.Lock(Path(sys.argv[1]), wait=True): print(time.time())"
-    waiting = [start(code, tmp_path / "lock") for _ in range(2)]
-    time.sleep(1.5)
-    assert [other.poll() for other in waiting] == [None, None]
-    killed_at = time.time()
-    process.send_signal(signal.SIGKILL)
-    process.wait()  # until then it is a zombie, whose pid is taken
-    for other in waiting:
-        said, _ = other.communicate(timeout=20)
-        assert float(said) > killed_at
-
-
-def test_many_processes_never_hold_one_lock_together(tmp_path: Path, patch: str) -> None:
-    """Each adds one to a number that it reads and writes back; every release removes the lock's file."""
-    (tmp_path / "number").write_text("0")
-    code = (
-        patch
-        + """files._POLL_S = 0.002
-for _ in range(25):
-    with files.Lock(Path(sys.argv[1]), wait=True, remove=True):
-        number = int(Path(sys.argv[2]).read_text())
-        time.sleep(0.001)
-        Path(sys.argv[2]).write_text(str(number + 1))"""
-    )
-    processes = [start(code, tmp_path / "lock", tmp_path / "number") for _ in range(4)]
-    assert [process.wait() for process in processes] == [0] * 4
-    assert (tmp_path / "number").read_text() == "100"
-    assert names(tmp_path) == ["number"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
-) -> None:
-    without_locks(monkeypatch, number)
-    path = tmp_path / "lock"
-    with Lock(path):
-        assert f"{path} cannot be locked ({os.strerror(number)}): the file lock.owner replaces the lock" in caplog.text
-        assert (tmp_path / "lock.owner").read_text().split()[:2] == [files._host(), str(os.getpid())]
-        with pytest.raises(LockHeld):
-            Lock(path)
-    assert names(tmp_path) == ["lock"]
-
-
-def test_another_refusal_of_the_lock_is_no_reason_for_an_owner_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_locks(monkeypatch, errno.EIO)
-    with pytest.raises(OSError, match="Input/output error"):
-        Lock(tmp_path / "lock")
-    assert names(tmp_path) == ["lock"]
-
-
-def test_the_owner_of_another_host_is_taken_over_when_it_is_not_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    without_locks(monkeypatch)
-    owner = tmp_path / "lock.owner"
-    for content in ("elsewhere 7 0badc0de", ""):  # empty: it was killed before it had written its name
-        owner.write_text(content)
-        with pytest.raises(LockHeld):
-            Lock(tmp_path / "lock")
-        past = time.time() - files.STALE_S - 1
-        os.utime(owner, (past, past))
-        with Lock(tmp_path / "lock"):
-            assert owner.read_text().startswith(f"{files._host()} {os.getpid()} ")
-        assert names(tmp_path) == ["lock"]
-    assert f"{owner} was left behind by process 7 of elsewhere: taken over" in caplog.text
-
-
-def test_an_owner_touches_its_file_and_says_when_it_lost_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    without_locks(monkeypatch)
-    monkeypatch.setattr(files, "BEAT_S", 0.02)
-    owner = tmp_path / "lock.owner"
-    with Lock(tmp_path / "lock"):
-        os.utime(owner, (1, 1))
-        wait_for(lambda: owner.stat().st_mtime > 1)
-        assert "not ours" not in caplog.text
-        owner.write_text("elsewhere 7 0badc0de")
-        wait_for(lambda: "lock.owner is no longer ours" in caplog.text)
-    assert owner.read_text() == "elsewhere 7 0badc0de"  # it is not ours to remove
-
-
-@pytest.mark.slow
-def test_one_winner_among_many_that_find_a_dead_owner(tmp_path: Path) -> None:
-    """Without locks, with a dead owner, and six processes at once: only one at a time holds it."""
-    code = """files._POLL_S = 0.001
-with files.Lock(Path(sys.argv[1]), wait=True):
-    os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))
-    time.sleep(0.02)
-    os.unlink(sys.argv[2])"""
-    for _ in range(3):
-        (tmp_path / "lock.owner").write_text(f"{files._host()} {DEAD_PID} 0badc0de")
-        processes = [start(NO_LOCKS + code, tmp_path / "lock", tmp_path / "inside") for _ in range(6)]
-        assert [process.wait() for process in processes] == [0] * 6
-    assert names(tmp_path) == ["lock"]
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build/a").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlink)
+        with pytest.raises(OSError, match="Input/output error"):
+            files.discard(tmp_path / "build")
+    files.discard(tmp_path / "absent")
 
 
 # Hashing and reading

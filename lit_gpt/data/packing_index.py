@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from lit_gpt.cli import BadInput
 from lit_gpt.data.packing import PACKING_VERSION, Pieces, pack
 from lit_gpt.data.token_store import DamagedShard, TokenStore, document_ends
-from lit_gpt.files import Lock, publishing, sweep
+from lit_gpt.files import publishing, sweep
+from lit_gpt.locks import Lock
 
 log = logging.getLogger(__name__)
 

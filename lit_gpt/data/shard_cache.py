@@ -35,7 +35,8 @@ import xxhash
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import HEADER_BYTES, DamagedShard, Shard, ShardFile, TokenStore
-from lit_gpt.files import Lock, LockHeld, publishing, sweep
+from lit_gpt.files import publishing, sweep
+from lit_gpt.locks import Lock, LockHeld
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from lit_gpt.cli import BadInput
-from lit_gpt.files import Lock, LockHeld, publish, sweep
+from lit_gpt.files import publish, sweep
+from lit_gpt.locks import Lock, LockHeld
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from lit_gpt.cli import BadInput, require_at_least
 from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS
-from lit_gpt.files import Lock, LockHeld, publish, sweep
+from lit_gpt.files import publish, sweep
+from lit_gpt.locks import Lock, LockHeld
 from lit_gpt.prepare.document_source import PIECES_VERSION
 from lit_gpt.prepare.records import Fields, SourceFile
 

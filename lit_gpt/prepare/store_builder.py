@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ import numpy as np
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import Shard, Vocabulary, write_manifest
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.files import publish, sweep
+from lit_gpt.files import discard, publish, sweep
 from lit_gpt.prepare.build_ledger import Ledger, length_statistics, make_ledger, write_rejects
 from lit_gpt.prepare.build_request import REJECTS, SUMMARY, WORK, BuildSettings, claim, find_finished, make_request
 from lit_gpt.prepare.build_workers import PieceReport, ShardWork, TokeniseSettings, TokeniseWork, vocabulary_of
@@ -38,7 +38,7 @@ from lit_gpt.prepare.records import Piece, SourceFile
 from lit_gpt.prepare.reject_guard import CHECK_LINES, RejectGuard
 from lit_gpt.prepare.shard_plan import SplitPlan, SplitRule, plan_shards, split_threshold
 from lit_gpt.prepare.source_files import open_sources
-from lit_gpt.prepare.token_runs import Columns, duplicate_places, find_runs, open_run
+from lit_gpt.prepare.token_runs import Columns, RunSummary, duplicate_places, find_runs, open_run
 from lit_gpt.prepare.worker_pool import run_pool
 
 SWEPT = "build.done"
@@ -96,12 +96,16 @@ def build(settings: BuildSettings, report: Report) -> dict[str, Any]:
         allow_damaged_files=settings.allow_damaged_files,
     )
     request = make_request(settings, sources, tokenizer.fingerprint)
-    shutil.rmtree(destination / SWEPT, ignore_errors=True)
+    if (destination / SWEPT).is_dir() and os.access(destination, os.W_OK):
+        discard(destination / SWEPT)
     if (finished := find_finished(destination, request)) is not None:
         log.info("%s already holds this data set, finished", destination)
         return finished
-    with claim(destination, request):
-        return _Build(settings, sources, vocabulary_of(tokenizer), request, report).run()
+    try:
+        with claim(destination, request):
+            return _Build(settings, sources, vocabulary_of(tokenizer), request, report).run()
+    finally:  # when the lock is closed: NFS keeps the names of open files
+        discard(destination / SWEPT)
 
 
 class _Build:
@@ -124,26 +128,32 @@ class _Build:
         self.folder = self.destination / WORK
 
     def run(self) -> dict[str, Any]:
-        while not self._is_tokenised():
-            self._tokenise()
-        runs = [open_run(path) for path in find_runs(self.folder / "runs")]
+        found = self._find_runs()
+        while not self._is_tokenised(found):
+            self._tokenise(found)
+            found = self._find_runs()
+        runs = [open_run(path) for path in found]
         duplicates = duplicate_places(runs)
-        ledger = self._ledger(duplicates)
+        ledger = self._ledger(found, duplicates)
         if not ledger.documents:
-            shutil.rmtree(self.folder)
+            self.folder.rename(self.destination / SWEPT)
             raise BadInput(f"the source holds no document: {', '.join(self.settings.source)}")
         threshold = split_threshold(runs, duplicates[0], self.settings.val_fraction)
         if self.settings.val_fraction and not threshold:
             log.warning("no validation data: there is only one document, or all have the same text")
         rule = SplitRule(threshold, duplicates[0])
         plans = plan_shards(runs, rule, self.settings.shard_tokens)
-        shards = self._write_shards(plans, rule)
+        shards = self._write_shards(found, plans, rule)
         splits = {split: self._finish(plans[split], shards[split]) for split in ("val", "train") if shards[split]}
         counts = {"lines": ledger.lines, "documents": ledger.documents, "rejects": ledger.kinds}
         summary = {"request": self.request, "ledger": counts, "splits": splits}
         publish(self.destination / SUMMARY, [json.dumps(summary, indent=1, ensure_ascii=False).encode()])
-        shutil.rmtree(self.folder.rename(self.destination / SWEPT))
+        self.folder.rename(self.destination / SWEPT)
         return summary
+
+    def _find_runs(self) -> dict[Path, RunSummary]:
+        """The runs so far. A killed start's worker may add one until its next task, so each step looks once."""
+        return find_runs(self.folder / "runs")
 
     def _piece_counts(self) -> dict[int, int]:
         """Number of pieces of each file that was read to its end."""
@@ -151,14 +161,13 @@ class _Build:
         names = (path for path in (self.folder / "pieces").iterdir() if path.name.isdigit())  # NFS may add .nfs names
         return {**counts, **{int(path.name): int(path.read_text()) for path in names}}
 
-    def _is_tokenised(self) -> bool:
-        done = Counter(file for summary in find_runs(self.folder / "runs").values() for file, _ in summary.pieces)
+    def _is_tokenised(self, runs: dict[Path, RunSummary]) -> bool:
+        done = Counter(file for summary in runs.values() for file, _ in summary.pieces)
         counts = self._piece_counts()
         return all(done[file] == counts.get(file) for file in range(len(self.sources)))
 
-    def _tokenise(self) -> None:
+    def _tokenise(self, runs: dict[Path, RunSummary]) -> None:
         settings = self.settings
-        runs = find_runs(self.folder / "runs")
         work = TokeniseSettings(
             runs=self.folder / "runs",
             tokenizer_path=settings.tokenizer_path,
@@ -182,7 +191,7 @@ class _Build:
                 totals.add(result)
                 self.report(BuildProgress("tokenise", totals.source_bytes, total, totals.tokens, totals.rejects))
         if totals.stopped:
-            self._ledger(np.zeros((2, 0), np.uint64))
+            self._ledger(self._find_runs(), np.zeros((2, 0), np.uint64))
 
     def _pieces(self, done: set[tuple[int, int]], totals: Totals) -> Iterator[Piece]:
         """The pieces that are in no run yet; files that are done are not read again."""
@@ -203,16 +212,17 @@ class _Build:
             if source.format != "text":
                 publish(self.folder / "pieces" / str(file), [str(read).encode()])
 
-    def _ledger(self, duplicates: Columns) -> Ledger:
-        """The ledger so far, with its rejects written to rejects.jsonl; BadInput if there are too many."""
-        runs = find_runs(self.folder / "runs").values()
-        ledger = make_ledger(runs, duplicates, [source.name for source in self.sources])
+    def _ledger(self, runs: dict[Path, RunSummary], duplicates: Columns) -> Ledger:
+        """The ledger of `runs`, with its rejects written to rejects.jsonl; BadInput if there are too many."""
+        ledger = make_ledger(runs.values(), duplicates, [source.name for source in self.sources])
         listing = self.destination / REJECTS
         write_rejects(listing, ledger.rejects)
         ledger.check(self.settings.max_reject_fraction, listing)
         return ledger
 
-    def _write_shards(self, plans: dict[str, SplitPlan], rule: SplitRule) -> dict[str, list[Shard]]:
+    def _write_shards(
+        self, runs: dict[Path, RunSummary], plans: dict[str, SplitPlan], rule: SplitRule
+    ) -> dict[str, list[Shard]]:
         """Write the planned shards, except those that an earlier start has written; returns each split's."""
         for split, plan in plans.items():
             if plan.shards:
@@ -221,7 +231,7 @@ class _Build:
         shards = self._written_shards()
         tasks = [shard for shard in planned if (shard.split, shard.number) not in shards]
         arguments = (
-            list(find_runs(self.folder / "runs")),
+            list(runs),
             self.destination,
             self.vocabulary,
             [source.name for source in self.sources],
