@@ -28,6 +28,8 @@ EXIT_NOT_SAVED = 74
 """EX_IOERR of sysexits.h: the run ended, but its last checkpoint could not be saved; earlier ones are whole."""
 EXIT_REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: the state is saved, and the run wants to be started again."""
+EXIT_ABORTED = 130
+"""128 + SIGINT, as shells have it: a second Ctrl-C ended the run, which has not saved."""
 
 
 DASHES = "-\u2013\u2014"

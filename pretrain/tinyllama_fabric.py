@@ -10,8 +10,8 @@ With --plan the program only prints what the run will need, and exits.
 
 Exit codes: 0 finished, or stopped early with a checkpoint (at a signal or before the job's end); 75 the same inside a
 Slurm job, to be requeued; 74 ended, but the last checkpoint could not be saved; 3 gave up with a checkpoint, after too
-many skipped updates in a row or too many rollbacks; 2 bad input, explained in one line; anything else is a failure with
-a traceback.
+many skipped updates in a row or too many rollbacks; 130 a second Ctrl-C, nothing saved; 2 bad input, explained in one
+line; anything else is a failure with a traceback.
 """
 
 import sys

@@ -34,6 +34,7 @@ from lit_gpt.launch.fabric import (
 )
 from lit_gpt.launch.job import host
 from lit_gpt.launch.settings import LaunchSettings
+from lit_gpt.launch.signals import StopFlag
 
 Result = TypeVar("Result")
 
@@ -146,11 +147,15 @@ def starts_alone(world: World) -> bool:
 
 
 def launch(
-    settings: LaunchSettings, world: World, shard: Callable[[nn.Module], nn.Module] = lambda model: model
+    settings: LaunchSettings,
+    world: World,
+    shard: Callable[[nn.Module], nn.Module] = lambda model: model,
+    stop_flag: StopFlag | None = None,
 ) -> Fabric:
     """A launched Fabric: when it returns, the program runs in world.size processes. Raises BadInput for a taken port.
 
-    shard: shards a model over the processes; Fabric.setup_module calls it if there are several.
+    shard: shards a model over the processes; Fabric.setup_module calls it if there are several. stop_flag: learns of
+    the ranks that this process starts.
     """
     if settings.deterministic:
         be_deterministic()
@@ -179,6 +184,8 @@ def launch(
             strategy=strategy,
             plugins=[world.environment],
         )
+    if stop_flag is not None:
+        stop_flag.children = lambda: getattr(fabric.strategy.launcher, "procs", ())
     fabric.launch()
     if not fabric.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)

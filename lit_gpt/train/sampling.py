@@ -79,9 +79,11 @@ def sample(
     seed: int,
     step: int,
     device: torch.device,
+    before_token: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """A continuation of each prompt. A collective: every rank calls it and gets the same.
 
+    before_token may raise, on every rank.
     next_logits(tokens (B, T) int64, cu_seqlens, at (B,)) gives the logits (B, V) of the token after position `at`.
     """
     generator = torch.Generator().manual_seed((seed << 32) + step)
@@ -95,6 +97,7 @@ def sample(
         lengths = torch.tensor([len(prompt) for prompt in group] + [1] * (rows - len(group)))
         ended = torch.arange(rows) >= len(group)
         for _ in range(settings.sample_tokens):
+            before_token()
             logits = next_logits(tokens.to(device), cu_seqlens, (lengths - 1).to(device))
             drawn = _draw(logits[:, :vocab_size].float().cpu(), settings.sample_temperature, generator)
             if dist.is_initialized():

@@ -40,6 +40,7 @@ class TrainStep:
         self._optimizer = optimizer
         self.settings = settings
         """max_steps: where the schedule ends."""
+        self.device = fabric.device
         self.guard = StepGuard(settings, fabric.device)
 
     def update(self, step: int, batches: Sequence[Batch], targets: int) -> Update:
@@ -76,3 +77,7 @@ class TrainStep:
             x.to(self._fabric.device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.cu_seqlens)
         )
         return self._model(tokens.long(), cu_seqlens, targets.long())
+
+    def next_logits(self, tokens: Tensor, cu_seqlens: Tensor, at: Tensor) -> Tensor:
+        """Logits (B, V) of the token after position `at` (B,) of each row of tokens (B, T)."""
+        return self._model(tokens, cu_seqlens, at=at)

@@ -5,8 +5,9 @@ model, optimizer and checkpoint (`Trainer`), then the steps (`Trainer.run`). The
 (run_state.py). All else is a function of these and the settings, so a resumed run repeats an uninterrupted one. A
 rollback after a spike (rollback.py) leaves the loop over steps and enters it again, as a resume does.
 
-Once a step, before the forward pass, the ranks agree by one all-reduce of integers on the host: valid targets (the
-loss's divisor), digest of the rows, stop signal, time, failed saves. The host waits for the GPU at logs and saves.
+Once a step, before the forward pass, the ranks agree by one all-reduce of integers on the host (agreement.py). A stop
+saves before anything else: no further step is done, and a validation or samples that it meets are left. The host waits
+for the GPU at logs and saves.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
-from lit_gpt.data.loader import Step, StepLoader
+from lit_gpt.data.loader import StepLoader
 from lit_gpt.datapoints.run_folder import with_absolute_paths
 from lit_gpt.launch.signals import StopFlag
-from lit_gpt.launch.stop import Reason, StopRequest
+from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import Watchdog
 from lit_gpt.launch.world import (
     Fabric,
@@ -38,36 +39,24 @@ from lit_gpt.launch.world import (
     record_collectives,
     starts_alone,
 )
+from lit_gpt.train.agreement import agree
 from lit_gpt.train.garbage import manual_collection
 from lit_gpt.train.optimizer import make_optimizer
+from lit_gpt.train.pauses import Pauses
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.progress import ProgressBar
 from lit_gpt.train.resolve import resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
 from lit_gpt.train.run_inputs import RunInputs, open_cache, open_inputs, training_rows, validation_rows
 from lit_gpt.train.run_state import RunState
-from lit_gpt.train.sampling import sample
 from lit_gpt.train.settings import Settings
 from lit_gpt.train.sharding import build_model, shard
 from lit_gpt.train.speed_monitor import SpeedMonitor
 from lit_gpt.train.step_guard import SkippedStep
 from lit_gpt.train.train_step import TrainStep, Update
-from lit_gpt.train.validation import compile_without_gradients, validate
+from lit_gpt.train.validation import compile_without_gradients
 
 log = logging.getLogger(__name__)
-
-
-class Agreed(NamedTuple):
-    """What the ranks agreed on for one step."""
-
-    targets: int
-    """Valid targets of the step, over all ranks."""
-    digest: int
-    """Digest of the step's rows: the sum over ranks, modulo 2^64."""
-    stop: Reason | None
-    """Why some rank wants to stop after this step."""
-    save_broken: bool
-    """Some rank's background save failed."""
 
 
 def train(
@@ -85,7 +74,7 @@ def train(
     if starts_alone(inputs.world) and stop.signal:
         return stop.log_early_stop()
     record_collectives(inputs.run_dir / "watchdog")
-    fabric = launch(settings, inputs.world, lambda model: shard(model, settings, inputs.world))
+    fabric = launch(settings, inputs.world, lambda model: shard(model, settings, inputs.world), stop_flag)
     name, trainer = rank_name(fabric.global_rank, fabric.device), None
     try:
         if any_rank(stop.signal is not None):
@@ -132,13 +121,14 @@ class Trainer:
         self.train_step = TrainStep(self.fabric, self.model, self.optimizer, settings)
         self.cache = open_cache(settings)
         self.dataset = training_rows(inputs, settings, self.cache)
-        self.validation = validation_rows(inputs, settings)
+        validation = validation_rows(inputs, settings)
         parts = self.model, self.optimizer, self.train_step.guard
         self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts, flags)
         self.state.start()
         self._follow_length()
         stop.note_save(self.state.load_s)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
+        self.pauses = Pauses(settings, inputs, validation, self.train_step, stop, self.watchdog, self.monitor)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
         self.saver = CheckpointSaver(
             inputs.run_dir,
@@ -157,19 +147,20 @@ class Trainer:
             on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
             return self.stop.log_early_stop()
+        self.stop.answer_while_training()
         log.info("from step %d on in %s; in all %s", self.state.step, self.inputs.run_dir, self.state.length)
         self.saver.log_room()
         compile_without_gradients(self.train_step.loss, self.settings, self.inputs.config.block_size)
         with manual_collection(), ProgressBar(last, self.state.step, enabled=self.rank == 0) as progress:
             while True:
                 with self._open_loader() as loader:
-                    stopped, rollback = self._take_steps(loader, progress)
+                    rollback = self._take_steps(loader, progress)
                 if rollback is not None:
                     self._roll_back(rollback)
-                if rollback is None or stopped:
+                if rollback is None or self.stop.agreed:
                     break
         self.profiler.stop()
-        return self._finish(stopped)
+        return self._finish()
 
     def _open_loader(self) -> StepLoader:
         return StepLoader(
@@ -184,47 +175,64 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _take_steps(self, loader: StepLoader, progress: ProgressBar) -> tuple[Reason | None, Rollback | None]:
-        """Take steps to the loader's end, a stop or a spike; returns why it stopped, and the rollback to do.
+    def _take_steps(self, loader: StepLoader, progress: ProgressBar) -> Rollback | None:
+        """Take steps to the loader's end, a stop (then `stop.agreed` says why) or a spike; returns the rollback to do.
 
         The last step is saved, unless there is a rollback.
         """
-        settings, state, guard = self.settings, self.state, self.train_step.guard
-        stopped, saved_at = None, state.step
-        last = state.step + loader.steps
+        state, guard = self.state, self.train_step.guard
+        last, done = state.step + loader.steps, None
+        self._saved_at = self._logged_at = state.step
         for data in loader:
             self.profiler.before_step(state.step + 1)
-            agreed = self._agree(data)
+            self.watchdog.at("agree")
+            agreed = agree(data, self.stop, self.saver, self.pauses.due(state.step + 1, last))
+            self.watchdog.at("update")
             if agreed.save_broken:
                 self.saver.wait()
-            update = self.train_step.update(state.step, data.batches, agreed.targets)
-            state.step_done(data, agreed.targets, agreed.digest)
-            guard.note(state.step, data.first_slot, data.rows, update.verdict, update.grad_norm)
-            self.monitor.count(agreed.targets, loader.take_wait_s())
-            stopped, ended = agreed.stop, agreed.stop is not None or state.step == last
-            evaluate = state.step % settings.eval_interval_steps == 0 or state.step == last
-            log_now = evaluate or ended or state.step % settings.log_interval_steps == 0
-            save_now = ended or state.step % settings.save_interval_steps == 0
-            if log_now or save_now:
-                gc.collect()
-                rollback = self._plan_rollback(guard.record(state.datapoints))
-                if rollback is not None:
-                    return stopped, rollback
-            if log_now:
-                epochs = state.slot / self.dataset.rows_per_epoch
-                progress.show(self._log(agreed.targets, update, evaluate=evaluate), epochs)
-            gave_up = self._gave_up is not None
-            if save_now or gave_up:
-                self._save(wait=ended or gave_up)
-                saved_at = state.step
-            self.watchdog.step_done(state.step)
-            progress.advance(state.step)
-            if settings.sample_interval_steps and state.step % settings.sample_interval_steps == 0 and not stopped:
-                self._sample()
-            if stopped or gave_up:
+            if self.stop.agreed:
                 break
-        assert saved_at == state.step
-        return stopped, None
+            done = agreed.targets, self.train_step.update(state.step, data.batches, agreed.targets)
+            state.step_done(data, agreed.targets, agreed.digest)
+            guard.note(state.step, data.first_slot, data.rows, done[1].verdict, done[1].grad_norm)
+            self.monitor.count(agreed.targets, loader.take_wait_s())
+            rollback = self._end_step(*done, progress, last)
+            if rollback is not None:
+                return rollback
+            if self.stop.agreed or self._gave_up is not None:
+                break
+        self.stop.note_ending()
+        if self.stop.agreed and done and self._saved_at < state.step:
+            return self._end_step(*done, progress, last)
+        self.watchdog.at("save")
+        self.saver.wait()
+        assert self._saved_at == state.step
+        return None
+
+    def _end_step(self, targets: int, update: Update, progress: ProgressBar, last: int) -> Rollback | None:
+        """Log, validate, save and sample, as far as it is due after the update; returns the rollback to do instead."""
+        settings, state, guard = self.settings, self.state, self.train_step.guard
+        pauses = [] if self.stop.agreed else self.pauses.due(state.step, last)
+        ended = self.stop.agreed is not None or state.step == last
+        log_now = "validate" in pauses or ended or state.step % settings.log_interval_steps == 0
+        save_now = ended or state.step % settings.save_interval_steps == 0
+        if log_now or save_now:
+            gc.collect()
+            rollback = self._plan_rollback(guard.record(state.datapoints))
+            if rollback is not None:
+                return rollback
+        if log_now and self._logged_at < state.step:
+            epochs = state.slot / self.dataset.rows_per_epoch
+            progress.show(self._log(targets, update, evaluate="validate" in pauses), epochs)
+            self._logged_at = state.step
+        ended = ended or self.stop.agreed is not None or self._gave_up is not None  # the validation may have met a stop
+        if save_now or ended:
+            self._save(wait=ended)
+        self.watchdog.step_done(state.step)
+        progress.advance(state.step)
+        if "sample" in pauses and not self.stop.agreed:
+            self.pauses.sample(state.step, state.trackers)
+        return None
 
     def _plan_rollback(self, skipped: list[SkippedStep]) -> Rollback | None:
         """The rollback to do, if any. All ranks plan the same: they see the same gradient norms."""
@@ -256,7 +264,7 @@ class Trainer:
             return f"{self.settings.max_skipped_steps} updates in a row were skipped (--max_skipped_steps)"
         return None
 
-    def _finish(self, stopped: Reason | None) -> int:
+    def _finish(self) -> int:
         if self.saver.failure:
             if self.rank == 0:
                 log.error("ended after step %d, without its last checkpoint: %s", self.state.step, self.saver.failure)
@@ -264,24 +272,11 @@ class Trainer:
         if self._gave_up:
             log.error("gave up after step %d, saved: %s", self.state.step, self._gave_up)
             return EXIT_GAVE_UP
-        if stopped:
-            return self.stop.log_stop(stopped, self.state.step)
+        if self.stop.agreed:
+            return self.stop.log_stop(self.state.step)
         tokens = f"{self.state.total_targets:,}"
         log.info("finished at step %d (%s): %s tokens trained", self.state.step, self.state.length.limit, tokens)
         return 0
-
-    def _agree(self, data: Step) -> Agreed:
-        """One all-reduce of integers on the host. The digest is sent as two halves, so no sum overflows."""
-        low, high = data.digest & 0xFFFFFFFF, data.digest >> 32
-        stops = [self.stop.signal is not None, self.stop.out_of_time(self.saver.longest_s)]
-        numbers = torch.tensor([data.targets, low, high, *stops, self.saver.broken], dtype=torch.int64)
-        self.watchdog.at("agree")
-        if dist.is_initialized():
-            dist.all_reduce(numbers)
-        self.watchdog.at("update")
-        targets, low, high, signalled, out_of_time, broken = numbers.tolist()
-        stop: Reason | None = "signal" if signalled else "time" if out_of_time else None
-        return Agreed(targets, (low + (high << 32)) % 2**64, stop, broken > 0)
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
         """Read the step's numbers from the device (which waits for it), log them, and return the line of metrics."""
@@ -299,45 +294,18 @@ class Trainer:
             "skipped_steps": self.train_step.guard.skipped,
             **self.monitor.read()._asdict(),
         }
-        if evaluate and self.validation is not None and self.inputs.val is not None:
-            self.watchdog.at("validate")
-            result = validate(
-                self.train_step.loss,
-                self.validation,
-                self.inputs.val,
-                micro_batch_size=self.settings.micro_batch_size,
-                max_rows=self.settings.eval_max_rows,
-                device=self.device,
-            )
-            row |= {f"val_{name}": value for name, value in result._asdict().items()}
-            self.monitor.restart()
+        if evaluate:
+            row |= self.pauses.validate(self.state.step)
         if self.state.trackers is not None:
             self.state.trackers.log(row)
         return row
-
-    def _sample(self) -> None:
-        assert self.inputs.prompts is not None
-        self.watchdog.at("sample")
-        samples = sample(
-            lambda tokens, cu_seqlens, at: self.model(tokens, cu_seqlens, at=at),
-            self.inputs.prompts,
-            self.settings,
-            rows=self.settings.micro_batch_size,
-            block_size=self.inputs.config.block_size,
-            vocab_size=self.inputs.config.vocab_size,
-            seed=self.settings.seed,
-            step=self.state.step,
-            device=self.device,
-        )
-        if self.state.trackers is not None:
-            self.state.trackers.log_samples(self.state.step, samples)
-        self.monitor.restart()
 
     def _save(self, *, wait: bool) -> None:
         self.watchdog.at("save")
         began = time.monotonic()
         self.saver.save(self.state.checkpoint_facts(), wait=wait)
         self.stop.note_save(time.monotonic() - began)
+        self._saved_at = self.state.step
         self.monitor.restart()
 
     def close(self) -> None:

@@ -35,11 +35,12 @@ def validate(
     micro_batch_size: int,
     max_rows: int | None,
     device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Validation:
     """Mean loss over the targets of the first max_rows rows (None: of all rows).
 
-    loss: summed over a batch's targets, in nats; store: the split that `rows` reads. A collective: every rank calls it
-    and gets the same numbers.
+    loss: summed over a batch's targets, in nats; store: the split that `rows` reads; before_batch may raise, on every
+    rank. A collective: every rank calls it and gets the same numbers.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = validation_batches(
@@ -47,6 +48,7 @@ def validate(
     )
     total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, targets
     for batch in batches:
+        before_batch()
         total[0] += loss(batch)
         total[1] += int((batch.targets != IGNORE_INDEX).sum())
     if dist.is_initialized():

@@ -142,6 +142,28 @@ def test_time_that_a_save_and_a_step_need(monkeypatch: pytest.MonkeyPatch) -> No
     assert edges == [False, False, True]
 
 
+def test_time_that_a_validation_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 4 s, saves of 10 s, a validation of 15 s: it is only begun where it fits, and left where it does not."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    flag = object.__new__(StopFlag)
+    flag.received, flag.began = None, 0.0
+    stop = StopRequest(flag, StopSettings(time_limit_s=100, stop_margin_s=20))
+    for edge in (0.0, 4.0, 8.0):
+        now = edge
+        stop.out_of_time(0.0)
+    stop.note_save(10)
+    stop.note_pause("validate", 15)
+    assert stop.needed_s() == 20 + 2 * (10 + 4)
+    assert stop.needed_s(["validate"]) == 20 + 2 * (10 + 4) + 15
+    now = 40.0
+    assert (stop.out_of_time(0.0), stop.out_of_time(0.0, ["validate"])) == (False, True)
+    now = 59.0
+    assert not stop.must_save_now()
+    now = 60.0  # 20 of margin and twice a save are left
+    assert stop.must_save_now()
+
+
 @pytest.mark.distributed
 def test_a_port_that_another_run_has_is_one_clear_line(store: Path, tmp_path: Path) -> None:
     """Two runs at once with the same MASTER_PORT: the first goes on, the second says what to do (fault case 12)."""
