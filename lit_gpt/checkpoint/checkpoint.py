@@ -45,7 +45,7 @@ from lit_gpt.checkpoint.record import (
     read_manifest,
     require_hash,
 )
-from lit_gpt.checkpoint.sharded_state import MalformedState
+from lit_gpt.checkpoint.torch_file import MalformedState
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.files import discard, fsync, publishing_new, rename, xxh3
@@ -157,6 +157,8 @@ def _require_weights(checkpoint: Checkpoint) -> None:
     """Raise DamagedCheckpoint unless the weights are finite and have the names and shapes of the checkpoint's model."""
     shapes = {}
     for name, tensor in model_tensors(checkpoint):
+        if not tensor.is_floating_point():
+            raise DamagedCheckpoint(f"{checkpoint.path} holds a weight of {tensor.dtype}: {name}")
         if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN spreads to both
             raise DamagedCheckpoint(f"{checkpoint.path} holds weights that are not finite numbers: {name}")
         shapes[name] = tuple(tensor.shape)
@@ -207,11 +209,18 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
             full_state.read_into(state, path / FULL)
         else:
             sharded_state.read_into(state, path / SHARDED)
+        _set_rng_state(state["rng"])
     except MalformedState as error:
         raise BadInput(f"{path} is not what this run could have saved: {error}") from None
     state["optimizer"]["param_groups"] = own
     set_state_dict(inner, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    torch.set_rng_state(state["rng"])
+
+
+def _set_rng_state(state: Tensor) -> None:
+    try:
+        torch.set_rng_state(state)
+    except RuntimeError as error:
+        raise MalformedState(f"rng: {error}") from None
 
 
 def require_model(checkpoint: Checkpoint, config: Config) -> None:

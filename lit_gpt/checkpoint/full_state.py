@@ -5,7 +5,6 @@ Reading runs no code (weights_only). A file that does not hold the expected stat
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lit_gpt.checkpoint.sharded_state import MalformedState, one_line, plain_os_errors
+from lit_gpt.checkpoint import torch_file
+from lit_gpt.checkpoint.sharded_state import plain_os_errors
+from lit_gpt.checkpoint.torch_file import MalformedState, require_dense
 
 
 def write(state: dict[str, Any], path: Path) -> None:
@@ -28,7 +29,7 @@ def write(state: dict[str, Any], path: Path) -> None:
 def has_optimizer(path: Path) -> bool:
     """Whether the file holds an optimizer's state; an imported model's does not."""
     with FakeTensorMode():
-        return "optimizer" in _load(path)
+        return "optimizer" in _load(path, mmap=False)
 
 
 @torch.no_grad()
@@ -51,28 +52,42 @@ def weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     file that is larger than the machine's memory.
     """
     with FakeTensorMode():
-        fakes = _load(path).get("model")
-    if not isinstance(fakes, dict) or not all(isinstance(fake, Tensor) for fake in fakes.values()):
+        fakes = _load(path, mmap=False).get("model")
+    if not isinstance(fakes, dict):
         raise MalformedState(f"{path}: 'model' is not a dictionary of tensors")
+    file_bytes = path.stat().st_size
     with path.open("rb") as file:
         for name, fake in fakes.items():
-            file.seek(fake.untyped_storage()._checkpoint_offset)
+            start = _start(fake, name, path, file_bytes)
+            file.seek(start)
             # not the storage's size, which torch 2.10 multiplies by the element size
             last = fake.storage_offset() + sum(
                 (n - 1) * stride for n, stride in zip(fake.shape, fake.stride(), strict=True)
             )
-            data = bytearray((last + 1) * fake.itemsize)
-            if file.readinto(data) != len(data):
+            if (needed := (last + 1) * fake.itemsize) > file_bytes - start:
                 raise MalformedState(f"{path} ends within weight {name!r}")
+            data = bytearray(needed)
+            file.readinto(data)
             whole = torch.frombuffer(data, dtype=fake.dtype)
             yield name, whole.as_strided(fake.size(), fake.stride(), fake.storage_offset())
 
 
-def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+def _start(fake: Any, name: Any, path: Path, file_bytes: int) -> int:
+    """The offset of a weight's storage in the file; MalformedState unless it is a plain tensor of numbers."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise MalformedState(f"{path}: {one_line(error)}") from None
+        require_dense(fake, str(name), file_bytes)
+    except MalformedState as error:
+        raise MalformedState(f"{path}: {error}") from None
+    if not isinstance(name, str) or not fake.dtype.is_floating_point:
+        raise MalformedState(f"{path}: {name!r} is of {fake.dtype}, not a weight")
+    start: int | None = fake.untyped_storage()._checkpoint_offset
+    if start is None:
+        raise MalformedState(f"{path}: no zip file, as torch before version 1.6 wrote it")
+    return start
+
+
+def _load(path: Path, *, mmap: bool) -> dict[str, Any]:
+    found = torch_file.load(path, mmap=mmap)
     if not isinstance(found, dict):
         raise MalformedState(f"{path}: a {type(found).__name__}, not a dictionary")
     return found

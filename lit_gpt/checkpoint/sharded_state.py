@@ -2,19 +2,20 @@
 
 Reading runs no code. DCP alone does not ensure that: it unpickles its index `.metadata`, and every value that is not a
 tensor, without limits. Here the index may name only the classes of an index, and values are loaded with weights_only;
-anything else raises MalformedState.
+nor may the index state a size or an offset beyond the files, or a file elsewhere. Anything else raises MalformedState.
 A failing disk raises the system's OSError, which torch.save hides behind a RuntimeError.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from lit_gpt.checkpoint.torch_file import MalformedState, one_line, require_plain, scanned
 
 _INDEX_NAMES = {
     ("torch", "Size"),
@@ -32,10 +44,8 @@ _INDEX_NAMES = {
     ("pathlib._local", "PosixPath"),
     ("collections", "OrderedDict"),
 }
-
-
-class MalformedState(ValueError):
-    """The files do not hold the expected state; says what is wrong with them, in one line."""
+_INDEX_BYTES = 1 << 20
+"""An index may be that large, or as large as the files beside it, in which each of its entries has some 1,000 bytes."""
 
 
 def write(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -52,40 +62,37 @@ def read_into(state: dict[str, Any], folder: Path) -> None:
 
     Raises MalformedState if the files do not hold this state.
     """
-    _load(state, folder, no_dist=not dist.is_initialized())
+    _load(state, _Reader(folder), no_dist=not dist.is_initialized())
 
 
 def check_values(folder: Path) -> None:
     """Raise MalformedState unless every value that is not a tensor is a plain one. Needs no other rank."""
-    entries = _Reader(folder).read_metadata().state_dict_metadata.items()
+    reader = _Reader(folder)
+    entries = reader.read_metadata().state_dict_metadata.items()
     values = {key: None for key, entry in entries if isinstance(entry, BytesStorageMetadata)}
     if values:
-        _load(values, folder, no_dist=True)
+        _load(values, reader, no_dist=True)
 
 
 def tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors whose names begin with `prefix`, which is cut off, one after another. Needs no other rank."""
-    for key, entry in _Reader(folder).read_metadata().state_dict_metadata.items():
+    reader = _Reader(folder)
+    for key, entry in reader.read_metadata().state_dict_metadata.items():
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            _load({key: tensor}, folder, no_dist=True)
+            _load({key: tensor}, reader, no_dist=True)
             yield key.removeprefix(prefix), tensor
 
 
-def _load(state: dict[str, Any], folder: Path, *, no_dist: bool) -> None:
+def _load(state: dict[str, Any], reader: _Reader, *, no_dist: bool) -> None:
     _silence_missing_group()
     try:
-        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
+        dcp.load(state, storage_reader=reader, planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:  # holds the failures of all ranks, and is raised on each
         failure, _ = next(iter(error.failures.values()))
         if isinstance(failure, OSError):
             raise failure from None
-        raise MalformedState(f"{folder}: {one_line(failure)}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The error's message in one line, or its class where there is no message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise MalformedState(f"{reader.path}: {one_line(failure)}") from None
 
 
 @contextmanager
@@ -115,19 +122,96 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
+    """Reads the index once, and looks into each part before it is loaded."""
+
+    _index: Metadata | None = None
+
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            try:
-                index = _IndexUnpickler(file).load()
-            except OSError:
-                raise
-            except Exception as error:  # noqa: BLE001 - a broken pickle may raise any class
-                raise MalformedState(f"{self.path}: .metadata: {one_line(error)}") from None
-        if not isinstance(index, Metadata):
-            raise MalformedState(f"{self.path}: .metadata holds a {type(index).__name__}, not an index")
-        index.storage_meta = index.storage_meta or StorageMeta()
-        index.storage_meta.load_id = self.load_id
-        return index
+        if self._index is None:
+            self._index = _read_index(Path(self.path))
+        self._index.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._index
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        part = cast(IO[bytes], _Part(file, sinfo.offset, sinfo.length))
+        require_plain(part)
+        return part
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file as a file; torch's own view seeks from the end in the wrong direction."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(min(len(buffer), max(0, self._length - self._at)))
+        memoryview(buffer).cast("B")[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _read_index(folder: Path) -> Metadata:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    try:
+        if sizes[".metadata"] > max(_INDEX_BYTES, sum(sizes.values()) - sizes[".metadata"]):
+            raise MalformedState(f"{sizes['.metadata']} bytes, more than all parts")
+        content = (folder / ".metadata").read_bytes()
+        for _ in scanned(io.BytesIO(content)):
+            pass
+        index = _IndexUnpickler(io.BytesIO(content)).load()
+        _require_index(index, sizes)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a broken pickle may raise any class
+        raise MalformedState(f"{folder}: .metadata: {one_line(error)}") from None
+    return index
+
+
+def _require_index(index: Any, sizes: dict[str, int]) -> None:
+    """Raise MalformedState, or what an attribute of another type raises, unless all that it states is in the files."""
+    if not isinstance(index, Metadata):
+        raise MalformedState(f"it holds a {type(index).__name__}, not an index")
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            _require_tensor(key, entry, sum(sizes.values()))
+        elif not isinstance(entry, BytesStorageMetadata) or not isinstance(key, str):
+            raise MalformedState(f"{str(key)[:80]!r} is a {type(entry).__name__}, neither tensor nor value")
+    for where, part in index.storage_data.items():
+        if not isinstance(where, MetadataIndex) or not isinstance(part, _StorageInfo):
+            raise MalformedState(f"a part is a {type(part).__name__}")
+        if not 0 <= part.offset <= part.offset + part.length <= sizes.get(part.relative_path, -1):
+            raise MalformedState(f"a part of {where.fqn!r} is not in {str(part.relative_path)[:80]!r}")
+        if part.transform_descriptors:
+            raise MalformedState(f"a part of {where.fqn!r} is compressed")
+
+
+def _require_tensor(key: Any, entry: TensorStorageMetadata, file_bytes: int) -> None:
+    dtype = entry.properties.dtype if isinstance(entry.properties, TensorProperties) else None
+    if not isinstance(key, str) or not isinstance(dtype, torch.dtype) or not isinstance(entry.size, torch.Size):
+        raise MalformedState(f"{str(key)[:80]!r} is not a tensor")
+    if min(entry.size, default=0) < 0 or entry.size.numel() * dtype.itemsize > file_bytes:
+        raise MalformedState(f"{key!r} of shape {tuple(entry.size)} exceeds the files")
+    for chunk in entry.chunks:
+        if not isinstance(chunk, ChunkStorageMetadata) or not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
+            raise MalformedState(f"{key!r} has a chunk of other dimensions")
+        for start, length, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
+            if not 0 <= start <= start + length <= whole:
+                raise MalformedState(f"{key!r} has a chunk beyond its shape")
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,6 +20,8 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from lit_gpt.checkpoint import torch_file
+from lit_gpt.checkpoint.torch_file import MalformedState, one_line, require_dense
 from lit_gpt.cli import BadInput
 from lit_gpt.files import read_json, write_json
 
@@ -34,6 +35,8 @@ _ENTRIES = tuple(
 """What a folder's weights are read from, as transformers ranks it."""
 _HEADER_ALIGNMENT_BYTES = 8
 """safetensors pads its header with spaces to a multiple of this, so that mapped data is aligned."""
+_MAX_HEADER_BYTES = 16 << 20
+"""A thousand weights take some 100 kB; the library itself allows 100 MB."""
 
 
 # Writing
@@ -169,6 +172,7 @@ class HFWeights:
 
     def read(self, name: str) -> Tensor:
         """One weight, in the type in which it is stored; BadInput if it is not finite."""
+        self._dtype(name)
         file = self._files[name]
         tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
         if not tensor.isfinite().all():
@@ -219,52 +223,47 @@ def _open_weights(path: Path) -> tuple[list[str], Any]:
     """The names in a file, and the opened file."""
     if path.suffix == ".safetensors":
         try:
+            _require_header(path)
             opened = safe_open(path, framework="pt")
             return list(opened.keys()), opened
         except Exception as error:  # noqa: BLE001 - a damaged file may raise any class
-            raise _damaged(path, error) from None
+            raise damaged(path, error) from None
     tensors = load_plain(path)
+    if not isinstance(tensors, dict):
+        raise damaged(path, TypeError(f"it holds a {type(tensors).__name__}, not a dictionary of weights"))
     try:
-        _require_dense(tensors, path.stat().st_size)
-    except (TypeError, ValueError) as error:
-        raise _damaged(path, error) from None
+        for name, tensor in tensors.items():
+            require_dense(tensor, str(name)[:80], path.stat().st_size)
+            if not isinstance(name, str):
+                raise MalformedState(f"{name!r} is no name of a weight")
+    except MalformedState as error:
+        raise damaged(path, error) from None
     return list(tensors), tensors
 
 
+def _require_header(path: Path) -> None:
+    """Raise MalformedState if this is no regular file, or if its header is larger than any model's."""
+    if not path.is_file():  # a pipe would be waited for
+        raise MalformedState("not a regular file")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER_BYTES:
+        raise MalformedState(f"a header of {size} bytes")
+
+
 def load_plain(path: Path) -> Any:
-    """What torch.save wrote, mapped; no code is run. BadInput if it is damaged or holds more than values."""
+    """What torch.save wrote, mapped; no code is run. BadInput if it is damaged or holds more than values.
+
+    Cost: the file is read once for its CRC-32, as it has no other checksum.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_require_stored(path))
-    except Exception as error:  # noqa: BLE001 - a damaged file may raise any class
-        raise _damaged(path, error) from None
+        return torch_file.load(path, check_crc=True)
+    except MalformedState as error:
+        raise damaged(path, error) from None
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
 
 
-def _damaged(path: Path, error: Exception) -> BadInput:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+def damaged(path: Path, error: Exception) -> BadInput:
+    reason = one_line(error).removeprefix(f"{path}: ")
     return BadInput(f"{path} is damaged, or holds more than weights: {reason}")
-
-
-def _require_stored(path: Path) -> bool:
-    """Whether this is a zip file; ValueError if a part is compressed, or if the parts exceed the file."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its parts are compressed, which torch.save does not do")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("its parts exceed the file")
-    return True
-
-
-def _require_dense(tensors: Any, file_bytes: int) -> None:
-    """Raise ValueError unless this is a dictionary of plain tensors, each no larger than the file."""
-    if not isinstance(tensors, dict):
-        raise TypeError(f"it holds a {type(tensors).__name__}, not a dictionary of weights")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(f"{str(name)[:80]!r} is a {type(tensor).__name__}, not a weight")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise TypeError(f"{name!r} is not a plain tensor")
-        if tensor.numel() * tensor.itemsize > file_bytes:
-            raise ValueError(f"{name!r} of shape {tuple(tensor.shape)} exceeds the file")

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from lit_gpt.checkpoint import full_state
-from lit_gpt.checkpoint.sharded_state import MalformedState
+from lit_gpt.checkpoint.torch_file import MalformedState, require_dense
 from lit_gpt.cli import BadInput
 from lit_gpt.config import REGISTRY, Config
-from lit_gpt.export.hf_folder import load_plain
+from lit_gpt.export.hf_folder import damaged, load_plain
 from lit_gpt.export.hf_weights import to_lit
 from lit_gpt.export.parity import Fetch, fetch_from
 
@@ -58,6 +58,11 @@ class LegacyState:
         model = found.get("model") if isinstance(found, dict) else None
         if not isinstance(model, dict) or not all(isinstance(weight, Tensor) for weight in model.values()):
             raise BadInput(f"{path} holds no weights under 'model': not an iter-*.pth of TinyLlama or LLäMmlein")
+        try:
+            for name, weight in model.items():
+                require_dense(weight, str(name), path.stat().st_size)
+        except MalformedState as error:
+            raise damaged(path, error) from None
         self.others = [str(name)[:40] for name in found if name != "model"]
         hparams = found.get("hparams")
         name = hparams.get("model_name") if isinstance(hparams, dict) else None

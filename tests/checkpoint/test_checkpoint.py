@@ -222,7 +222,7 @@ def test_an_index_is_not_executed(run_dir: Path, tmp_path: Path, monkeypatch: py
     """A malicious index of a sharded checkpoint, which torch would run, is refused; a broken one gives no traceback."""
     monkeypatch.setenv("PROOF_OF_EXECUTION", str(tmp_path / "executed"))
     path = run_dir / checkpoint_name(20)
-    for content, told in ((pickle.dumps(Malicious()), r"names posix\.mkdir"), (b"", "Ran out of input")):
+    for content, told in ((pickle.dumps(Malicious()), r"names posix\.mkdir"), (b"", "pickle exhausted")):
         (path / "state" / ".metadata").write_bytes(content)
         with pytest.raises(DamagedCheckpoint, match=rf"was not run: .*\.metadata: {told}"):
             verified(published_anew(path))
@@ -239,8 +239,8 @@ def malicious_value() -> bytes:
     ("value", "told"),
     [
         (malicious_value, "[Ww]eights.only"),
-        (lambda: b"no value at all", "[Ww]eights.only|[Uu]npickl"),
-        (bytes, "EOFError"),
+        (lambda: b"no value at all", "operation without its operands|opcode|pickle"),
+        (bytes, "pickle exhausted"),
     ],
     ids=["malicious", "garbage", "empty"],
 )
