@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lit_gpt.noise import silence
 from lit_gpt.values import did_you_mean, expand_path, read_number, read_whole
 
 EXIT_OK = 0
@@ -32,6 +34,7 @@ EXIT_ABORTED = 130
 """128 + SIGINT, as shells have it: a second Ctrl-C ended the run, which has not saved."""
 
 
+ROOT = Path(__file__).resolve().parents[1]
 DASHES = "-\u2013\u2014"
 """Also those that a word processor makes of two hyphens."""
 FLAG = re.compile("--|-[a-zA-Z]|[\u2013\u2014]")
@@ -79,14 +82,16 @@ def _require(values: object, names: Sequence[str], holds: Callable[[Any], bool],
 class Parser(argparse.ArgumentParser):
     """An argparse parser for which every mistake is a BadInput, and which accepts no abbreviated flag.
 
-    Arguments of type int, float and Path are read as settings are (values.py): 1e3 is whole, ~ is the home folder.
+    Arguments of type int, float, Path and "path" (a str) are read as settings are (values.py): 1e3 is whole, ~ is the
+    home folder, $NAME a variable.
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:
         summary = (description or "").strip()
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=summary, allow_abbrev=False, formatter_class=form, **options)
-        for kind, read in ((int, read_whole), (float, read_number), (Path, lambda text: Path(expand_path(text)))):
+        kinds = {int: read_whole, float: read_number, "path": expand_path, Path: lambda text: Path(expand_path(text))}
+        for kind, read in kinds.items():
             self.register("type", kind, _argument_type(read))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -118,6 +123,21 @@ def _argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return typed
 
 
+def command_line(program: str, *words: str | Path) -> str:
+    """A command to paste into a shell in the present folder; program: such as "scripts/generate.py"."""
+    interpreter = "bash" if program.endswith(".sh") else "python"
+    return shlex.join([interpreter, checkout_path(program), *map(str, words)])
+
+
+def checkout_path(name: str) -> str:
+    """A file of this checkout, seen from the present folder in the way that this program was called, or a shorter one.
+
+    name: from the checkout's root."""
+    called = Path(sys.argv[0]).parent.parent / name
+    paths = [str(called)] if called.exists() and called.samefile(ROOT / name) else []
+    return min([*paths, str(ROOT / name), os.path.relpath(ROOT / name)], key=len)
+
+
 def end_failed(where: str, error: Exception) -> NoReturn:
     """End this process at once with EXIT_FAILURE, after the traceback and a last line that says what failed.
 
@@ -147,6 +167,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code (None is 0); a BadInput becomes one line on stderr and exit code 2."""
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S", handlers=[_Screen()])
+    silence()
     try:
         code = main()
     except BadInput as error:

@@ -14,6 +14,7 @@ many skipped updates in a row or too many rollbacks; 130 a second Ctrl-C, nothin
 line; anything else is a failure with a traceback.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -21,20 +22,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import run_program
 from lit_gpt.launch.signals import StopFlag
-from lit_gpt.launch.site import site_settings
+from lit_gpt.launch.site import is_first_process, site_settings
 from lit_gpt.settings_reader import given_flags, parse_settings
 from lit_gpt.train.settings import COMMON, Settings, without_recipe_limits
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
     stop_flag = StopFlag()  # first of all: a signal during the import of torch must not kill the program
+    if not is_first_process():
+        logging.getLogger().setLevel(logging.WARNING)  # what is said once is said by rank 0; `launch` decides again
     recipes, site = sorted(CONFIGS.glob("*.yaml")), site_settings(CONFIGS)
     settings, files = parse_settings(Settings, None, __doc__, common=COMMON, environment=site, recipes=recipes)
     flags = given_flags()
     settings = without_recipe_limits(settings, flags)
     settings.check()
+    log.info("model %s: loading PyTorch", settings.model_name)
     if settings.plan:
         from lit_gpt.train.run_plan import lines, plan
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
+from lit_gpt.cli import BadInput, Parser, command_line, require_at_least, run_program
 
 if TYPE_CHECKING:
     from lit_gpt.export.hf_export import WeightFormat
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 ADD_BOS = {None: None, "yes": True, "no": False}
+PROMPT = "Die Stadt"
 NICENESS = 10
 """With --run_dir: on a node that trains, the training comes first."""
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
 
+    log.info("%s: loading PyTorch and transformers", arguments.checkpoint or arguments.run_dir)
     import transformers
 
     from lit_gpt.export.hf_export import WeightFormat, export, open_checkpoint, open_tokenizer
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parity = export(checkpoint, tokenizer, destination, format, Reference(transformers), arguments.license, add_bos)
     log.info("logits agree: %s", parity)
     log.info("published %s", destination)
+    log.info("next: %s", command_line("scripts/generate.py", "--model", arguments.destination_path, "--prompt", PROMPT))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

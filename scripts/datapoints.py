@@ -7,6 +7,7 @@
     python scripts/datapoints.py diff OTHER_RUN --run_dir out/LLaMmlein_1B       first step in which two runs differ
     python scripts/datapoints.py export FILE.parquet --run_dir out/LLaMmlein_1B  everything, as a table to publish
 
+Rows are counted from the start of the run's data (`slot` in --json).
 Answers follow the lineage of the newest attempt: steps that were lost in a crash do not count.
 Exit codes: 0 the answer; 1 `verify` found a contradiction, or `diff` a difference; 2 bad input.
 """
@@ -45,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
     parser.add_argument("--data_dir", type=Path, nargs="+", action="extend", default=[],
                         help="where the data is, if it has moved")  # fmt: skip
-    parser.add_argument("--tokenizer_path", help="tokenizer for --text (default: the run's)")
+    parser.add_argument("--tokenizer_path", type="path", help="tokenizer for --text (default: the run's)")
     parser.add_argument("--index_dir", type=Path, help="where to keep the document index (default: the run's folder)")
     parser.add_argument("--text", action="store_true", help="step: show the text")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -80,7 +81,7 @@ def show(replay: Replay, parts: list[Seen], arguments: Namespace) -> int:
             print(json.dumps({**seen._asdict(), **({} if text is None else {"text": text})}, ensure_ascii=False))
             continue
         stop = seen.start + seen.length
-        print(f"step {seen.step} slot {seen.slot} rank {seen.rank} epoch {seen.epoch}", end="  ")
+        print(f"step {seen.step} row {seen.slot} rank {seen.rank} epoch {seen.epoch}", end="  ")
         print(f"{seen.document} tokens {seen.start} to {stop}" + ("" if text is None else f"\n{text}\n"))
     if not parts and not arguments.json:
         print("not seen yet")
@@ -138,7 +139,7 @@ def show_difference(arguments: Namespace) -> int:
     else:
         print(f"step {found.step} is the first that differs, after {found.common_steps} equal ones")
         for run, record in ((arguments.run_dir, found.this), (arguments.subject, found.other)):
-            seen = f"slots {record.first_slot} on, digest {record.digest:016x}" if record else "no such step"
+            seen = f"rows {record.first_slot} on, digest {record.digest:016x}" if record else "no such step"
             print(f"  {run}: {seen}")
     return 0 if found.step is None else EXIT_FOUND
 

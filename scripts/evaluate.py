@@ -54,7 +54,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="folder that create.sh wrote")
     source.add_argument("--checkpoint", type=Path, help="folder iter-XXXXXXXX-ckpt.pth")
-    parser.add_argument("--val_data_dir", help="validation split to measure the loss on, with the model's tokenizer")
+    parser.add_argument(
+        "--val_data_dir", type="path", help="validation split to measure the loss on, with the model's tokenizer"
+    )
     parser.add_argument("--eval_max_rows", type=int, help="rows of the split (default: all)")
     parser.add_argument(
         "--cross_document_attention", action="store_true", help="attend across documents, if the run was trained so"

@@ -23,9 +23,11 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--val_data_dir", help="validation split; with --tokenizer_path")
-    source.add_argument("--source", nargs="+", action="extend", help="files of documents, or folders of them")
-    parser.add_argument("--tokenizer_path", help="tokenizer that the split was made with")
+    source.add_argument("--val_data_dir", type="path", help="validation split; with --tokenizer_path")
+    source.add_argument(
+        "--source", type="path", nargs="+", action="extend", help="files of documents, or folders of them"
+    )
+    parser.add_argument("--tokenizer_path", type="path", help="tokenizer that the split was made with")
     add_source_flags(parser, ids=False)
     parser.add_argument("--destination_path", type=Path, required=True, help="folder to write the task's two files to")
     parser.add_argument("--name", default="german_cloze", help="of the task (default: german_cloze)")

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import Parser, run_program
+from lit_gpt.cli import Parser, checkout_path, command_line, run_program
 from lit_gpt.data.token_store import MANIFEST, DamagedShard, ShardFile, TokenStore, document_ends
 from lit_gpt.prepare.build_request import BuildSettings
 from lit_gpt.prepare.source_flags import add_source_flags, fields_of
@@ -32,6 +32,7 @@ from lit_gpt.prepare.worker_pool import usable_cores
 LOG_INTERVAL_S = 10
 EXIT_DAMAGED = 1
 HISTOGRAM = "lengths.png"
+LITTLE_TOKENS = 100_000_000
 COLORS = {"train": "#4477AA", "val": "#CC6677"}
 
 log = logging.getLogger(__name__)
@@ -47,16 +48,27 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     destination = Path(settings.destination_path)
     draw_lengths(summary, destination / HISTOGRAM)
     print(describe(summary, destination))
+    if "train" in summary["splits"]:
+        log.info("next: %s", next_command(summary, settings))
     return None
+
+
+def next_command(summary: dict[str, Any], settings: BuildSettings) -> str:
+    """That trains on the store: a small model, where there is little data."""
+    recipe = "debug" if summary["splits"]["train"]["tokens"] < LITTLE_TOKENS else "LLaMmlein_120M"
+    words = ["--config", checkout_path(f"pretrain/configs/{recipe}.yaml")]
+    for split in sorted(summary["splits"]):
+        words += [f"--{split}_data_dir", str(Path(settings.destination_path) / split)]
+    return command_line("pretrain/tinyllama_fabric.py", *words, "--tokenizer_path", settings.tokenizer_path)
 
 
 def parse_arguments(argv: Sequence[str]) -> BuildSettings:
     default = BuildSettings(source=(), tokenizer_path="", destination_path="")
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--source", nargs="+", action="extend", required=True, help="files or folders of documents")
-    add("--tokenizer_path", required=True, help="tokenizer folder")
-    add("--destination_path", required=True, help="folder to write")
+    add("--source", type="path", nargs="+", action="extend", required=True, help="files or folders of documents")
+    add("--tokenizer_path", type="path", required=True, help="tokenizer folder")
+    add("--destination_path", type="path", required=True, help="folder to write")
     add("--val_fraction", type=float, default=default.val_fraction, help="share of texts for val/ (%(default)s)")
     add("--workers", type=int, default=usable_cores(),
         help="processes (%(default)s, the cores that this process may use)")  # fmt: skip
@@ -171,8 +183,8 @@ def verify(argv: Sequence[str]) -> int:
     """Check all files of a store, or of the splits in a folder, against their hashes; returns the exit code."""
     parser = Parser("Check a token store against its hashes; names each damaged shard and block.")
     parser.prog += " verify"
-    parser.add_argument("folder", help="a split's folder, or the folder of train/ and val/")
-    folder = Path(parser.parse_args(argv).folder)
+    parser.add_argument("folder", type=Path, help="a split's folder, or the folder of train/ and val/")
+    folder = parser.parse_args(argv).folder
     splits = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")) or [folder]
     damaged = 0
     for split in splits:

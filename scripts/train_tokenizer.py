@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, command_line, run_program
 from lit_gpt.data.tokenizer import NEWLINES, Tokenizer
 from lit_gpt.files import publishing, sweep, write_json
 from lit_gpt.prepare.document_source import read_documents
@@ -37,6 +38,7 @@ WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 u + U+0308); there are no English contractions. Each digit is a piece, as in LLaMA 2 and the published LLäMmlein: it
 means the same in every number, and a small vocabulary need not hold the thousand groups of three digits."""
 
+LOG_INTERVAL_S = 10
 WORD_CHARACTERS = 512
 """Longer words are trained on in parts, since training takes time by the square of a word's length; so no token is
 longer. The bound is no rule of the tokenizer itself: where no word is longer, it changes no byte of it."""
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"cannot write to --destination_path {folder}: {error.strerror}") from None
+    log.info("reading %s", ", ".join(args.source))
     counts: Counter[str] = Counter()
     backend = train(counted(read_documents(sources, fields, guard), counts), args.vocab_size)
     if not counts["documents"]:
@@ -63,19 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size < args.vocab_size:
         log.warning("the text gave %d tokens only, not the %d asked for", tokenizer.vocab_size, args.vocab_size)
-    log.info(
-        "trained on %d documents, %d bytes; rejected %d lines", counts["documents"], counts["bytes"], guard.rejects
-    )
+    log.info("trained on %s; rejected %d lines", so_far(counts), guard.rejects)
     log.info("wrote %s: vocabulary %d, fingerprint %s", folder, tokenizer.vocab_size, tokenizer.fingerprint)
+    log.info("next: %s", next_command(args, folder))
     return None
+
+
+def next_command(args: argparse.Namespace, folder: Path) -> str:
+    """That tokenizes the same documents, to the folder `data` beside the tokenizer's."""
+    words = ["--source", *args.source, "--tokenizer_path", folder, "--destination_path", folder.parent / "data"]
+    words += ["--text_field", args.text_field] if args.text_field else []
+    words += ["--allow_damaged_files"] if args.allow_damaged_files else []
+    return command_line("scripts/prepare_data.py", *words)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--source", nargs="+", action="extend", required=True, help=f"files, or folders of them: {KINDS}"
+        "--source", type="path", nargs="+", action="extend", required=True, help=f"files, or folders of them: {KINDS}"
     )
-    parser.add_argument("--destination_path", required=True, help="folder to write")
+    parser.add_argument("--destination_path", type="path", required=True, help="folder to write")
     parser.add_argument(
         "--vocab_size", type=int, default=32_000, help="tokens, control tokens included (default 32000)"
     )
@@ -90,11 +100,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def counted(documents: Iterator[Document], counts: Counter[str]) -> Iterator[str]:
-    """The texts of all documents."""
+    """The texts of all documents; logs what was read every LOG_INTERVAL_S, and at the end."""
+    told = time.monotonic()
     for document in documents:
         counts["documents"] += 1
         counts["bytes"] += len(document.text_bytes)
+        if time.monotonic() - told >= LOG_INTERVAL_S:
+            told = time.monotonic()
+            log.info("read %s", so_far(counts))
         yield document.text
+    log.info("read %s; now the merges are learned", so_far(counts))
+
+
+def so_far(counts: Counter[str]) -> str:
+    return f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:,.1f} MB of text"
 
 
 def train(documents: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

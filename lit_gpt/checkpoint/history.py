@@ -18,12 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_gpt.checkpoint.checkpoint import is_whole, names, newest_first, remove, verified
-from lit_gpt.checkpoint.record import Checkpoint, DamagedCheckpoint, checkpoint_name, described
+from lit_gpt.checkpoint.record import MANIFEST, Checkpoint, DamagedCheckpoint, checkpoint_name, described
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.log import FOLDER, Mark, is_in_lineage, lineage, read_attempts
 from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)
+
+WORDS_FOR_AUTO = ("true", "yes", "on", "last", "latest", "newest")
+FOREIGN = (".pth", ".pt", ".bin", ".safetensors")
+"""Ends of files that other programs wrote; convert_hf_checkpoint.py reads them, or the folder that they lie in."""
 
 
 def find(resume: str, run_dir: Path) -> Checkpoint | None:
@@ -37,12 +41,37 @@ def find(resume: str, run_dir: Path) -> Checkpoint | None:
         return _newest(run_dir)
     path = Path(resume)
     path = path.parent if path.is_file() else path
+    if meant := _meant(resume, path, run_dir):
+        raise BadInput(f"--resume {resume}: {meant}")
     if not path.is_dir():
         raise BadInput(f"--resume {resume}: no such checkpoint. In {run_dir}: {names(run_dir)}")
     try:
         return verified(path)
     except DamagedCheckpoint as error:
         raise BadInput(f"--resume {resume}: {error}. In {run_dir}: {names(run_dir)}") from None
+
+
+def _meant(resume: str, path: Path, run_dir: Path) -> str | None:
+    """What to type instead of a `resume` that names no checkpoint but says what is meant; None if it does not say."""
+    if not path.exists():
+        if resume.lower() in WORDS_FOR_AUTO:
+            return "did you mean --resume auto, which takes the newest checkpoint of the run folder?"
+        step = checkpoint_name(int(resume)) if resume.isdecimal() else resume
+        return f"did you mean --resume {run_dir / step}?" if (run_dir / step).is_dir() else None
+    foreign_file = Path(resume).is_file() and Path(resume).suffix in FOREIGN and not path.name.startswith("iter-")
+    foreign = path if (path / "config.json").is_file() else Path(resume) if foreign_file else None
+    if foreign is not None and not (path / MANIFEST).exists():
+        return (
+            f"no checkpoint of this project; python scripts/convert_hf_checkpoint.py --checkpoint_dir {foreign} "
+            f"--destination_path {run_dir / checkpoint_name(0)} makes one of it"
+        )
+    if not newest_first(path) and not (path / "settings.yaml").is_file():
+        return None
+    if path.resolve() == run_dir.resolve():
+        return "the run folder itself: --resume auto takes its newest checkpoint"
+    newest = next(iter(newest_first(path)), None)
+    branch = f"; --resume {newest} begins in {run_dir} from there" if newest else ""
+    return f"a run folder, not a checkpoint: --out_dir {path} --resume auto continues that run{branch}"
 
 
 def _newest(run_dir: Path) -> Checkpoint | None:

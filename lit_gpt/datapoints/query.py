@@ -211,7 +211,7 @@ class Replay:
             if missing:
                 yield f"step {min(missing)} is missing: the log goes from step {step - 1} to step {record.step}"
             elif record.first_slot != slot and not excused & set(range(step, record.step + 1)):
-                yield f"step {record.step} begins at slot {record.first_slot}, the step before it ended at slot {slot}"
+                yield f"step {record.step} begins at row {record.first_slot}, the step before it ended at row {slot}"
             digest, targets = self._replayed(record)
             if (digest, targets) != (record.digest, record.targets):
                 yield (

@@ -19,6 +19,15 @@ VARIABLES = {
 DEFAULT_RECIPE = "LLaMmlein_1B"
 
 
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+"""Variables in which torchrun, srun and this program itself tell a process its place among all."""
+
+
+def is_first_process() -> bool:
+    """Whether this process will be rank 0, as far as the environment says: known before PyTorch is loaded."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
+
+
 def site_settings(recipes: Path) -> dict[str, Given]:
     """Setting -> what the environment says of it; recipes: the folder pretrain/configs.
 

@@ -11,7 +11,6 @@ import logging
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -161,8 +160,6 @@ def launch(
         be_deterministic()
     if world.size > 1:
         _refuse_taken_port(world)
-    # find_world has checked the launcher, also where srun is installed and not used
-    warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     for name in ("lightning.fabric", "lightning.pytorch"):  # each rank would log a line
         logging.getLogger(name).setLevel(logging.WARNING)
     if world.size == 1:
@@ -187,8 +184,7 @@ def launch(
     if stop_flag is not None:
         stop_flag.children = lambda: getattr(fabric.strategy.launcher, "procs", ())
     fabric.launch()
-    if not fabric.is_global_zero:
-        logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     return fabric
 
 

@@ -94,6 +94,28 @@ def resolved_choices(settings: Settings) -> dict[str, Any]:
     return {**choices, "packages": versions}
 
 
+def in_words(resolved: dict[str, Any]) -> str:
+    """What resolved.json holds, for the screen; without what the lines on kernels and on the run's length say."""
+    processes, nodes = resolved["devices"] * resolved["num_nodes"], resolved["num_nodes"]
+    parts = [
+        f"{processes} process{'es' * (processes > 1)} on {nodes} node{'s' * (nodes > 1)} ({resolved['accelerator']})",
+        f"rows of {resolved['block_size']:,} tokens",
+        f"vocabulary of {resolved['vocab_size']:,}",
+        "compiled" if resolved["compile"] else "not compiled",
+        f"{resolved['state_dict_type']} checkpoints, written {_when(resolved['async_save'])}",
+        *(f"{package} {version}" for package, version in resolved["packages"].items() if version is not None),
+    ]
+    if "shard_group_size" in resolved:
+        parts.insert(1, f"sharded over {resolved['shard_group_size']}")
+    if resolved["float8"] != "none":
+        parts.insert(3, f"float8 {resolved['float8']}")
+    return "this run: " + ", ".join(parts)
+
+
+def _when(async_save: bool) -> str:
+    return "while training goes on" if async_save else "while training waits"
+
+
 def log_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Log a line for each choice that differs between the run that this one repeats or resumes, and this one."""
     pairs = [(name, now.get(name), before.get(name)) for name in CHOICES if name in before]

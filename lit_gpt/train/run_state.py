@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from lit_gpt.checkpoint import checkpoint, history
-from lit_gpt.checkpoint.record import Checkpoint
+from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
+from lit_gpt.cli import command_line
 from lit_gpt.data.loader import PackedDataset, Step
 from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.log import DatapointLog
@@ -172,7 +173,7 @@ class RunState:
         self.load_s = time.monotonic() - began
         if "step_guard" in start.facts:  # an imported model has none
             self._guard.load(start.facts["step_guard"])
-        log.info("resumed from %s: step %d, slot %d", start.path, self.step, self.slot)
+        log.info("resumed from %s: step %d, %s rows of the data done", start.path, self.step, f"{self.slot:,}")
         self._tell_other_bos(start)
         if data.changed:
             log.warning(
@@ -202,6 +203,13 @@ class RunState:
                 self.datapoints.deviation("left_out", self.step, first_slot=self.slot, rows=left_out)
             self.datapoints.append(self.step, data.first_slot, data.rows, targets, digest)
         self.slot = data.first_slot + data.rows
+
+    def log_finish(self) -> None:
+        """Log that the run has reached its end, and the command that exports it."""
+        tokens, run_dir = f"{self.total_targets:,}", self._inputs.run_dir
+        log.info("finished at step %d (%s): %s tokens trained", self.step, self.length.limit, tokens)
+        tokenizer = "" if self._asked.tokenizer_path else "TOKENIZER_PATH=... "
+        log.info("next: %s%s", tokenizer, command_line("scripts/create.sh", run_dir / checkpoint_name(self.step)))
 
     def checkpoint_facts(self) -> dict[str, Any]:
         """What a checkpoint's run.json holds, paths absolute; the records that it names are on disk on return."""

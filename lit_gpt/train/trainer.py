@@ -13,7 +13,6 @@ for the GPU at logs and saves.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Collection
@@ -45,7 +44,7 @@ from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.pauses import Pauses
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.progress import ProgressBar
-from lit_gpt.train.resolve import resolve, resolved_choices
+from lit_gpt.train.resolve import in_words, resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
 from lit_gpt.train.run_inputs import RunInputs, open_cache, open_inputs, training_rows, validation_rows
 from lit_gpt.train.run_state import RunState
@@ -114,7 +113,8 @@ class Trainer:
         self.rank, self.device = fabric.global_rank, fabric.device
         self.watchdog = Watchdog(inputs.run_dir / "watchdog", name, self.rank, inputs.world.size, asked)
         self.settings = settings = resolve(asked, inputs.config, inputs.world, self.device)
-        log.info("resolved: %s", json.dumps(resolved := resolved_choices(settings)))
+        resolved = resolved_choices(settings)
+        log.info("%s", in_words(resolved))
         torch.manual_seed(settings.seed)  # nothing draws from it, but checkpoints hold its state
         self.model = build_model(self.fabric, inputs.config, settings)
         self.optimizer = make_optimizer(self.model, settings, compiled=bool(settings.compile))
@@ -274,8 +274,7 @@ class Trainer:
             return EXIT_GAVE_UP
         if self.stop.agreed:
             return self.stop.log_stop(self.state.step)
-        tokens = f"{self.state.total_targets:,}"
-        log.info("finished at step %d (%s): %s tokens trained", self.state.step, self.state.length.limit, tokens)
+        self.state.log_finish()
         return 0
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -70,6 +71,32 @@ def test_auto_follows_the_branch_that_was_trained_last(wound_back: Path, caplog:
     assert steps(left_behind(wound_back)) == [6]
     go_on(wound_back, find("auto", wound_back), until=13)
     assert auto(wound_back) == 12
+
+
+def test_a_resume_that_names_no_checkpoint_says_what_to_type(
+    wound_back: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other, eight = tmp_path_factory.mktemp("other"), f"iter-{8:08d}-ckpt.pth"
+    (other / "hf").mkdir()
+    (other / "hf/config.json").touch()
+    (other / "lit_model.pth").touch()
+    (wound_back / eight / "MANIFEST.json").unlink()  # damaged, but still ours
+    said = {
+        str(wound_back): f"--out_dir {wound_back} --resume auto continues that run; --resume {wound_back}/iter",
+        "8": f"did you mean --resume {other}/{eight}?",
+        eight: f"did you mean --resume {other}/{eight}?",
+        "latest": "did you mean --resume auto, which",
+        "True": "did you mean --resume auto, which",
+        str(other): "the run folder itself: --resume auto takes",
+        str(other / "hf"): f"convert_hf_checkpoint.py --checkpoint_dir {other}/hf --destination_path {other}/iter-0000",
+        str(other / "lit_model.pth"): f"convert_hf_checkpoint.py --checkpoint_dir {other}/lit_model.pth ",
+        str(wound_back / eight / "state.pth"): "MANIFEST.json",
+        "nowhere": f"no such checkpoint. In {other}: {eight}",
+    }
+    (other / eight).mkdir()
+    for resume, words in said.items():
+        with pytest.raises(BadInput, match=re.escape(words)):
+            find(resume, other)
 
 
 def test_a_rollback_stays_in_the_branch(wound_back: Path) -> None:

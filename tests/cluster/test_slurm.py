@@ -137,7 +137,8 @@ def test_signals_save_requeue_and_resume(slurm: Path, store: Path, unbroken: Pat
     assert job.fact("Restarts") == "2"
     step = stopped_at(log, "SIGUSR1")
     assert 10 <= step < 60
-    assert f"resumed from {job.out_dir}/iter-{step:08d}-ckpt.pth: step {step}, slot {step * ROWS_A_STEP}" in log
+    done = f"step {step}, {step * ROWS_A_STEP:,} rows of the data done"
+    assert f"resumed from {job.out_dir}/iter-{step:08d}-ckpt.pth: {done}" in log
     assert "(75): back into the queue" in log
     assert "(SIGUSR1) before the first step: nothing new to save" in log or "(138): back into the queue" in log
     assert f"port {10000 + int(job.number)}" in log

@@ -321,6 +321,11 @@ def test_create_takes_the_newest_checkpoint_of_the_run(run_dir: Path, tmp_path: 
     done = create(cwd=tmp_path, OUT_DIR=str(run_dir), FINAL_MODEL="model", MODEL_NAME="debug")
     assert done.returncode == 0, done.stderr
     assert "logits agree: largest difference" in done.stderr
+    lines = done.stderr.splitlines()
+    warnings = [line for line in lines if " INFO " not in line]
+    assert len(warnings) == 1, done.stderr  # none of a library
+    assert "does not say whether documents begin with BOS" in warnings[0]
+    assert lines[-1].endswith(f"next: python {ROOT}/scripts/generate.py --model model --prompt 'Die Stadt'")
     step_7 = tmp_path / "step 7"  # a space, and the arguments in place of the variables
     done = create(str(run_dir / "iter-00000007-ckpt.pth"), str(step_7), "--dtype", "bf16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -100,7 +100,7 @@ def test_the_record_stays_true(rolled_back: tuple[Path, str], tmp_path: Path) ->
     log.write_text("".join(line for line in log.read_text().splitlines(True) if '"left_out"' not in line))
     verify = datapoints(forged, "verify")
     assert verify.returncode == 1
-    assert "step 5 begins at slot 48, the step before it ended at slot 32" in verify.stdout
+    assert "step 5 begins at row 48, the step before it ended at row 32" in verify.stdout
 
 
 @pytest.mark.slow

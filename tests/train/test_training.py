@@ -204,7 +204,9 @@ def test_the_end_of_the_data_stops_the_run(store: Path, tmp_path: Path) -> None:
     done = train(store, tmp_path, **sizes)
     steps = len(seen_rows(tmp_path))
     assert f"finished at step {steps} (max_epochs)" in done.stderr
-    assert (tmp_path / f"iter-{steps:08d}-ckpt.pth").is_dir()
+    checkpoint = tmp_path / f"iter-{steps:08d}-ckpt.pth"
+    assert checkpoint.is_dir()
+    assert done.stderr.endswith(f"create.sh {checkpoint}\n")
     twice = tmp_path / "twice"
     train(store, twice, max_epochs=2, **sizes)
     assert 2 * steps <= len(seen_rows(twice)) <= 2 * steps + 1

@@ -1,0 +1,185 @@
+"""What a person sees beside results: no line that libraries print at every start, and the next command to type."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from lit_gpt import cli
+from lit_gpt.cli import BadInput, Parser, checkout_path, command_line
+from lit_gpt.launch.site import RANKS, is_first_process
+from lit_gpt.noise import silence
+from lit_gpt.settings_reader import parse_settings
+from lit_gpt.train.settings import Settings
+from scripts import prepare_data, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHAO = "Failed to load /x/torchao/_C_mxfp8.so: Could not load this library: /x/torchao/_C_mxfp8.so"
+AUX_DATA = (
+    "Argument aux_data (position 19) cannot be converted to a JitArgument for function 'f'. Its type is not supported."
+)
+SRUN = "The `srun` command is available on your system but is not used. HINT: If your intention is ..."
+
+
+@pytest.mark.parametrize(
+    ("logger", "message", "shown"),
+    [
+        ("torchao", TORCHAO, False),
+        ("torchao", "Failed to load the weights", True),
+        ("torchao.float8", TORCHAO, True),
+        ("torchao.kernel.intmm", "Warning: Detected no triton, on systems without Triton ...", False),
+        ("torch.utils._pytree", "<enum 'A'> is an Enum subclass and is now natively supported by torch.compile", False),
+        ("torch.utils._pytree", "<class 'A'> is already registered", True),
+    ],
+)
+def test_a_logged_line_is_silenced_by_its_text_and_logger(
+    caplog: pytest.LogCaptureFixture, logger: str, message: str, shown: bool
+) -> None:
+    silence()
+    silence()
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger(logger).propagate = True
+        logging.getLogger(logger).warning("%s", message)
+    assert [record.getMessage() for record in caplog.records] == [message] * shown
+
+
+@pytest.mark.parametrize(
+    ("module", "message", "shown"),
+    [
+        ("cutlass.base_dsl.dsl", AUX_DATA, False),
+        ("cutlass.base_dsl.dsl", AUX_DATA.replace("aux_data", "mQ"), True),
+        ("somebody.else", AUX_DATA, True),
+        ("lightning.fabric.plugins.environments.slurm", SRUN, False),
+        ("lightning.fabric.plugins.environments.slurm", "srun is broken", True),
+    ],
+)
+def test_a_warning_is_silenced_by_its_text_and_module(module: str, message: str, shown: bool) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        silence()
+        warnings.warn_explicit(message, UserWarning, "file.py", 1, module=module)
+    assert [str(warning.message) for warning in seen] == [message] * shown
+
+
+def test_a_path_flag_of_type_str_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORPUS", "/data/german")
+    monkeypatch.setenv("HOME", "/home/ada")
+    parser = Parser(None)
+    parser.add_argument("--source", type="path", nargs="+")
+    assert parser.parse_args(["--source", "~/a b", "$CORPUS/x", "${CORPUS}"]).source == [
+        "/home/ada/a b", "/data/german/x", "/data/german",
+    ]  # fmt: skip
+    with pytest.raises(BadInput, match=r"names \$NOPE, which is not set in the environment"):
+        parser.parse_args(["--source", "$NOPE/x"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "called", "expected"),
+    [
+        (ROOT, "scripts/prepare_data.py", "scripts/create.sh"),
+        (ROOT / "scripts", "prepare_data.py", "create.sh"),
+        (ROOT.parent, f"{ROOT.name}/scripts/generate.py", f"{ROOT.name}/scripts/create.sh"),
+        (
+            Path("/usr/share"),
+            str(ROOT / "scripts/generate.py"),
+            f"{ROOT}/scripts/create.sh",
+        ),
+        (ROOT, "/usr/bin/pytest", "scripts/create.sh"),
+    ],
+)
+def test_commands_are_seen_from_where_the_user_is(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, called: str, expected: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [called])
+    assert checkout_path("scripts/create.sh") == expected
+    assert command_line("scripts/create.sh", Path("a b"), "--x") == f"bash {expected} 'a b' --x"
+
+
+def test_a_link_to_the_checkout_is_followed_as_it_was_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "code").symlink_to(ROOT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["code/scripts/train_tokenizer.py"])
+    assert command_line("scripts/prepare_data.py") == "python code/scripts/prepare_data.py"
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "5"}, False),
+        ({"RANK": "0", "SLURM_PROCID": "5"}, True),  # torchrun, started by srun on the second node of another rank
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_one_process_speaks_before_the_ranks_know_each_other(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], first: bool
+) -> None:
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() is first
+
+
+def test_the_training_says_what_it_does_before_it_loads_torch(tmp_path: Path) -> None:
+    """torch is a module here that ends the program: the line must stand before that."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(9)")
+    line = "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {line}",
+         str(ROOT / "pretrain/tinyllama_fabric.py"), "--model_name", "debug", "--train_data_dir", str(tmp_path)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    assert done.stderr.endswith("INFO model debug: loading PyTorch\n")
+
+
+@pytest.mark.slow
+def test_each_stage_names_the_command_of_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command is run as it was printed, up to the training's, whose settings are read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts/train_tokenizer.py")])
+    caplog.set_level(logging.INFO)
+    lines = [json.dumps({"id": str(n), "inhalt": f"Der Satz Nummer {n} steht hier. " * 9}) for n in range(60)]
+    (tmp_path / "my text.jsonl").write_text("\n".join(lines))
+    words = ["--source", "my text.jsonl", "--destination_path", "out/tok", "--vocab_size", "300"]
+    train_tokenizer.main([*words, "--text_field", "inhalt"])
+    prepare = next_words(caplog)
+    assert prepare == [
+        "python", checkout_path("scripts/prepare_data.py"), "--source", "my text.jsonl", "--tokenizer_path", "out/tok",
+        "--destination_path", "out/data", "--text_field", "inhalt",
+    ]  # fmt: skip
+    prepare_data.main([*prepare[2:], "--workers", "1", "--val_fraction", "0.3"])
+    training = next_words(caplog)
+    assert training[:2] == ["python", checkout_path("pretrain/tinyllama_fabric.py")]
+    settings, files = parse_settings(Settings, training[2:], None)
+    settings.check()
+    assert (settings.train_data_dir, settings.val_data_dir) == ("out/data/train", "out/data/val")
+    assert (settings.tokenizer_path, files[0].resolve()) == ("out/tok", ROOT / "pretrain/configs/debug.yaml")
+
+
+def next_words(caplog: pytest.LogCaptureFixture) -> list[str]:
+    line = caplog.records[-1].getMessage()
+    assert line.startswith("next: ")
+    return shlex.split(line.removeprefix("next: "))
+
+
+def test_run_program_silences(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(cli, "silence", lambda: calls.append(1))
+    with pytest.raises(SystemExit):
+        cli.run_program(lambda: 0)
+    assert calls == [1]
