@@ -74,6 +74,11 @@ def _meant(resume: str, path: Path, run_dir: Path) -> str | None:
     return f"a run folder, not a checkpoint: --out_dir {path} --resume auto continues that run{branch}"
 
 
+def goes_back(resume: str, found: Checkpoint, run_dir: Path) -> bool:
+    """Whether --resume names a checkpoint (`found`) older than others in the run folder, whose steps it leaves."""
+    return resume != "auto" and any(path.name > checkpoint_name(found.step) for path in newest_first(run_dir))
+
+
 def _newest(run_dir: Path) -> Checkpoint | None:
     """The newest whole checkpoint of the history, or that of another run from which the history began."""
     found = next(whole_newest_first(run_dir), None)

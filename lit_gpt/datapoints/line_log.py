@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -74,3 +75,13 @@ def whole_lines(path: Path) -> list[str]:
     if damaged := lines.count(None):
         log.warning("%s: %d damaged lines of %d are left out", path, damaged, len(lines))
     return [line for line in lines if line is not None]
+
+
+def or_alarm(path: Path, write: Callable[[], object]) -> bool:
+    """Write a file that is no checkpoint, or log why not: it never stops a run. Whether it was written."""
+    try:
+        write()
+    except OSError as error:
+        log.error("%s cannot be written: %s. Training goes on; the file stays as it was", path, error)
+        return False
+    return True

@@ -24,7 +24,7 @@ from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
 from lit_gpt.cli import command_line
 from lit_gpt.data.loader import PackedDataset, Step
 from lit_gpt.datapoints import run_folder
-from lit_gpt.datapoints.log import DatapointLog
+from lit_gpt.datapoints.log import FOLDER, DatapointLog, lineage, read_attempts
 from lit_gpt.launch.world import Fabric, on_rank_zero
 from lit_gpt.train.data_start import DataStart, data_start, told
 from lit_gpt.train.equal_ranks import NODE_FOLDERS, require_equal_ranks
@@ -32,6 +32,7 @@ from lit_gpt.train.resolve import log_differences
 from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_left_out
 from lit_gpt.train.run_inputs import RunInputs, open_datapoint_log, slot_facts
 from lit_gpt.train.run_length import Progress, RunLength, run_length
+from lit_gpt.train.sent_steps import branch_hash
 from lit_gpt.train.settings import Settings
 from lit_gpt.train.step_guard import SkippedStep, StepGuard
 from lit_gpt.train.trackers import Trackers
@@ -91,7 +92,9 @@ class RunState:
                 "run folder": str(inputs.run_dir.absolute()),
             }
         )
-        self._begin(self._find_start())
+        start = self._find_start()
+        resume = self._asked.resume
+        self._begin(start, goes_back=bool(start and resume and history.goes_back(resume, start, inputs.run_dir)))
 
     def _find_start(self) -> Checkpoint | None:
         """The checkpoint that --resume names, found and verified by rank 0; None for a fresh start."""
@@ -121,8 +124,8 @@ class RunState:
     def _data_start(self, start: Checkpoint) -> DataStart:
         return data_start(start, self._slot_facts, self._inputs.train[0].tokenizer_fingerprint, self._asked)
 
-    def _begin(self, start: Checkpoint | None) -> None:
-        """Load a checkpoint, if there is one, and open the records of the steps after it."""
+    def _begin(self, start: Checkpoint | None, *, goes_back: bool = False) -> None:
+        """Load a checkpoint, if there is one, and open the records of the steps after it; goes_back: of history."""
         if start is not None:
             data, facts = self._data_start(start), start.facts
             self.step, self.slot, self.total_targets = start.step, data.slot, facts["tokens"]
@@ -150,7 +153,7 @@ class RunState:
                 allow_changed_data=self._asked.allow_changed_data,
             ),
         )
-        self.trackers = on_rank_zero(self._fabric, self._open_run_folder)
+        self.trackers = on_rank_zero(self._fabric, lambda: self._open_run_folder(goes_back))
 
     def _tell_other_bos(self, start: Checkpoint) -> None:
         now = self._inputs.train[0].add_bos
@@ -180,12 +183,27 @@ class RunState:
                 "%s: %s", "new data from its start on" if data.anew else "the data has changed", told(data.changed)
             )
 
-    def _open_run_folder(self) -> Trackers:
+    def _open_run_folder(self, goes_back: bool) -> Trackers:
         history.tell_left_behind(self._inputs.run_dir)
         asked = asdict(self._asked)
         run_folder.write_settings(self._inputs.run_dir, asked, self._resolved)
         attempt = self.datapoints.attempt if self.datapoints is not None else None
-        return Trackers(self._inputs.run_dir, self.step, self._asked, asked, attempt)
+        return Trackers(
+            self._inputs.run_dir, self.step, self._asked, asked, attempt, branch=self._branch(), goes_back=goes_back
+        )
+
+    def _branch(self) -> str:
+        """Differs wherever a step has other numbers than before: see sent_steps."""
+        origin = lineage(read_attempts(self._inputs.run_dir / FOLDER))[-1].parent
+        facts = {
+            **self._slot_facts,
+            "data_from_step": self._data_from_step,
+            "left_out": self.rollbacks.left_out,
+            "steps": self.length.steps,
+            "validation data set": self._inputs.val.dataset_id if self._inputs.val else None,
+            "origin": origin,  # the checkpoint of another run that it began from
+        }
+        return branch_hash(self._asked, facts)
 
     def step_done(self, data: Step, targets: int, digest: int) -> None:
         """Count and record one more update.

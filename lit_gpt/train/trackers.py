@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.datapoints.line_log import LineLog, whole_lines
+from lit_gpt.datapoints.line_log import LineLog, or_alarm, whole_lines
 from lit_gpt.datapoints.run_folder import read_metrics
 from lit_gpt.files import publish, sweep
 from lit_gpt.train.sampling import Sample
+from lit_gpt.train.sent_steps import SentSteps
 from lit_gpt.train.settings import TrackerSettings
 from lit_gpt.train.wandb_run import WandbRun
 
@@ -44,13 +45,20 @@ class Trackers:
         settings: TrackerSettings,
         run_settings: Mapping[str, Any],
         attempt: int | None = None,
+        *,
+        branch: str = f"{0:016x}",
+        goes_back: bool = False,
     ) -> None:
         """run_settings: all settings of the run, for Weights & Biases; resume_step: last step whose lines stay;
-        attempt: this start's number in the datapoint log."""
+        attempt: this start's number in the datapoint log; branch, goes_back: see SentSteps.begin."""
         self._attempt = attempt
         path = run_dir / "metrics.csv"
         lines = read_metrics(path)
         kept = [row for row in lines if int(row["step"]) <= resume_step]
+        sent = SentSteps.begin(  # before metrics.csv loses lines
+            run_dir, resume_step, branch, goes_back=goes_back, wanted=settings.wandb != "off",
+            last_line=max((int(row["step"]) for row in lines), default=0),
+        )  # fmt: skip
         self._samples = run_dir / "samples.jsonl"
         for written in (path, self._samples):
             sweep(run_dir, written.name, alone=True)
@@ -58,13 +66,13 @@ class Trackers:
         if path.exists() and path.read_bytes().count(b"\n") > len(lines) + 1:
             aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
             log.warning("%s is damaged: it stays as %s", path, aside.name)
-            _or_alarm(aside, lambda: publish(aside, [path.read_bytes()]))
+            or_alarm(aside, lambda: publish(aside, [path.read_bytes()]))
         further = dict.fromkeys(name for row in kept for name in row if name not in COLUMNS)
         self._columns = (*COLUMNS, *further)  # those of another version stay
         head = [dict(zip(self._columns, self._columns, strict=True)), *kept]
-        _or_alarm(path, lambda: publish(path, [self._csv_line(row).encode() for row in head]))
+        or_alarm(path, lambda: publish(path, [self._csv_line(row).encode() for row in head]))
         if self._samples.exists():
-            _or_alarm(self._samples, lambda: _keep_samples(self._samples, resume_step))
+            or_alarm(self._samples, lambda: _keep_samples(self._samples, resume_step))
         self._metrics = LineLog(path)
         self._samples_log: LineLog | None = None
         self._board = None
@@ -73,12 +81,13 @@ class Trackers:
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
         self._wandb = None
-        if settings.wandb != "off":
+        if settings.wandb != "off" and sent is not None:
             self._wandb = WandbRun(
                 run_dir, settings.wandb, project=settings.wandb_project, name=settings.wandb_name,
-                config=run_settings, sent_step=max((int(row["step"]) for row in lines), default=0),
-                timeout_s=settings.wandb_timeout_s,
+                config=run_settings, sent=sent, timeout_s=settings.wandb_timeout_s,
             )  # fmt: skip
+            for row in kept:
+                self._wandb.log(int(row["step"]), _numbers(row))
 
     def log(self, values: Mapping[str, float | int | None]) -> None:
         """Write one line; missing or None columns stay empty. Flushed at once, so a killed run keeps its lines."""
@@ -126,6 +135,19 @@ class Trackers:
             self._wandb.close()
 
 
+def _numbers(row: Mapping[str, str]) -> dict[str, float | int]:
+    """A line of metrics.csv as it was logged."""
+    found: dict[str, float | int] = {}
+    for name, text in row.items():
+        if name in ("time", "attempt") or not text:
+            continue
+        try:
+            found[name] = int(text) if text.lstrip("-").isdecimal() else float(text)
+        except ValueError:  # a column of another version
+            continue
+    return found
+
+
 def _keep_samples(path: Path, resume_step: int) -> None:
     """Drop the samples after `resume_step`, and a last line that a kill cut short."""
     publish(path, [line.encode() for line in whole_lines(path) if (step := _step(line)) and step <= resume_step])
@@ -137,11 +159,3 @@ def _step(line: str) -> int | None:
     except (ValueError, LookupError, TypeError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _or_alarm(path: Path, write: Callable[[], object]) -> None:
-    """Write, or log why not: a log never stops a run."""
-    try:
-        write()
-    except OSError as error:
-        log.error("%s cannot be written: %s. Training goes on; the file stays as it was", path, error)

@@ -2,8 +2,8 @@
 
 Any failure (no package, no server, no DNS, a wrong key) is one warning, and the run goes on: offline if the package is
 installed, so that nothing is lost, and without Weights & Biases otherwise. The run's id lies in the run folder, so a
-resumed run continues the same curves. A step that an earlier attempt has sent is not sent again: an exact resume
-computes the same numbers. The package reads the API key itself.
+resumed run continues the same curves; sent_steps.py says which step goes to which run. The package reads the API key
+itself.
 
 Costs: lines go to the package's own process; only start and end wait for the server, at most `timeout_s` each.
 """
@@ -11,17 +11,15 @@ Costs: lines go to the package's own process; only start and end wait for the se
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_gpt.files import publish
+from lit_gpt.train.sent_steps import SentSteps
 
 log = logging.getLogger(__name__)
 
-ID_FILE = "wandb-id"
 Mode = Literal["online", "offline"]
 
 
@@ -29,18 +27,12 @@ class WandbRun:
     """Weights & Biases for one attempt of a run; `step` is the number of updates that are done."""
 
     def __init__(
-        self, run_dir: Path, mode: Mode, *, project: str, name: str | None, config: Mapping[str, Any], sent_step: int,
+        self, run_dir: Path, mode: Mode, *, project: str, name: str | None, config: Mapping[str, Any], sent: SentSteps,
         timeout_s: int,
     ) -> None:  # fmt: skip
-        """sent_step: the last step that an earlier attempt of this run may have sent."""
-        id_file = run_dir / ID_FILE
-        self._sent_step = sent_step if id_file.exists() else 0
-        if not id_file.exists():
-            publish(id_file, [secrets.token_hex(4).encode()])
+        self._sent = sent
         self._timeout_s, self._run_dir = timeout_s, run_dir
-        options = dict(
-            project=project, name=name or run_dir.resolve().name, id=id_file.read_text(), config=dict(config)
-        )
+        options = dict(project=project, name=name or run_dir.resolve().name, id=sent.run_id, config=dict(config))
         self._run = self._start(mode, options)
 
     def _start(self, mode: Mode, options: dict[str, Any]) -> Any:
@@ -67,9 +59,10 @@ class WandbRun:
             return self._start("offline", options)
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Send one line of metrics."""
-        if self._run is None or step <= self._sent_step:
+        """Send one line of metrics, unless its step was sent."""
+        if self._run is None or step <= self._sent.step:
             return
+        self._sent.note(step)
         try:
             self._run.log({name: value for name, value in values.items() if name != "step"}, step=step)
         except Exception as error:  # noqa: BLE001 - as above

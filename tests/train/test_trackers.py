@@ -84,10 +84,10 @@ def test_training_does_not_depend_on_the_server(
     assert_no_secret(tmp_path / "run", done.stdout, done.stderr)
 
 
-def offline_series(run_dir: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every line in the files that `wandb sync` uploads, in the order of the starts."""
+def offline_series(run_dir: Path, run_id: str = "*") -> list[tuple[int, float]]:
+    """(step, loss) of every line in the files that `wandb sync` uploads to the run, in the order of the starts."""
     series = []
-    for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+    for file in sorted(run_dir.glob(f"wandb/offline-run-*/run-{run_id}.wandb")):
         for data in transaction_log(file.read_bytes()):
             record = internal.Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
