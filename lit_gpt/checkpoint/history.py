@@ -20,7 +20,8 @@ from pathlib import Path
 from lit_gpt.checkpoint.checkpoint import is_whole, names, newest_first, remove, verified
 from lit_gpt.checkpoint.record import MANIFEST, Checkpoint, DamagedCheckpoint, checkpoint_name, described
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.log import FOLDER, Mark, is_in_lineage, lineage, read_attempts
+from lit_gpt.datapoints.attempts import Mark, is_in_lineage, lineage, read_attempts
+from lit_gpt.datapoints.log import FOLDER
 from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -25,21 +26,34 @@ class LineLog:
         self._waiting: list[bytes] = []
         self._write()
 
-    def append(self, line: str) -> None:
-        """Write a line, which ends in its newline, and those that wait."""
-        self._waiting.append(line.encode())
-        self._write()
+    def append(self, line: str) -> bytes:
+        """Write a line, which ends in its newline, and those that wait; returns what is in the file since this call."""
+        return self.append_bytes(line.encode())
 
-    def close(self) -> None:
-        """Try once more what could not be written; what is lost is logged."""
-        if self._waiting:
-            self._write()
+    def append_bytes(self, record: bytes) -> bytes:
+        """`append` for a record that is no text."""
+        self._waiting.append(record)
+        return self._write()
+
+    def retry(self) -> bytes:
+        """Try again what could not be written; returns as `append`."""
+        return self._write() if self._waiting else b""
+
+    def sync(self) -> None:
+        """Sync the file to disk; an alarm is logged if that fails."""
+        if self._descriptor is not None:
+            or_alarm(self._path, partial(os.fsync, self._descriptor))
+
+    def close(self) -> bytes:
+        """Try once more what could not be written, and log what is lost; returns as `append`."""
+        written = self.retry()
         if self._waiting:
             log.error("%s: the last %d lines are lost: they could not be written", self._path, len(self._waiting))
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            or_alarm(self._path, partial(os.close, self._descriptor))
+        return written
 
-    def _write(self) -> None:
+    def _write(self) -> bytes:
         pending, alarmed = b"".join(self._waiting), len(self._waiting) > 1
         try:
             if self._descriptor is None:
@@ -51,10 +65,11 @@ class LineLog:
         except OSError as error:
             if not alarmed:
                 log.error("%s cannot be written: %s. Training goes on; its lines wait", self._path, error)
-            return
+            return b""
         if alarmed:
             log.warning("%s can be written again: %d lines that waited are there", self._path, len(self._waiting))
         self._waiting.clear()
+        return pending
 
 
 def text_line(raw: bytes) -> str | None:

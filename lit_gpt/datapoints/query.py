@@ -22,8 +22,9 @@ from lit_gpt.data.order import ORDER_VERSION, POOL_SHARDS, Ints
 from lit_gpt.data.packing import PACKING_VERSION
 from lit_gpt.data.row_reader import RowReader, SourceRows
 from lit_gpt.data.token_store import DamagedShard, ShardFile, TokenStore
+from lit_gpt.datapoints.attempts import Attempt
 from lit_gpt.datapoints.document_index import DocumentIndex, Location
-from lit_gpt.datapoints.log import FOLDER, Attempt
+from lit_gpt.datapoints.log import FOLDER
 from lit_gpt.datapoints.run_record import RunRecord, StepRecord
 from lit_gpt.datapoints.witness import Witness, contradictions
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import yaml
 
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.line_log import whole_lines
+from lit_gpt.datapoints.line_log import or_alarm, whole_lines
 from lit_gpt.files import publish, read_json, sweep
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,12 @@ def write_settings(path: Path, settings: Mapping[str, Any], resolved: Mapping[st
     in the datapoint log's run.json. `resume` and the like are left out: they belong to one start, not to the run."""
     asked = {name: value for name, value in settings.items() if name not in _OF_ONE_START}
     sweep(path)
-    publish(path / "settings.yaml", [yaml.safe_dump(asked, sort_keys=False).encode()])
-    publish(path / RESOLVED, [json.dumps(resolved, indent=1).encode()])
-    publish(path / "environment.json", [json.dumps(environment(), indent=1).encode()])
+    for name, text in (
+        ("settings.yaml", yaml.safe_dump(asked, sort_keys=False)),
+        (RESOLVED, json.dumps(resolved, indent=1)),
+        ("environment.json", json.dumps(environment(), indent=1)),
+    ):
+        or_alarm(path / name, partial(publish, path / name, [text.encode()]))
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, str]]:

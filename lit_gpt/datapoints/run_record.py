@@ -17,8 +17,9 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import msgspec
 
 from lit_gpt.cli import BadInput
+from lit_gpt.datapoints.attempts import RUN_FILE, Attempt, lineage, read_attempts
 from lit_gpt.datapoints.line_log import text_line
-from lit_gpt.datapoints.log import RUN_FILE, STEPS_FILE, Attempt, lineage, read_attempts
+from lit_gpt.datapoints.log import STEPS_FILE
 
 _TAIL_BYTES = 1 << 16
 """Enough to hold the last step's line, whatever deviations follow it."""

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from lit_gpt.datapoints.log import STEPS_FILE, Attempt, Mark
+from lit_gpt.datapoints.attempts import Attempt, Mark
+from lit_gpt.datapoints.log import STEPS_FILE
 
 _CHUNK_BYTES = 1 << 20
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from lit_gpt.checkpoint.checkpoint import Checkpoint
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.log import FOLDER, OVERRIDE, Mark, read_attempts
+from lit_gpt.datapoints.attempts import Mark, read_attempts
+from lit_gpt.datapoints.log import FOLDER, OVERRIDE
 from lit_gpt.datapoints.settings import DatapointSettings
 
 log = logging.getLogger(__name__)

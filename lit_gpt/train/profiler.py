@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lit_gpt.datapoints.line_log import or_alarm
 from lit_gpt.files import publish
 from lit_gpt.train.settings import step_range
 
@@ -56,6 +57,11 @@ class StepProfiler:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         running.stop()
+        or_alarm(self._folder, lambda: self._write(running))
+        if self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, running: profile) -> None:
         self._folder.mkdir(exist_ok=True)
         stem = str(self._folder / f"steps-{self._first}-{self._end}")
         running.export_chrome_trace(f"{stem}.trace.json.gz")
@@ -64,5 +70,4 @@ class StepProfiler:
         publish(Path(f"{stem}.kernels.txt"), [table.encode()])
         if self._device.type == "cuda":
             torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
-            torch.cuda.memory._record_memory_history(enabled=None)
         log.info("profile of steps %d to %d: %s.*", self._first, self._end - 1, stem)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from lit_gpt.checkpoint.history import whole_newest_first
 from lit_gpt.checkpoint.record import Checkpoint
-from lit_gpt.datapoints.log import FOLDER, read_attempts
+from lit_gpt.datapoints.attempts import read_attempts
+from lit_gpt.datapoints.log import FOLDER
 from lit_gpt.train.settings import SpikeSettings
 from lit_gpt.train.step_guard import SkippedStep, Verdict
 

@@ -18,7 +18,8 @@ from lit_gpt.data.shard_cache import ShardCache, refuse_foreign
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.datapoints import run_folder
-from lit_gpt.datapoints.log import FOLDER, DatapointLog, Mark
+from lit_gpt.datapoints.attempts import Mark
+from lit_gpt.datapoints.log import FOLDER, DatapointLog
 from lit_gpt.launch.world import World, default_run_dir, find_world
 from lit_gpt.train.sampling import Prompts, open_prompts
 from lit_gpt.train.settings import Settings

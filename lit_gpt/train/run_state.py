@@ -24,7 +24,8 @@ from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
 from lit_gpt.cli import command_line
 from lit_gpt.data.loader import PackedDataset, Step
 from lit_gpt.datapoints import run_folder
-from lit_gpt.datapoints.log import FOLDER, DatapointLog, lineage, read_attempts
+from lit_gpt.datapoints.attempts import lineage, read_attempts, set_damaged_aside
+from lit_gpt.datapoints.log import FOLDER, DatapointLog
 from lit_gpt.launch.world import Fabric, on_rank_zero
 from lit_gpt.train.data_start import DataStart, data_start, told
 from lit_gpt.train.equal_ranks import NODE_FOLDERS, require_equal_ranks
@@ -113,6 +114,7 @@ class RunState:
 
     def _found(self, resume: str) -> tuple[Checkpoint | None, list[list[int]]]:
         """The checkpoint that `resume` names, and the ranges of slots that rollbacks left out."""
+        set_damaged_aside(self._inputs.run_dir / FOLDER)
         found = history.find(resume, self._inputs.run_dir)
         if found is None:
             return None, []

@@ -10,13 +10,14 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_gpt.datapoints.line_log import LineLog, or_alarm, whole_lines
 from lit_gpt.datapoints.run_folder import read_metrics
 from lit_gpt.files import publish, sweep
+from lit_gpt.train.board import Board
 from lit_gpt.train.sampling import Sample
 from lit_gpt.train.sent_steps import SentSteps
 from lit_gpt.train.settings import TrackerSettings
@@ -75,11 +76,7 @@ class Trackers:
             or_alarm(self._samples, lambda: _keep_samples(self._samples, resume_step))
         self._metrics = LineLog(path)
         self._samples_log: LineLog | None = None
-        self._board = None
-        if settings.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._board = Board(run_dir / "tensorboard", resume_step + 1) if settings.tensorboard else None
         self._wandb = None
         if settings.wandb != "off" and sent is not None:
             self._wandb = WandbRun(
@@ -94,15 +91,11 @@ class Trackers:
         present = {name: value for name, value in values.items() if value is not None}
         written = {**present, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self._attempt}
         self._metrics.append(self._csv_line(written))
-        self._to_board(
-            lambda board: [
-                board.add_scalar(name, value, int(values["step"] or 0))
-                for name, value in present.items()
-                if name != "step"
-            ]
-        )
+        step = int(values["step"] or 0)
+        if self._board is not None:
+            self._board.scalars(step, {name: value for name, value in present.items() if name != "step"})
         if self._wandb is not None:
-            self._wandb.log(int(values["step"] or 0), present)
+            self._wandb.log(step, present)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Write one line for each sample."""
@@ -110,27 +103,20 @@ class Trackers:
         for sample in samples:
             self._samples_log.append(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
         texts = "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in samples)
-        self._to_board(lambda board: board.add_text("samples", texts, step))
+        if self._board is not None:
+            self._board.text(step, "samples", texts)
 
     def _csv_line(self, row: Mapping[str, Any]) -> str:
         text = io.StringIO()
         csv.DictWriter(text, self._columns).writerow(row)
         return text.getvalue()
 
-    def _to_board(self, write: Callable[[Any], object]) -> None:
-        if self._board is None:
-            return
-        try:
-            write(self._board)
-        except Exception as error:  # noqa: BLE001 - its thread raises what it likes; it must not end the training
-            log.error("TensorBoard cannot be written: %s. Training goes on without it", error)
-            self._board = None
-
     def close(self) -> None:
         self._metrics.close()
         if self._samples_log is not None:
             self._samples_log.close()
-        self._to_board(lambda board: board.close())
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.close()
 

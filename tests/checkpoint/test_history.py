@@ -15,7 +15,8 @@ from lit_gpt.checkpoint.checkpoint import verified
 from lit_gpt.checkpoint.history import find, left_behind, prune, tell_left_behind
 from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.log import FOLDER, DatapointLog, Mark
+from lit_gpt.datapoints.attempts import Mark
+from lit_gpt.datapoints.log import FOLDER, DatapointLog
 from lit_gpt.train.rollback import last_good
 from tests.checkpoint.test_checkpoint import facts, model_and_optimizer, save
 from tests.support.programs import environment, run_program

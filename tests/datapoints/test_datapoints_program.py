@@ -19,7 +19,8 @@ import pytest
 from lit_gpt.cli import BadInput
 from lit_gpt.data.loader import PackedDataset, StepLoader
 from lit_gpt.data.token_store import HEADER_BYTES, TokenStore, document_ends, documents, write_store
-from lit_gpt.datapoints.log import DatapointLog, Mark
+from lit_gpt.datapoints.attempts import Mark, read_attempts, write_attempts
+from lit_gpt.datapoints.log import DatapointLog
 from lit_gpt.datapoints.query import Replay
 from scripts.datapoints import main
 from tests.support.small_store import make_store, shard_tokens
@@ -214,7 +215,8 @@ TRAINER = """
 import json, os, random, sys, time
 from pathlib import Path
 import numpy as np
-from lit_gpt.datapoints.log import DatapointLog, Mark
+from lit_gpt.datapoints.attempts import Mark
+from lit_gpt.datapoints.log import DatapointLog
 from lit_gpt.data.row_reader import RowReader
 from lit_gpt.data.token_store import TokenStore
 folder, checkpoint = Path(sys.argv[2]), Path(sys.argv[2]) / "checkpoint.json"
@@ -377,10 +379,12 @@ def test_verify_finds_a_swapped_row(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     with pytest.raises(BadInput, match="is not the data of attempt 0"):
         main(["verify", "--run_dir", str(run.folder), "--data_dir", str(moved.path)])
-    content = json.loads((run.folder / "datapoints" / "run.json").read_text())
-    content["attempts"][0]["facts"]["datasets"] = [moved.dataset_id]
-    content["attempts"][0]["details"]["train_data_dir"] = str(moved.path)
-    (run.folder / "datapoints" / "run.json").write_text(json.dumps(content))
+    (attempt,) = read_attempts(run.folder / "datapoints")
+    forged = attempt._replace(
+        facts={**attempt.facts, "datasets": [moved.dataset_id]},
+        details={**attempt.details, "train_data_dir": str(moved.path)},
+    )
+    assert write_attempts(run.folder / "datapoints", [forged])
     code, lines = run.answer(capsys, "verify")
     assert code == 1
     assert all("its shards are whole: the run read other data" in line["contradiction"] for line in lines[:-1])

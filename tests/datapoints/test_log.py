@@ -14,7 +14,8 @@ import pytest
 import xxhash
 
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.log import DatapointLog, Mark
+from lit_gpt.datapoints.attempts import Mark
+from lit_gpt.datapoints.log import DatapointLog
 from lit_gpt.datapoints.run_record import RunRecord
 from tests.support.no_locks import NO_LOCKS, without_locks
 

@@ -20,7 +20,7 @@ import torch
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.data.loader import step_stretches
-from lit_gpt.datapoints.log import Attempt, Mark, is_in_lineage
+from lit_gpt.datapoints.attempts import Attempt, Mark, is_in_lineage
 from lit_gpt.datapoints.query import Replay
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.train.rollback import Rollbacks
