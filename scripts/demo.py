@@ -45,6 +45,8 @@ MARGIN = 0.20
 """The validation loss must be lower than the unigram entropy by this share."""
 LOSS_TOLERANCE = 1e-5
 """Relative; transformers sums the same numbers in another order."""
+LOG_INTERVAL_S = 10
+"""Where there is no terminal, the running program's last line is printed so often."""
 PROMPT = "Wenn Sie"
 
 
@@ -76,6 +78,7 @@ class Shell:
         Any other end exits the demo.
         """
         self.console.print(f"[bold]$[/] {command}", highlight=False, soft_wrap=True)
+        told = time.monotonic()
         begin, log, printed, killed = time.monotonic(), self.logs / f"{name}.log", self.logs / f"{name}.out", False
         python_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         with log.open("wb") as stderr, printed.open("wb") as stdout, self.console.status(name) as status:
@@ -86,7 +89,10 @@ class Shell:
                     if kill_when and kill_when():
                         process.kill()
                         killed = process.wait() == -signal.SIGKILL
-                    status.update(f"{name}  {last_line(log)}")
+                    status.update(f"{name}  {last_line(log)}")  # shown on a terminal only
+                    if not self.console.is_terminal and time.monotonic() - told >= LOG_INTERVAL_S:
+                        told = time.monotonic()
+                        self.console.print(f"  {last_line(log)}", markup=False, highlight=False, soft_wrap=True)
                     time.sleep(0.05)
             finally:
                 process.kill()
@@ -315,6 +321,7 @@ def main() -> int:
     sentence = shell.run(
         "generate", f"python scripts/generate.py --model {folder}/model --prompt '{PROMPT}' --temperature 0.5"
     )
+    console.print("comparing the runs, and transformers with the trainer")
     proofs = [
         same_weights(run, folder / "run-uninterrupted"),
         same_losses(interruption, run, folder / "run-uninterrupted"),

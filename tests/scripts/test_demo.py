@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -77,6 +78,17 @@ def test_a_program_that_fails_ends_the_demo(tmp_path: Path) -> None:
     assert shell.run("works", "python -c 'print(6 * 7)'") == "42"
     with pytest.raises(SystemExit, match="fails ended with 3, which was not expected"):
         shell.run("fails", "python -c 'raise SystemExit(3)'")
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(False, True), (True, False)])
+def test_off_a_terminal_the_last_line_of_a_program_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, shown: bool
+) -> None:
+    monkeypatch.setattr(demo, "LOG_INTERVAL_S", 0.1)
+    screen = io.StringIO()
+    shell = demo.Shell(tmp_path, Console(file=screen, force_terminal=terminal, width=200))
+    shell.run("works", "sh -c 'echo [step] 7 of 240 >&2; sleep 0.5'")
+    assert ("\n  [step] 7 of 240\n" in screen.getvalue()) is shown
 
 
 def test_a_kill_is_a_kill(tmp_path: Path) -> None:
