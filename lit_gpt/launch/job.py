@@ -1,7 +1,7 @@
 """What Slurm tells a run, and what the run tells Slurm's batch script: an exit code, and a request to be requeued.
 
-Outside a Slurm job a run has no time limit, and a clean stop is exit code 0. This module, site.py and world.py
-alone read the environment.
+Outside a Slurm job a run has no time limit, and a clean stop is exit code 0. This module, site.py, world.py and
+meeting.py alone read the environment.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From settings to processes and devices, through Fabric; with job.py and site.py the only reader of os.environ.
+"""From settings to processes and devices, through Fabric; one of the few readers of os.environ.
 
 The launcher's world (srun, torchrun, or none) is compared with the settings before any process starts, because a
-mismatch would otherwise hang until the job's time limit. The function that shards a model comes from the caller
-(train/sharding.py).
+mismatch would otherwise wait for ranks that nobody starts. The ranks then meet (meeting.py). The function that shards
+a model comes from the caller (train/sharding.py).
 """
 
 from __future__ import annotations
@@ -21,21 +21,34 @@ import torch.distributed as dist
 from torch import nn
 from torch._inductor import config as inductor_config
 
-from lit_gpt.cli import EXIT_BAD_INPUT, BadInput
+from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_FAILURE, BadInput
 from lit_gpt.launch.fabric import (
     ClusterEnvironment,
     Fabric,
     LightningEnvironment,
-    ModelParallelStrategy,
     SingleDeviceStrategy,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
 from lit_gpt.launch.job import host
+from lit_gpt.launch.meeting import MeetingStrategy, NotMet, StoppedBeforeMeeting
 from lit_gpt.launch.settings import LaunchSettings
 from lit_gpt.launch.signals import StopFlag
 
+log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
+
+PARENT = "LIT_GPT_PARENT"
+"""Number of the process that has started this one as a further rank."""
+STRAY = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE",
+    "PMIX_RANK", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PALS_RANKID",
+    "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE",
+)  # fmt: skip
+"""Variables of other launchers that tell a process its place: torch.distributed's own (which DeepSpeed, Kubeflow and
+Azure ML set as well), Open MPI, MPICH and Intel MPI, PMIx, MVAPICH, PALS, Flux, LSF's jsrun."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After this a collective fails: some rank is dead."""
@@ -103,28 +116,79 @@ def find_world(settings: LaunchSettings) -> World:
     if tasks and settings.num_nodes not in (1, nodes):
         raise BadInput(f"--num_nodes {settings.num_nodes}, but the launcher runs on {nodes} nodes: make them equal")
     if gpus is not None and devices > gpus:
-        raise BadInput(f"{devices} processes on a node with {gpus} visible GPUs: at most one process a GPU")
+        bound = ". srun has bound a GPU to each task: give --gpus-per-node, or --gpu-bind=none" if gpus == 1 else ""
+        raise BadInput(f"{devices} processes on a node with {gpus} visible GPUs: at most one process a GPU{bound}")
+    if isinstance(environment, TorchElasticEnvironment):
+        _require_torchrun("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return World(accelerator, nodes, devices, environment)
+
+
+def _require_torchrun(*names: str) -> None:
+    for name in names:
+        if name not in os.environ:
+            raise BadInput(f"TORCHELASTIC_RUN_ID is in the environment, but torchrun's {name} is not: unset it")
 
 
 def _launcher(settings: LaunchSettings) -> tuple[ClusterEnvironment, int, int | None]:
     """(environment, nodes, processes on each node), the last None if this program starts them; raises BadInput."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
-        per_node = int(env["LOCAL_WORLD_SIZE"])
-        return TorchElasticEnvironment(), int(env["WORLD_SIZE"]) // per_node, per_node
-    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env:
-        nodes, tasks = int(env["SLURM_NNODES"]), int(env["SLURM_NTASKS"])
+        _require_torchrun("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        per_node = _number("LOCAL_WORLD_SIZE", 1)
+        return TorchElasticEnvironment(), _number("WORLD_SIZE", 1) // per_node, per_node
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env and PARENT not in env:
+        nodes, tasks = _number("SLURM_NNODES", 1), _number("SLURM_NTASKS", 1)
+        in_step = _number("SLURM_STEP_NUM_TASKS", tasks)
+        if in_step != tasks:
+            raise BadInput(
+                f"a Slurm job of {tasks} tasks, but this step has {in_step} (a shell of salloc?): start it with srun, "
+                f"as in: srun python {sys.argv[0]} ..."
+            )
         if tasks % nodes:
             raise BadInput(
                 f"srun started {tasks} tasks on {nodes} nodes: give every node the same, by --ntasks-per-node"
             )
         if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
             raise BadInput(f"srun was given its {tasks} tasks by --ntasks: give --ntasks-per-node={tasks // nodes}")
-        return SLURMEnvironment(auto_requeue=False), nodes, tasks // nodes
-    if int(env.get("SLURM_NTASKS", 1)) > 1:
-        raise BadInput(f"a Slurm job of {env['SLURM_NTASKS']} tasks, but this is no srun step: start it with srun")
-    return LightningEnvironment(), settings.num_nodes, None
+        if tasks > 1:
+            return SLURMEnvironment(auto_requeue=False), nodes, tasks // nodes
+    elif PARENT not in env:
+        for name, what in (("SLURM_NTASKS", "tasks"), ("SLURM_NNODES", "nodes")):
+            if _number(name, 1) > 1:
+                raise BadInput(f"a Slurm job of {env[name]} {what}, but this is no srun step: start it with srun")
+    _refuse_stray()
+    if settings.num_nodes > 1:
+        raise BadInput(
+            f"--num_nodes {settings.num_nodes}, but nothing starts the processes of the other nodes: start the program "
+            f"by srun --nodes={settings.num_nodes} --ntasks-per-node=GPUS_OF_A_NODE, or by torchrun on each node"
+        )
+    return LightningEnvironment(), 1, None  # this program starts a rank for each device, also in a step of one task
+
+
+def _refuse_stray() -> None:
+    """Raise BadInput if another launcher has started this process, or has left its variables behind."""
+    if PARENT in os.environ:
+        if _number(PARENT, 0) not in (os.getppid(), os.getpid()):
+            raise BadInput(f"{PARENT}={os.environ[PARENT]}: the program that started this rank has ended. Unset it")
+        return
+    alone = {name: "1" if name.endswith(("SIZE", "NRANKS")) else "0" for name in STRAY}
+    found = {name: os.environ[name] for name in STRAY if os.environ.get(name, "").strip() not in ("", alone[name])}
+    if found:
+        shown = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise BadInput(
+            f"{shown} in the environment, but neither srun nor torchrun started this process. Start it by one of them, "
+            f"or alone, which starts a process for each GPU: env {' '.join(f'-u {name}' for name in found)} python "
+            f"{sys.argv[0]} ..."
+        )
+    for name in STRAY:  # "one process": harmless, but Fabric would take LOCAL_RANK=0 for a launcher's
+        os.environ.pop(name, None)
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "").strip()
+    if value and not value.isdigit():
+        raise BadInput(f"{name}={os.environ[name]} in the environment is not a number: unset it")
+    return int(value) if value else default
 
 
 def be_deterministic() -> None:
@@ -150,11 +214,14 @@ def launch(
     world: World,
     shard: Callable[[nn.Module], nn.Module] = lambda model: model,
     stop_flag: StopFlag | None = None,
+    *,
+    limit_s: float = 1800.0,
 ) -> Fabric:
     """A launched Fabric: when it returns, the program runs in world.size processes. Raises BadInput for a taken port.
 
     shard: shards a model over the processes; Fabric.setup_module calls it if there are several. stop_flag: learns of
-    the ranks that this process starts.
+    the ranks that this process starts. limit_s: how long the ranks wait for each other; then all end with exit code 1.
+    Raises StoppedBeforeMeeting if a stop signal comes meanwhile.
     """
     if settings.deterministic:
         be_deterministic()
@@ -166,13 +233,15 @@ def launch(
         device = torch.device("cuda", 0) if world.accelerator == "cuda" else torch.device("cpu")
         fabric = Fabric(strategy=SingleDeviceStrategy(device), accelerator=world.accelerator, devices=1)
     else:
-        strategy = ModelParallelStrategy(
+        strategy = MeetingStrategy(
             lambda model, _: shard(model),
             data_parallel_size=world.size,
             tensor_parallel_size=1,
             # gloo: what ranks agree on lies in host memory, and must not wait for the GPU
             process_group_backend="cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
+            limit_s=limit_s,
+            stopped=lambda: stop_flag is not None and stop_flag.received is not None,
         )
         fabric = Fabric(
             accelerator=world.accelerator,
@@ -183,7 +252,16 @@ def launch(
         )
     if stop_flag is not None:
         stop_flag.children = lambda: getattr(fabric.strategy.launcher, "procs", ())
-    fabric.launch()
+    if starts_alone(world) and world.size > 1:
+        os.environ[PARENT] = str(os.getpid())
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    try:
+        fabric.launch()
+    except StoppedBeforeMeeting:
+        raise
+    except NotMet as error:
+        log.error("%s", error)
+        sys.exit(EXIT_FAILURE)
     logging.getLogger().setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     return fabric
 

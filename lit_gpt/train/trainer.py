@@ -26,6 +26,7 @@ from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
 from lit_gpt.data.loader import StepLoader
 from lit_gpt.datapoints.run_folder import with_absolute_paths
+from lit_gpt.launch.meeting import StoppedBeforeMeeting
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import Watchdog
@@ -73,7 +74,13 @@ def train(
     if starts_alone(inputs.world) and stop.signal:
         return stop.log_early_stop()
     record_collectives(inputs.run_dir / "watchdog")
-    fabric = launch(settings, inputs.world, lambda model: shard(model, settings, inputs.world), stop_flag)
+    limit_s = settings.watchdog_long_s
+    try:
+        fabric = launch(
+            settings, inputs.world, lambda model: shard(model, settings, inputs.world), stop_flag, limit_s=limit_s
+        )
+    except StoppedBeforeMeeting:
+        return stop.log_early_stop()
     name, trainer = rank_name(fabric.global_rank, fabric.device), None
     try:
         if any_rank(stop.signal is not None):

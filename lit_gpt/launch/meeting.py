@@ -1,0 +1,162 @@
+"""Where the ranks of a run meet: each comes to rank 0's port, and none goes on before all have come.
+
+A rank that never comes would leave the others in a call that no signal ends. So they wait in Python: they tell every
+TELL_S seconds for whom, and leave at a stop signal, when a rank that this program started has ended, or after a limit.
+Who leaves says so at the port, and the others leave, too. Met or left is decided once, by the first who says it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from lit_gpt.launch.fabric import ClusterEnvironment, ModelParallelStrategy
+
+log = logging.getLogger(__name__)
+
+FIRST_TOLD_S, TELL_S = 5.0, 10.0
+_POLL_S = 0.2
+_CONNECT_S = 2.0
+_GOODBYE_S = 1.0
+"""How long rank 0, whose process holds the port, lets the others read that it leaves."""
+_MET, _STOPPED = "met", "stopped"
+
+
+class NotMet(Exception):
+    """The ranks have not met; the message is one line that says why."""
+
+
+class StoppedBeforeMeeting(NotMet):
+    """A stop signal came to one of them."""
+
+
+class MeetingStrategy(ModelParallelStrategy):
+    """Fabric's strategy, whose process group forms after the ranks have met."""
+
+    def __init__(self, *args: Any, limit_s: float, stopped: Callable[[], bool], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limit_s, self._stopped = limit_s, stopped
+
+    def _setup_distributed(self) -> None:
+        self._set_world_ranks()
+        assert self.cluster_environment is not None
+        children = getattr(self.launcher, "procs", ())
+        store = meet(self.cluster_environment, limit_s=self._limit_s, stopped=self._stopped, children=children)
+        store.set_timeout(self._timeout or dist.default_pg_timeout)
+        dist.init_process_group(
+            self._get_process_group_backend(),
+            store=PrefixStore("default_pg", store),
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self._timeout,
+            device_id=self.root_device if self.root_device.type != "cpu" else None,
+        )
+        super()._setup_distributed()  # finds the group there
+
+
+def meet(
+    environment: ClusterEnvironment,
+    *,
+    limit_s: float,
+    stopped: Callable[[], bool] = lambda: False,
+    children: Sequence[subprocess.Popen[bytes]] = (),
+) -> Store:
+    """Wait for all ranks, at most limit_s seconds; returns the store through which they can now form a group.
+
+    stopped: whether this process shall stop; children: ranks that it has started, from rank 1 on. Raises NotMet.
+    """
+    rank, size = environment.global_rank(), environment.world_size()
+    place = f"{environment.main_address}:{environment.main_port}"
+    waiting = _Waiting(place, environment, limit_s)
+    try:
+        store = _reach(environment, waiting, stopped)
+        store.set(f"rank-{rank}", "")
+        if store.add("arrived", 1) == size:
+            store.compare_set("outcome", "", _MET)
+        while not store.check(["outcome"]):
+            reason = _STOPPED if stopped() else _ended(children) or waiting.over()
+            if reason:
+                store.compare_set("outcome", "", reason)
+                continue
+            if rank == 0:
+                waiting.tell(lambda: [other for other in range(size) if not store.check([f"rank-{other}"])])
+            time.sleep(_POLL_S)
+        outcome = store.get("outcome").decode()
+    except (OSError, RuntimeError) as error:  # RuntimeError: TCPStore's
+        raise NotMet(f"rank {rank} of {size} lost rank 0 at {place}, where the ranks meet: {error}") from error
+    if outcome == _MET:
+        return store
+    if rank == 0:
+        time.sleep(_GOODBYE_S)
+    raise StoppedBeforeMeeting if outcome == _STOPPED else NotMet(outcome)
+
+
+def _reach(environment: ClusterEnvironment, waiting: _Waiting, stopped: Callable[[], bool]) -> Store:
+    """The store at rank 0's port, which rank 0 opens, unless torchrun has."""
+    address, port, attempt = environment.main_address, environment.main_port, ""
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    opens = environment.global_rank() == 0 and not of_torchrun
+    while not opens:
+        try:
+            socket.create_connection((address, port), timeout=_CONNECT_S).close()
+            break
+        except OSError:
+            if stopped():
+                raise StoppedBeforeMeeting from None
+            if reason := waiting.over():
+                raise NotMet(reason) from None
+            waiting.tell(lambda: [0])
+            time.sleep(_POLL_S)
+    if of_torchrun:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    store = TCPStore(address, port, is_master=opens, wait_for_workers=False, timeout=timedelta(seconds=30))
+    return PrefixStore(f"meeting-{attempt}", store)
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]]) -> str | None:
+    for rank, child in enumerate(children, start=1):
+        if child.poll() == 0:  # a stop signal came to it before it could reach this process
+            return _STOPPED
+        if child.returncode is not None:
+            return f"rank {rank} (process {child.pid}) has ended with exit code {child.returncode} before the ranks met"
+    return None
+
+
+class _Waiting:
+    """What a rank tells while it waits: rank 0 for all; while it is not there, rank 1 and the first rank of a node."""
+
+    def __init__(self, place: str, environment: ClusterEnvironment, limit_s: float) -> None:
+        self._place, self._limit_s = place, limit_s
+        self._size = environment.world_size()
+        self._tells = environment.global_rank() <= 1 or environment.local_rank() == 0
+        self._began = time.monotonic()
+        self._next_s = FIRST_TOLD_S
+        self._missing = "other ranks"
+
+    def tell(self, missing: Callable[[], list[int]]) -> None:
+        """Log for whom the others wait, when it is time to."""
+        waited_s = time.monotonic() - self._began
+        if waited_s < self._next_s:
+            return
+        self._next_s = waited_s + TELL_S
+        ranks = missing()
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        self._missing = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more} of {self._size}"
+        if self._tells and ranks:
+            limit = f"{waited_s:.0f} s so far, at most {self._limit_s:.0f}"
+            log.warning("waiting for %s at %s (%s)", self._missing, self._place, limit)
+
+    def over(self) -> str | None:
+        """What to say when the limit has passed."""
+        if time.monotonic() - self._began < self._limit_s:
+            return None
+        return f"{self._missing} never came to {self._place} within {self._limit_s:.0f} s (--watchdog_long_s)"
