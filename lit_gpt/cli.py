@@ -1,12 +1,14 @@
 """What every program of the project shares: how it parses, how it logs, and how it ends.
 
 A user's mistake is a `BadInput`: one line that says what, where, and the valid choices; no traceback, exit code 2.
+A disk that fails at a file that is known is one line too, with exit code 1.
 Any other exception is a bug or a broken machine and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -35,6 +37,12 @@ EXIT_ABORTED = 130
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FAILURES = (*NO_ROOM, errno.EIO, errno.EROFS, errno.ESTALE)
+"""What a disk does to a program that is right. Where the error names its file, a line says all."""
+
+
 DASHES = "-\u2013\u2014"
 """Also those that a word processor makes of two hyphens."""
 FLAG = re.compile("--|-[a-zA-Z]|[\u2013\u2014]")
@@ -176,4 +184,9 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the program that reads our output (head, less) has ended
         sys.stderr.close()
         sys.exit(EXIT_OK)
+    except OSError as error:
+        if error.errno not in DISK_FAILURES or error.filename is None:
+            raise
+        print(f"{sys.argv[0]}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_FAILURE)
     sys.exit(code or EXIT_OK)

@@ -15,14 +15,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import NO_ROOM, BadInput
 from lit_gpt.locks import Lock, LockHeld, is_left_behind, temporary_path
 
 STALE_TEMPORARY_S = 86_400.0
@@ -35,17 +35,19 @@ _TEMPORARY = re.compile(r"\.?(?P<name>.+?)(\.(?P<host>[^.]+)-(?P<pid>\d+))?\.par
 
 
 def publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write the file `path`, or replace it."""
-    with publishing(path) as partial, open(partial, "wb") as file:
+    """Write the file `path`, or replace it. Raises as publishing does."""
+    size = sum(memoryview(part).nbytes for part in parts) if isinstance(parts, Sequence) else None
+    with publishing(path, size=size) as partial, open(partial, "wb") as file:
         for part in parts:
             file.write(part)
 
 
 @contextmanager
-def publishing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def publishing(path: Path, *, folder: bool = False, size: int | None = None) -> Iterator[Path]:
     """Yield a new, empty file (or folder) under a temporary name: renamed to `path` at the end, removed at any failure.
 
-    An existing file is replaced.
+    An existing file is replaced. size: bytes that it will have, if known. Where no room is left (NO_ROOM), the OSError
+    names `path` and tells how far it came.
     """
     partial = temporary_path(path)
     _create(partial, folder=folder)
@@ -53,8 +55,12 @@ def publishing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         yield partial
         fsync(partial)
         rename(partial, path)
-    except BaseException:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C too
+        written = _size(partial)
         discard(partial)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            said = f"{written:,} bytes" if size is None else f"{written:,} of {size:,} bytes"
+            raise OSError(error.errno, f"{os.strerror(error.errno)}; {said} were written", str(path)) from error
         raise
 
 
@@ -93,6 +99,12 @@ def _lock_of_new(destination: Path) -> Lock:
         raise BadInput(f"cannot write {destination}: {error.strerror}") from None
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 if it is gone."""
+    inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    return sum(part.lstat().st_size for part in inside or [path] if part.is_file())
+
+
 def fsync(path: Path) -> None:
     """Sync a file, or a folder with all that it holds, to disk."""
     for folder, _, names in os.walk(path, topdown=False):
@@ -113,6 +125,8 @@ def _fsync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 

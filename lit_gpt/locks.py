@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import NO_ROOM, BadInput
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ STALE_S = 60.0
 """Without locks, a start on another host within this time after a crash is refused; Slurm requeues after two min."""
 _POLL_S = 0.5
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 # Names of processes
@@ -109,7 +108,7 @@ class Lock:
         except BaseException as error:
             if self._descriptor is None:
                 raise
-            if not (isinstance(error, OSError) and error.errno in _NO_ROOM):
+            if not (isinstance(error, OSError) and error.errno in NO_ROOM):
                 os.close(self._descriptor)
                 raise
             log.warning("%s cannot be written (%s): only the lock keeps others out", owner, error.strerror)

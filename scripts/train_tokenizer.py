@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import BadInput, Parser, command_line, run_program
 from lit_gpt.data.tokenizer import NEWLINES, Tokenizer
-from lit_gpt.files import publishing, sweep, write_json
+from lit_gpt.files import publish, sweep, write_json
 from lit_gpt.prepare.document_source import read_documents
 from lit_gpt.prepare.records import Document
 from lit_gpt.prepare.source_files import KINDS, open_sources
@@ -151,8 +151,7 @@ def write_folder(backend: tokenizers.Tokenizer, folder: Path) -> None:
     for name, content in (("special_tokens_map.json", control), ("tokenizer_config.json", settings)):
         write_json(folder / name, content)
     sweep(folder, "tokenizer.json")
-    with publishing(folder / "tokenizer.json") as partial:
-        backend.save(str(partial))
+    publish(folder / "tokenizer.json", [backend.to_str(pretty=True).encode()])
 
 
 if __name__ == "__main__":

@@ -125,6 +125,19 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         assert names(disk) == ["a"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_is_told_with_path_and_size(tmp_path: Path, number: int) -> None:
+    def fail(partial: Path) -> None:
+        partial.write_bytes(bytes(1234))
+        raise OSError(number, "said by the system")
+
+    for size, said in ((None, "1,234 bytes were written"), (5678, "1,234 of 5,678 bytes were written")):
+        with pytest.raises(OSError, match=said) as raised, files.publishing(tmp_path / "a", size=size) as partial:
+            fail(partial)
+        assert (raised.value.errno, raised.value.filename) == (number, str(tmp_path / "a"))
+    assert names(tmp_path) == []
+
+
 def test_sweeping_takes_what_was_left_behind_and_nothing_else(tmp_path: Path) -> None:
     host = host_name()
     dead = [f".a.{host}-{DEAD_PID}.partial", f".model.gguf.{host}-{DEAD_PID}.partial"]

@@ -38,12 +38,11 @@ from torch.utils._pytree import tree_map_only
 from lit_gpt.checkpoint import checkpoint, full_state, history, sharded_state
 from lit_gpt.checkpoint.host_copy import HostCopy
 from lit_gpt.checkpoint.record import FULL, SHARDED, checkpoint_name
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import NO_ROOM, BadInput
 from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 SAVE_TIMEOUT = timedelta(hours=2)
 """How long a rank waits for another's part of a save; a rank that dies is noticed at once."""
 

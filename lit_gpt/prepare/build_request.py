@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.cli import BadInput, require_at_least
+from lit_gpt.cli import NO_ROOM, BadInput, require_at_least
 from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS
 from lit_gpt.files import publish, sweep
 from lit_gpt.locks import Lock, LockHeld
@@ -121,6 +121,8 @@ def claim(destination: Path, request: dict[str, Any]) -> Lock:
     except LockHeld:
         raise BadInput(f"another build is running in {destination}") from None
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         raise BadInput(f"cannot write to --destination_path {destination}: {error.strerror}") from None
     try:
         for part in (*parts, folder):

@@ -41,6 +41,10 @@ def read_pieces(source: SourceFile, file: int, fields: Fields) -> Iterator[Piece
                 yield from line_pieces(stream, file)
     except BadInput as error:
         raise BadInput(f"{source.path} {error}") from None
+    except OSError as error:  # of a read, which names no file
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(source.path)) from error
 
 
 def read_documents(sources: Sequence[SourceFile], fields: Fields, guard: RejectGuard) -> Iterator[Document]:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import NO_ROOM, BadInput
 from lit_gpt.data.token_store import Shard, Vocabulary, write_manifest
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.files import discard, publish, sweep
@@ -123,11 +123,39 @@ class _Build:
         self.sources = sources
         self.vocabulary = vocabulary
         self.request = request
-        self.report = report
+        self._report = report
+        self._last = BuildProgress("tokenise", 0, sum(source.bytes for source in sources), 0, 0)
         self.destination = Path(settings.destination_path)
         self.folder = self.destination / WORK
 
+    def report(self, progress: BuildProgress) -> None:
+        self._last = progress
+        self._report(progress)
+
     def run(self) -> dict[str, Any]:
+        """Raises OSError that says how many bytes are needed where no room is left."""
+        try:
+            return self._run()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise OSError(
+                error.errno,
+                f"{error.strerror}. Until the end about {self._needed_bytes():,} more bytes are needed. What is done "
+                "is kept: make room, and give the same command again",
+                error.filename or str(self.destination),
+            ) from error
+
+    def _needed_bytes(self) -> int:
+        """An estimate of what is still to be written: runs, then the shards."""
+        last, token_bytes = self._last, self.vocabulary.dtype.itemsize
+        if last.stage == "write":
+            return token_bytes * (last.total - last.done)
+        if not last.done:
+            return last.total  # text of 4 bytes a token, whose id has 2, twice
+        return token_bytes * (2 * last.tokens * last.total // last.done - last.tokens)
+
+    def _run(self) -> dict[str, Any]:
         found = self._find_runs()
         while not self._is_tokenised(found):
             self._tokenise(found)

@@ -95,7 +95,7 @@ def write_run(folder: Path, name: str, documents: Sequence[TokenisedDocument], s
             document.text_bytes,
         )  # fmt: skip
         ids[:, column] = (document.id_hash >> 64, document.id_hash & (1 << 64) - 1, document.place)
-    publish(folder / f"{name}.data", (part for document in documents for part in (document.id, document.ids.tobytes())))
+    publish(folder / f"{name}.data", [part for document in documents for part in (document.id, document.ids.data)])
     publish(folder / f"{name}.index.npy", [_npy(index)])
     publish(folder / f"{name}.ids.npy", [_npy(ids[:, np.lexsort(ids[::-1])])])
     publish(folder / f"{name}.json", [json.dumps(summary).encode()])

@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import DISK_FAILURES, BadInput
 from lit_gpt.launch.signals import ignore_stop_signals, starting_helpers
 
 
@@ -32,7 +32,8 @@ class Worker(Protocol):
 
 class _Failure(NamedTuple):
     message: str
-    is_bad_input: bool
+    error: BadInput | OSError | None
+    """What the parent raises as it is: a user's mistake, or a failing disk."""
 
 
 def usable_cores() -> int:
@@ -71,7 +72,8 @@ def run_pool(
     """Each task's result, and each worker's result of `finish`, as they come.
 
     `make_worker(*arguments)` is called in every process; both must be picklable. Tasks are drawn one ahead. One worker
-    is this process itself. Raises BadInput if a worker does, else RuntimeError for a worker that fails or dies.
+    is this process itself. Raises BadInput and errors of the disk as a worker does, else RuntimeError for one
+    that fails or dies.
     """
     if workers == 1:
         worker = make_worker(*arguments)
@@ -129,7 +131,7 @@ def _receive(connection: Connection, processes: dict[Connection, SpawnProcess]) 
     except (EOFError, OSError):
         raise _died(processes[connection]) from None
     if isinstance(result, _Failure):
-        raise BadInput(result.message) if result.is_bad_input else RuntimeError(f"in a worker:\n{result.message}")
+        raise result.error or RuntimeError(f"in a worker:\n{result.message}")
     return result
 
 
@@ -150,6 +152,7 @@ def _serve(connection: Connection, make_worker: Callable[..., Worker], arguments
     except (EOFError, ConnectionError):
         return  # the parent is gone
     except BadInput as error:
-        connection.send(_Failure(str(error), True))
-    except Exception:  # noqa: BLE001 (the parent raises it)
-        connection.send(_Failure(traceback.format_exc(), False))
+        connection.send(_Failure(str(error), error))
+    except Exception as error:  # noqa: BLE001 (the parent raises it)
+        disk = error if isinstance(error, OSError) and error.errno in DISK_FAILURES else None
+        connection.send(_Failure(traceback.format_exc(), disk))
