@@ -101,11 +101,12 @@ def build(settings: BuildSettings, report: Report) -> dict[str, Any]:
     if (finished := find_finished(destination, request)) is not None:
         log.info("%s already holds this data set, finished", destination)
         return finished
+    lock = claim(destination, request)
     try:
-        with claim(destination, request):
-            return _Build(settings, sources, vocabulary_of(tokenizer), request, report).run()
-    finally:  # when the lock is closed: NFS keeps the names of open files
-        discard(destination / SWEPT)
+        return _Build(settings, sources, vocabulary_of(tokenizer), request, report).run()
+    finally:
+        lock.close()
+        discard(destination / SWEPT)  # only now, since NFS keeps the names of open files
 
 
 class _Build:
