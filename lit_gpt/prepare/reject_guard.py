@@ -43,11 +43,7 @@ class RejectGuard:
     def admit(self, source: SourceFile, piece: Piece) -> None:
         """Raise BadInput if a part of the file could not be read, unless that was allowed."""
         if not self.allow_damaged_files and (damage := piece.damage):
-            what = "from line" if damage.kind == DAMAGE[0] else "at row"
-            raise BadInput(
-                f"{source.path} cannot be read {what} {damage.line} on ({damage.detail}): fetch it again, "
-                "leave it out, or give --allow_damaged_files, which takes the rest and rejects what is lost"
-            )
+            refuse_damage(source, *damage)
 
     def count(self, source: SourceFile, record: Document | Reject) -> None:
         """Count a record; with too many rejects among very many, raise BadInput at once."""
@@ -62,6 +58,16 @@ class RejectGuard:
         """Raise BadInput if too many records are rejected."""
         if self.first:
             refuse_rejects(self.lines, self.kinds, self.first, self.max_reject_fraction)
+
+
+def refuse_damage(source: SourceFile, line: int, kind: str, detail: str) -> None:
+    """Raise BadInput if a reject of `source` stands for what could not be read."""
+    if kind in DAMAGE:
+        what = "from line" if kind == DAMAGE[0] else "at row"
+        raise BadInput(
+            f"{source.path} cannot be read {what} {line} on ({detail}): fetch it again, "
+            "leave it out, or give --allow_damaged_files, which takes the rest and rejects what is lost"
+        )
 
 
 def refuse_rejects(

@@ -34,8 +34,8 @@ from lit_gpt.prepare.build_ledger import Ledger, length_statistics, make_ledger,
 from lit_gpt.prepare.build_request import REJECTS, SUMMARY, WORK, BuildSettings, claim, find_finished, make_request
 from lit_gpt.prepare.build_workers import PieceReport, ShardWork, TokeniseSettings, TokeniseWork, vocabulary_of
 from lit_gpt.prepare.document_source import read_pieces
-from lit_gpt.prepare.records import Piece, SourceFile
-from lit_gpt.prepare.reject_guard import CHECK_LINES, RejectGuard
+from lit_gpt.prepare.records import DAMAGE, Piece, SourceFile
+from lit_gpt.prepare.reject_guard import CHECK_LINES, RejectGuard, refuse_damage
 from lit_gpt.prepare.shard_plan import SplitPlan, SplitRule, plan_shards, split_threshold
 from lit_gpt.prepare.source_files import open_sources
 from lit_gpt.prepare.token_runs import Columns, RunSummary, duplicate_places, find_runs, open_run
@@ -99,6 +99,13 @@ def build(settings: BuildSettings, report: Report) -> dict[str, Any]:
     if (destination / SWEPT).is_dir() and os.access(destination, os.W_OK):
         discard(destination / SWEPT)
     if (finished := find_finished(destination, request)) is not None:
+        lost = {kind: count for kind, count in finished["ledger"]["rejects"].items() if kind in DAMAGE}
+        if lost and not settings.allow_damaged_files:
+            raise BadInput(
+                f"{destination} holds this data set, made with --allow_damaged_files: {sum(lost.values())} rejects in "
+                f"{destination / REJECTS} stand for what could not be read. Give the flag again, or fetch the files "
+                "again and choose another --destination_path"
+            )
         log.info("%s already holds this data set, finished", destination)
         return finished
     lock = claim(destination, request)
@@ -158,6 +165,7 @@ class _Build:
 
     def _run(self) -> dict[str, Any]:
         found = self._find_runs()
+        self._refuse_damage(found)
         while not self._is_tokenised(found):
             self._tokenise(found)
             found = self._find_runs()
@@ -179,6 +187,13 @@ class _Build:
         publish(self.destination / SUMMARY, [json.dumps(summary, indent=1, ensure_ascii=False).encode()])
         self.folder.rename(self.destination / SWEPT)
         return summary
+
+    def _refuse_damage(self, runs: dict[Path, RunSummary]) -> None:
+        """Raise BadInput for what an earlier start with --allow_damaged_files left out, unless this one may too."""
+        if not self.settings.allow_damaged_files:
+            for summary in runs.values():
+                for file, line, kind, detail in summary.rejects:
+                    refuse_damage(self.sources[file], line, kind, detail)
 
     def _find_runs(self) -> dict[Path, RunSummary]:
         """The runs so far. A killed start's worker may add one until its next task, so each step looks once."""

@@ -353,6 +353,29 @@ def test_archive_cut_short_is_located(
     assert 1200 < documents_ < 2000
 
 
+def test_what_was_lost_with_allow_damaged_files_is_not_taken_without_it(tokenizer: Path, tmp_path: Path) -> None:
+    """By a build that goes on, and by one that is finished."""
+    source, out = tmp_path / "a.jsonl.gz", tmp_path / "data"
+    cut_gz(lines_of(made_up(3000)), source)
+    build = arguments(source, tokenizer, out, "--max_reject_fraction", 0)
+    more = ["--allow_damaged_files"]
+    assert "1 of " in run(*build, *more, code=2)  # all is tokenised, and one reject is too many
+    assert f"{source} cannot be read from line" in run(*build, code=2)
+    more += ["--max_reject_fraction", 0.01]
+    assert "continuing the unfinished build" in run(*build, *more)
+    assert "already holds this data set" in run(*build, *more)
+    said = run(*build, code=2)
+    assert f"made with --allow_damaged_files: 1 rejects in {out}/rejects.jsonl stand for what could not be read" in said
+
+
+def test_repeated_sources_add_up(tokenizer: Path, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines_of([{"id": name, "text": f"Text {name}"}]))
+    a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
+    run(*arguments(a, tokenizer, tmp_path / "data", "--source", b, c, "--val_fraction", 0))
+    assert sorted(id for id, *_ in read_all(tmp_path / "data/train", tokenizer)) == ["a", "b", "c"]
+
+
 def test_too_many_rejects_stop_the_build_and_a_higher_limit_goes_on(tokenizer: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "a.jsonl", tmp_path / "data"
     source.write_bytes(lines_of(made_up(97)) + b"{\n{}\n\n{\n")
