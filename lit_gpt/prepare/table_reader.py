@@ -2,8 +2,8 @@
 
 Invariants: a Parquet file's rows that cannot be read are rejects, one each, and cost no other row group; of an Arrow
 file the rest is one reject, as nothing says how many rows it had.
-Costs: memory for a page of the text column, as its writer made it, and a batch of about PIECE_BYTES; of an Arrow file,
-for a record batch, as its writer made it.
+Costs: memory for two pages of the text column, as its writer made them, and a batch of about PIECE_BYTES; of an Arrow
+file, for a record batch, as its writer made it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def table_pieces(source: SourceFile, file: int, fields: Fields) -> Iterator[Piec
 
 @contextmanager
 def _parquet(source: SourceFile) -> Iterator[pq.ParquetFile]:
-    """Without pre_buffer, which would keep the bytes of whole row groups."""
+    """Without pre_buffer, which would keep the bytes of whole row groups.
+
+    pyarrow holds a page twice, as stored and decompressed; nothing smaller than a page can be read.
+    """
+    pa.default_memory_pool().release_unused()  # what was freed before: new pages would come on top of it
     with open(source.path, "rb") as raw:  # pyarrow itself opens no path that is not UTF-8
         head = raw.read(64)
         try:
