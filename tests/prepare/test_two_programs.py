@@ -18,7 +18,6 @@ from tests.prepare.test_prepare_data import ROOT, lines_of, made_up, read_all, r
 
 RECORDS = made_up(40)
 TEXTS = sorted(record["text"] for record in RECORDS)
-TEXT_BYTES = sum(len(text.encode()) for text in TEXTS)
 
 
 def train_tokenizer(caplog: pytest.LogCaptureFixture, *argv: object) -> str:
@@ -88,7 +87,11 @@ def test_both_programs_read_the_same(tmp_path: Path, caplog: pytest.LogCaptureFi
     source, tokenizer, out = tmp_path / name, tmp_path / "tokenizer", tmp_path / "data"
     make(source)
     said = train_tokenizer(caplog, "--source", source, "--destination_path", tokenizer, *both)
-    assert f"trained on 40 documents, {TEXT_BYTES} bytes; rejected 0 lines" in said
+    assert "trained on 40 documents, " in said
+    assert "rejected 0 lines" in said
+    (tmp_path / "lines.jsonl").write_bytes(lines_of(RECORDS))
+    train_tokenizer(caplog, "--source", tmp_path / "lines.jsonl", "--destination_path", tmp_path / "same")
+    assert (tokenizer / "tokenizer.json").read_bytes() == (tmp_path / "same/tokenizer.json").read_bytes()
     command = ["--source", source, "--tokenizer_path", tokenizer, "--destination_path", out, *both, *more]
     assert "40 lines in, 40 documents; rejected: none" in run(*command, "--workers", 1)
     found = read_all(out / "train", tokenizer) + read_all(out / "val", tokenizer)
