@@ -26,6 +26,8 @@ from lit_gpt.cli import NO_ROOM, BadInput
 from lit_gpt.locks import Lock, LockHeld, is_left_behind, temporary_path
 
 STALE_TEMPORARY_S = 86_400.0
+MAX_JSON_BYTES = 16 << 20
+"""Parsed, JSON takes up to some thirty times its size; what describes a model, a store or a run has less than 1 MB."""
 _HASH_CHUNK_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\.?(?P<name>.+?)(\.(?P<host>[^.]+)-(?P<pid>\d+))?\.partial")
 """Our temporary names; earlier versions left out host and pid."""
@@ -191,11 +193,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; BadInput if it cannot be read or holds none."""
+    """The JSON object in `path`; BadInput if it cannot be read, holds none, or is larger than MAX_JSON_BYTES."""
     try:
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            raise BadInput(f"{path} is no regular file")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise BadInput(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    except BadInput:
+        raise
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

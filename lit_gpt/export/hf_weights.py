@@ -10,6 +10,7 @@ an error that names it. Conversion keeps every bit. Cost: memory for one weight 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ SHAPE_FIELDS = {
 }
 """The fields of Config that determine all shapes but the vocabulary's -> their names in config.json."""
 
+_LARGEST_SIZE = 1 << 24
+"""Of a width, a vocabulary, a context or a number of layers."""
 _RECOMPUTED = ".rotary_emb.inv_freq"
 """Old versions of transformers stored the rotary frequencies; they follow from rope_theta, so they are skipped."""
 
@@ -229,6 +232,7 @@ def llama_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("model_type", "vocab_size", "max_position_embeddings", "rms_norm_eps", *SHAPE_FIELDS.values()):
         if key not in stated:
             raise BadInput(f"config.json has no {key}: not the folder of a LLaMA")
+    _require_numbers(stated)
     supported = {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -243,6 +247,21 @@ def llama_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         if (value := found.get(key, right)) != right:
             raise BadInput(f"config.json: {key} is {value!r}; this project trains LLaMAs with {key} {right!r} only")
     return stated
+
+
+def _require_numbers(stated: Mapping[str, Any]) -> None:
+    """BadInput unless sizes are whole numbers of a model's order, the others finite numbers, and RoPE's a mapping."""
+    for key in ("vocab_size", "max_position_embeddings", *SHAPE_FIELDS.values()):
+        if type(stated[key]) is not int or not 1 <= stated[key] <= _LARGEST_SIZE:
+            found = str(stated[key])[:80]
+            raise BadInput(f"config.json: {key} is {found}, not a whole number from 1 to {_LARGEST_SIZE}")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(stated.get(key, {}), dict):
+            raise BadInput(f"config.json: {key} is {str(stated[key])[:80]}, not an object")
+    theta = _rope(stated).get("rope_theta")
+    for key, value in (("rms_norm_eps", stated["rms_norm_eps"]), ("rope_theta", 1 if theta is None else theta)):
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise BadInput(f"config.json: {key} is {str(value)[:80]}, not a positive number")
 
 
 def rope_base(fields: Mapping[str, Any]) -> float:

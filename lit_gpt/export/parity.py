@@ -159,7 +159,7 @@ def compare(ours: Tensor, theirs: Tensor) -> Parity:
     """Compare logits (T, V); BadInput above BOUND. Where one side has no padding, the other's is ignored."""
     vocabulary = min(ours.shape[1], theirs.shape[1])
     largest = ours[:, :vocabulary].abs().max().item()
-    difference = (ours[:, :vocabulary] - theirs[:, :vocabulary]).abs().max().item() / largest
+    difference = (ours[:, :vocabulary] - theirs[:, :vocabulary]).abs().max().item() / (largest or 1.0)
     parity = Parity(difference, largest, len(ours))
     if not difference <= BOUND:  # NaN, too
         raise BadInput(f"the logits of both sides differ: {parity}; nothing was published")
