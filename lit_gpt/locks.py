@@ -105,11 +105,12 @@ class Lock:
             log.warning("%s cannot be locked (%s): the file %s replaces the lock", path, error.strerror, owner.name)
         try:
             self._owner = _OwnerFile(owner, wait, locked=self._descriptor is not None)
-        except BaseException as error:
+        except BaseException as error:  # a signal that ends the program too
             if self._descriptor is None:
                 raise
             if not (isinstance(error, OSError) and error.errno in NO_ROOM):
-                os.close(self._descriptor)
+                self._remove &= not isinstance(error, LockHeld)  # then it is another's
+                self.close()
                 raise
             log.warning("%s cannot be written (%s): only the lock keeps others out", owner, error.strerror)
 
@@ -157,13 +158,17 @@ class _OwnerFile:
     def __init__(self, path: Path, wait: bool, *, locked: bool) -> None:
         self._path, self._locked, self._told = path, locked, False
         self._name = f"{host_name()} {os.getpid()} {secrets.token_hex(4)}"
-        while not self._is_made():
-            if not self._is_taken_from_dead():
-                if not wait:
-                    raise LockHeld(f"another process holds {path.with_suffix('')}: {_look(path).owner or 'just now'}")
-                time.sleep(_POLL_S)
         self._closed = threading.Event()
-        threading.Thread(target=self._touch, name="lock", daemon=True).start()
+        try:
+            while not self._is_made():
+                if not self._is_taken_from_dead():
+                    if not wait:
+                        raise LockHeld(f"another process holds {path.with_suffix('')}{_named(path)}")
+                    time.sleep(_POLL_S)
+            threading.Thread(target=self._touch, name="lock", daemon=True).start()
+        except BaseException:  # a signal that ends the program too
+            self.close()
+            raise
 
     def _is_made(self) -> bool:
         try:
@@ -228,6 +233,13 @@ class _OwnerFile:
         self._closed.set()
         if self._path.exists() and self._path.read_text() == self._name:
             self._path.unlink()
+
+
+def _named(path: Path) -> str:
+    try:
+        return f": {_look(path).owner or 'just now'}"
+    except FileNotFoundError:  # it has just ended
+        return ""
 
 
 class _Seen(NamedTuple):

@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -260,3 +261,19 @@ def test_a_full_disk_does_not_prevent_a_lock(
     with Lock(tmp_path / "lock"), pytest.raises(LockHeld):
         Lock(tmp_path / "lock")
     assert "lock.owner cannot be written (No space left on device): only the lock keeps others out" in caplog.text
+
+
+@pytest.mark.parametrize(("remove", "left"), [(True, []), (False, ["lock"])])
+def test_a_signal_while_the_lock_is_taken_leaves_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: bool, left: list[str]
+) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Lock(tmp_path / "lock", remove=remove)
+    assert names(tmp_path) == left
+    with Lock(tmp_path / "lock"):
+        pass

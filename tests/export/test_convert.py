@@ -247,7 +247,7 @@ def test_a_terminated_export_leaves_nothing(run_dir: Path, tmp_path: Path) -> No
     process = subprocess.Popen(
         [*command, "--checkpoint", checkpoint], cwd=ROOT, env=with_root(), stderr=subprocess.PIPE
     )
-    while process.poll() is None and not list(tmp_path.iterdir()):
+    while process.poll() is None and not list(tmp_path.glob(".hf.*.partial")):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     process.communicate()

@@ -219,7 +219,7 @@ def test_a_stopped_watch_leaves_nothing(german_run: Path, hub: tuple[Hub, str], 
         "--destination_path", str(tmp_path / "out"), "--watch",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=environment(tmp_path, hub[1]), stderr=subprocess.PIPE)
-    while process.poll() is None and not (tmp_path / "out").exists():
+    while process.poll() is None and not list((tmp_path / "out").glob(".*.partial")):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=60)

@@ -55,7 +55,9 @@ def test_a_full_disk_that_is_freed_again(store: Path, tmp_path: Path) -> None:
         said = (tmp_path / "log").read_text()
         assert "Traceback" not in said
         assert said.count("can be written again") >= 3
-        assert f"finished at step {STEPS}" in said.splitlines()[-1]
+        *_, last, next_command = said.splitlines()
+        assert f"finished at step {STEPS}" in last
+        assert "next: " in next_command
         assert [int(line["step"]) for line in metrics(run)] == list(range(1, STEPS + 1))
         assert list(seen_rows(run)) == list(range(1, STEPS + 1))
         verified(run / f"iter-{STEPS:08d}-ckpt.pth")
