@@ -38,7 +38,7 @@ setup(
         ],
         # FlashAttention 2 shares its package with flash-attn-4, so not with "gpu". Only a stand-in of it was called.
         "flash-attn": ["flash-attn>=2.8,<3"],
-        "xformers": ["xformers>=0.0.33,<0.1"],  # each release wants one release of torch; none was run
+        "xformers": ["xformers>=0.0.33,<0.1"],  # each release wants one torch and CUDA; none has run on a GPU
         "gguf": ["gguf>=0.16,<1"],  # up to 0.13 it brought a package `scripts`, which hid ours
         "llama-cpp": ["xllamacpp>=2026.9.11063"],  # wheels for Linux and macOS; since 2026.9 with the split ufakzeka
         "float8": ["torchao>=0.14,<0.19"],

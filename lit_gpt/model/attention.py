@@ -1,8 +1,8 @@
 """Causal attention over packed documents: one function in FlashAttention's own layout, five backends behind it.
 
-The only importer of flash-attention packages. A backend is chosen once, by `choose_backend`, which logs it; a backend
-asked for by name that cannot run here is an error that says what to install. Every backend gives the numbers of the
-`torch` one (tests/model/test_attention.py on CPUs, tests/gpu/test_attention.py on a Hopper GPU):
+The only importer of flash-attention packages. A backend is chosen once, by `choose_backend`, which tries and logs it; a
+backend asked for by name that cannot run here is an error that says what to install. Every backend gives the numbers of
+the `torch` one (tests/model/test_attention.py on CPUs, tests/gpu/test_attention.py on a Hopper GPU):
 
 | backend  | package                             | runs                     |
 |----------|-------------------------------------|--------------------------|
@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.cli import BadInput
+from lit_gpt.model.kernel_trial import why_kernels_fail
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +61,19 @@ class Segments(NamedTuple):
     """What the backend wants beside cu_seqlens: (B, 1, T, T) bool for SDPA, xformers' bias, or None."""
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that `requested` ("auto" or a name) stands for on this device, computing in `dtype`; raises BadInput
-    if it cannot run."""
+def choose_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int] = (2, 1, 64)
+) -> str:
+    """The backend that `requested` ("auto" or a name) stands for on this device, computing in `dtype`.
+
+    heads: H, G and D of the model. Each package's kernels are tried with them before they are chosen: a wheel built for
+    another torch or CUDA imports and cannot run. Raises BadInput if a backend asked for by name cannot run.
+    """
     if requested not in ("auto", *BACKENDS):
         raise BadInput(f"unknown attention {requested!r}. Valid: auto, {', '.join(BACKENDS)}")
     candidates = _by_preference(device) if requested == "auto" else (requested,)
     for backend in candidates:
-        reason = _why_not(backend, device, dtype)
+        reason = _why_not(backend, device, dtype, heads)
         if reason is None:
             log.info("attention: %s on %s (asked for: %s)", backend, device.type, requested)
             return backend
@@ -77,14 +84,14 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _by_preference(device: torch.device) -> tuple[str, ...]:
-    """Fastest first, as measured (docs/benchmarks.md); fa3, which was not, after fa4."""
+    """Fastest first, as measured (docs/benchmark_log.md); fa2 was not."""
     if device.type != "cuda":
         return ("torch",)
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     return ("fa4", "fa3", "fa2", "torch") if hopper else ("fa4", "fa2", "torch")
 
 
-def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]) -> str | None:
     """Why `backend` cannot run on this device in this type, in words for a user; None if it can."""
     if backend == "torch":
         return None
@@ -102,7 +109,21 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         importlib.import_module(module)
     except ImportError as error:
         return f"{module} does not import ({error}). Install {install}"
-    return None
+    why = _trial(backend, device, dtype, heads)
+    return None if why is None else f"{why}. Install a build of {backend} for this torch and CUDA, or take another"
+
+
+def _trial(backend: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]) -> str | None:
+    """Why the kernels fail for two segments, compared with SDPA with a mask; None if they are right."""
+    tokens, (queries, groups, size) = 256, heads
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, chosen: str) -> Tensor:
+        cu_seqlens = torch.tensor([0, tokens // 4, tokens], dtype=torch.int32, device=q.device)
+        return attention(q, k, v, make_segments(cu_seqlens, 1, tokens, q.device, q.dtype, chosen), chosen)
+
+    shapes = [(1, tokens, n, size) for n in (queries, groups, groups)]
+    here, plain = (partial(attend, chosen=name) for name in (backend, "torch"))
+    return why_kernels_fail(here, plain, shapes, torch.empty(0, device=device, dtype=dtype))
 
 
 def make_segments(

@@ -19,9 +19,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.cli import BadInput
+from lit_gpt.model.kernel_trial import why_kernels_fail
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,11 @@ WORTHWHILE = 0.9
 """cuBLAS, which can split the sum (split-K), computes a weight's gradient if our tiles keep SMs busy less than this."""
 
 
-def choose_mlp(requested: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
-    """The backend that `requested` ("auto" or a name) stands for; raises BadInput if it cannot run."""
+def choose_mlp(requested: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str:
+    """The backend that `requested` ("auto" or a name) stands for at widths C and I; raises BadInput if it cannot run.
+
+    quack's kernels are tried at these widths before they are chosen.
+    """
     if requested not in ("auto", *BACKENDS):
         raise BadInput(f"unknown mlp {requested!r}. Valid: auto, {', '.join(BACKENDS)}")
     reason = _why_not_quack(device, dtype, widths)
@@ -67,7 +72,7 @@ def choose_mlp(requested: str, device: torch.device, dtype: torch.dtype, widths:
     return chosen
 
 
-def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
     if device.type != "cuda":
         return f"it needs a Hopper GPU, this run is on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -82,7 +87,19 @@ def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
         return f"{PACKAGE} does not import ({error}). Install it: pip install quack-kernels=={VERSION}.*"
     if not version.startswith(f"{VERSION}."):
         return f"quack-kernels {version} is installed, whose interface was not tried; {VERSION} was"
-    return None
+    return _trial(device, dtype, widths)
+
+
+def _trial(device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
+    """Why quack's kernels fail at these widths, compared with the plain formula; None if they are right."""
+    tokens, (width, inner) = 256, widths
+    shapes = [(tokens, width), (tokens, width), (2 * inner, width), (width, inner)]
+    return why_kernels_fail(fused_mlp, _plain_mlp, shapes, torch.empty(0, device=device, dtype=dtype))
+
+
+def _plain_mlp(x: Tensor, residual: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return residual + F.linear(F.silu(gate) * up, down)
 
 
 def why_not_shape(dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:

@@ -56,7 +56,8 @@ def resolve_step(settings: Step, config: Config, world: World, device: torch.dev
     choices |= dict(accelerator=world.accelerator, devices=world.devices, num_nodes=world.nodes)
     if settings.sharding_strategy == "HYBRID_SHARD":
         choices |= dict(shard_group_size=settings.shards(world.devices, world.size))
-    choices |= dict(attention=choose_backend(settings.attention, device, dtype), mlp=mlp)
+    heads = (config.n_head, config.n_query_groups, config.head_size)
+    choices |= dict(attention=choose_backend(settings.attention, device, dtype, heads), mlp=mlp)
     choices |= dict(compile=settings.compile if settings.compile is not None else device.type == "cuda")
     return replace(settings, **choices)
 

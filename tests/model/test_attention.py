@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import types
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.cli import BadInput
+from lit_gpt.model.attention import _trial as TRIAL
 from lit_gpt.model.attention import attention, choose_backend, make_segments
 
 CPU = torch.device("cpu")
@@ -78,7 +80,9 @@ class Hopper:
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """On which every kernel that imports computes what it should."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("lit_gpt.model.attention._trial", lambda *_: None)
     return Hopper()
 
 
@@ -198,6 +202,43 @@ def test_calls_of_flash_attention_packages(
         results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def failing(q: Tensor, *_: Any, **__: Any) -> Tensor:
+    raise NotImplementedError("No operator found for\nthis input")
+
+
+def wrong_by_a_fifth(*args: Any, **options: Any) -> Tensor:
+    return fake_fa2().flash_attn_varlen_func(*args, **options) * 1.2
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (failing, "its kernels fail here with torch .*, NotImplementedError: No operator found for this input"),
+        (wrong_by_a_fifth, r"its kernels compute wrong values here with torch .* \(relative error 0\.[0-9]+\)"),
+    ],
+)
+def test_kernels_are_tried_before_they_are_chosen(
+    function: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A package that imports and cannot compute is refused by name, and passed over by auto. Tried on the CPU here."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(
+        "lit_gpt.model.attention._trial", lambda backend, _, __, heads: TRIAL(backend, CPU, torch.float32, heads)
+    )
+    module = fake_fa2()
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", module)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    before = torch.get_rng_state()
+    assert choose_backend("auto", Hopper(), torch.bfloat16, (6, 2, 16)) == "fa2"
+    module.flash_attn_varlen_func = function
+    assert choose_backend("auto", Hopper(), torch.bfloat16, (6, 2, 16)) == "torch"
+    assert re.search(f"attention: not fa2: {said}", caplog.text)
+    with pytest.raises(BadInput, match=f"--attention fa2 cannot run here: {said}.*Install a build of fa2 for"):
+        choose_backend("fa2", Hopper(), torch.bfloat16, (6, 2, 16))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def asked(called: list[bool], backend: str) -> types.ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.model.fused_mlp import add_matmul, best_tiles, choose_mlp, fused_mlp
+from lit_gpt.model.fused_mlp import PACKAGE, add_matmul, best_tiles, choose_mlp, fused_mlp
+from lit_gpt.model.fused_mlp import _trial as TRIAL
 from lit_gpt.model.gpt import GPT, initialize
 from tests.support import quack_stand_in
 from tests.support.quack_stand_in import Quack
@@ -132,6 +134,7 @@ def test_on_a_gpu_it_is_taken_in_a_version_that_was_tried(monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = torch.device("cuda")
+    monkeypatch.setattr("lit_gpt.model.fused_mlp._trial", lambda _, dtype, widths: TRIAL(CPU, dtype, widths))
     assert choose_mlp("auto", gpu, torch.bfloat16, (768, 2048)) == "quack"
     for refused, widths, dtype in (("32", (768, 2048), torch.float32), ("multiples of 16", (768, 100), torch.bfloat16)):
         assert choose_mlp("auto", gpu, dtype, widths) == "torch"
@@ -144,3 +147,12 @@ def test_on_a_gpu_it_is_taken_in_a_version_that_was_tried(monkeypatch: pytest.Mo
     assert choose_mlp("auto", gpu, torch.bfloat16, (768, 2048)) == "torch"
     with pytest.raises(BadInput, match=r"quack-kernels 0\.7\.0 is installed, whose interface was not tried; 0\.6 was"):
         choose_mlp("quack", gpu, torch.bfloat16, (768, 2048))
+    installed = "0.6.5"
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(sys.modules[PACKAGE], "gemm_gated", broken)
+    with pytest.raises(BadInput, match=r"--mlp quack cannot run here: its kernels fail.*no kernel image is available"):
+        choose_mlp("quack", gpu, torch.bfloat16, (768, 2048))
+    assert choose_mlp("auto", gpu, torch.bfloat16, (768, 2048)) == "torch"
