@@ -27,6 +27,7 @@ setup(
     license="Apache-2.0",
     license_files=["license.md"],
     packages=find_packages(include=["lit_gpt", "lit_gpt.*"]),
+    package_data={"lit_gpt.report": ["assets/*"]},
     python_requires=">=3.10,<3.15",
     install_requires=requirements(),
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)],

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from lit_gpt.report.numbers import duration, short
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -105,23 +107,6 @@ def described(row: Mapping[str, Any], epochs: float) -> dict[str, str]:
     if row.get("val_loss") is not None:
         numbers["val"] = f"val loss {row['val_loss']:.4f}, {row['val_bits_per_byte']:.4f} bits/byte"
     return numbers
-
-
-def short(number: float) -> str:
-    """1234567 -> "1.23 M"; three digits."""
-    for unit in ("", " k", " M", " B", " T"):
-        if number < 999.5 or unit == " T":
-            break
-        number /= 1000
-    return f"{number:.{0 if not unit or number >= 99.95 else 1 if number >= 9.995 else 2}f}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """ "0:01:05", or with days "2d 03:04"."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{days}d {hour:02}:{minute:02}" if days else f"{hour}:{minute:02}:{second:02}"
 
 
 def packed(words: Iterable[str], width: int, between: str = " | ") -> list[str]:
