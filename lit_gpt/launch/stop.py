@@ -123,10 +123,10 @@ class StopRequest:
         """Log that the ranks stopped after update number `step` and saved it; returns the program's exit code."""
         if self._steps <= 1:  # no step was done
             return self.log_early_stop()
-        if self.agreed == "signal":
-            log.info("stopped by a signal (%s) after step %d, saved", self._sender(), step)
-        else:
-            log.info("stopped %.0f s before the job's time limit after step %d, saved", self.remaining_s(), step)
+        why = f"by a signal ({self._sender()})"
+        if self.agreed == "time":
+            why = f"{self.remaining_s():.0f} s before the job's time limit"
+        log.info("stopped %s after step %d, saved: --resume auto goes on", why, step)
         return exit_code_after_stop()
 
     def _sender(self) -> str:

@@ -119,8 +119,11 @@ class Watchdog:
     def _beat(self, *, warn: bool) -> bool:
         """Write this rank's heartbeat; False if the run folder cannot be written, which must not end a run."""
         line = json.dumps({"rank": self._rank, "who": self._rank_name, "step": self._step, "place": self._place})
+        path = self._folder / f"rank-{self._rank:05d}.json"
+        written = path.with_suffix(".new")
         try:
-            (self._folder / f"rank-{self._rank:05d}.json").write_text(line + "\n")
+            written.write_text(line + "\n")
+            os.replace(written, path)  # so that a rank that is stopped in between leaves a whole heartbeat
         except OSError as error:
             if warn:
                 log.warning("the watchdog of %s cannot write to %s: %s", self._rank_name, self._folder, error.strerror)
@@ -184,7 +187,7 @@ def read_heartbeats(folder: Path, world_size: int, reader: int) -> list[Heartbea
             silent_s = max(0.0, now - path.stat().st_mtime)
             said = json.loads(path.read_text())
             beats.append(Heartbeat(said["rank"], said["who"], said["step"], said["place"], silent_s))
-        except (FileNotFoundError, json.JSONDecodeError):  # never written, or stopped in the middle of it
+        except (FileNotFoundError, json.JSONDecodeError):  # never written, or damaged by a disk
             beats.append(Heartbeat(rank, f"rank {rank}", -1, "unknown", float("inf")))
     return beats
 

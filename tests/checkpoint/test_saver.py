@@ -208,14 +208,22 @@ def test_the_room_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 
 SAVING = """
-import sys; sys.path[:0] = {paths!r}
+import os, signal, sys; sys.path[:0] = {paths!r}
 from pathlib import Path
 from tests.checkpoint.test_checkpoint import facts, model_and_optimizer
 from tests.checkpoint.test_saver import open_saver
-model, optimizer = model_and_optimizer()
-saver = open_saver(Path({run_dir!r}), (model, optimizer), full={full}, keep_last=2)
-for step in range(100, 100_000):
+run_dir, file = Path({run_dir!r}), Path({run_dir!r}) / ".saving-{name}" / {last!r}
+
+def kill(event, arguments):
+    if event in ("open", "os.rename") and file.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+saver = open_saver(run_dir, model_and_optimizer(), full={full}, keep_last=2)
+for step in range(100, 104):
     saver.save(facts(step))
+saver.wait()
+sys.addaudithook(kill)
+saver.save(facts(104), wait=True)
 """
 
 
@@ -224,29 +232,19 @@ for step in range(100, 100_000):
     ("full", "last"), [(False, "state/.metadata"), (False, "run.json"), (True, "state.pth"), (True, "MANIFEST.json")]
 )
 def test_killed_before_the_rename(tmp_path: Path, full: bool, last: str) -> None:
-    """SIGKILL just after a file of the save has appeared; repeated until it hits before the rename."""
-    for attempt in range(20):
-        run_dir = tmp_path / str(attempt)
-        run_dir.mkdir()
-        code = SAVING.format(paths=[str(Path(__file__).parents[2])], run_dir=str(run_dir), full=full)
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-        number = 104
-        while not (run_dir / checkpoint_name(number - 1)).exists():
-            assert process.poll() is None
-        while not (run_dir / f".saving-{checkpoint_name(number)}" / last).exists():
-            assert process.poll() is None
-            if (run_dir / checkpoint_name(number)).exists():
-                number += 1
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        found = find("auto", run_dir)
-        assert found is not None
-        load(found, *model_and_optimizer())
-        for path in run_dir.glob("iter-*"):
-            verified(path)
-        hit = (run_dir / f".saving-{checkpoint_name(found.step + 1)}" / last).exists()
-        save(run_dir, facts(found.step + 1), *model_and_optimizer(), full=full)
-        assert not list(run_dir.glob(".saving-*"))
-        if hit:
-            return
-    raise AssertionError("no kill hit before the rename")
+    """SIGKILL at the first operation on files after a file of the save has appeared."""
+    name = checkpoint_name(104)
+    paths = [str(Path(__file__).parents[2])]
+    code = SAVING.format(paths=paths, run_dir=str(tmp_path), full=full, name=name, last=last)
+    done = subprocess.run([sys.executable, "-c", code], timeout=240)
+    assert done.returncode == -signal.SIGKILL
+    assert published(tmp_path) == [f".saving-{name}", *(checkpoint_name(step) for step in (102, 103))]
+    assert (tmp_path / f".saving-{name}" / last).exists()
+    found = find("auto", tmp_path)
+    assert found is not None
+    assert found.step == 103
+    load(found, *model_and_optimizer())
+    save(tmp_path, facts(104), *model_and_optimizer(), full=full)
+    assert not list(tmp_path.glob(".saving-*"))
+    for path in tmp_path.glob("iter-*"):
+        verified(path)

@@ -120,6 +120,42 @@ def test_limits() -> None:
     assert limit_s(settings, "save", steps_done=100, median_s=2.0) == 1800
 
 
+def test_a_rank_that_is_stopped_within_a_heartbeat_leaves_a_whole_one(tmp_path: Path) -> None:
+    """SIGKILL at each operation on files of a heartbeat (step 1), as an audit hook sees them; the one before is 0."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from lit_gpt.launch.settings import WatchdogSettings
+from lit_gpt.launch.watchdog import Watchdog, read_heartbeats
+
+folder, left = Path(sys.argv[1]), 0
+
+def kill(event, arguments):
+    global left
+    if event in ("open", "os.rename") and str(folder) in str(arguments[0]):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def beat(allowed):
+    global left
+    left = allowed
+    sys.addaudithook(kill)
+    watchdog.step_done(1)
+    watchdog._beat(warn=True)
+    os._exit(0)
+
+for allowed in range(3):
+    watchdog = Watchdog(folder, "rank 0 on here", 0, 1, WatchdogSettings(watchdog_factor=0))
+    watchdog._beat(warn=True)
+    child = os.fork() or beat(allowed)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *read_heartbeats(folder, 1, 0)[0][1:3])
+"""
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines() == ["-9 rank 0 on here 0", "-9 rank 0 on here 0", "0 rank 0 on here 1"], done.stderr
+
+
 def test_find_fault() -> None:
     """Silence counts most, then an earlier step, then not having come to where the ranks wait."""
     a, b = Heartbeat(0, "rank 0 on n1", 7, "agree", 0.1), Heartbeat(1, "rank 1 on n2", 7, "data", 0.2)
