@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import Parser, checkout_path, command_line, run_program
 from lit_gpt.data.token_store import MANIFEST, DamagedShard, ShardFile, TokenStore, document_ends
-from lit_gpt.files import publishing
+from lit_gpt.files import publishing, sweep
 from lit_gpt.prepare.build_request import BuildSettings
 from lit_gpt.prepare.source_flags import add_source_flags, fields_of
 from lit_gpt.prepare.store_builder import BuildProgress, Report, build
@@ -177,6 +177,7 @@ def draw_lengths(summary: dict[str, Any], path: Path) -> None:
     axes.set_title("Document lengths (dashed: median)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    sweep(path.parent, path.name)
     with publishing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 

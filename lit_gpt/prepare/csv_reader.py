@@ -50,14 +50,21 @@ def _rows(stream: Stream, fields: Fields) -> Iterator[Row | Reject]:
             if "limit" in str(error) or "unexpected end" in str(error):
                 yield Reject(line, "cut short", f"a quote is never closed ({error})")
                 return
-            yield Reject(line, "bad CSV", str(error))
+            yield from _bad_row(line, 1 + reader.line_num, str(error))
             continue
         if not values:  # a blank line
             continue
         if len(values) != len(columns):
-            yield Reject(line, "bad CSV", f"{len(values)} values, {len(columns)} columns")
+            yield from _bad_row(line, 1 + reader.line_num, f"{len(values)} values, {len(columns)} columns")
             continue
         yield Row(line, _encoded(values[text]), None if id is None else _encoded(values[id]))
+
+
+def _bad_row(first: int, last: int, detail: str) -> Iterator[Reject]:
+    """A reject for each line: an unmatched quote makes one row of many lines, which may have been a row each."""
+    begun = f", in the row that begins in line {first}" if last > first else ""
+    for line in range(first, last + 1):
+        yield Reject(line, "bad CSV", detail + begun)
 
 
 def _columns(header: str, fields: Fields) -> tuple[list[str], str]:
@@ -69,7 +76,10 @@ def _columns(header: str, fields: Fields) -> tuple[list[str], str]:
             continue
         if any(name in columns for name in (fields.text, *fields.otherwise)):
             return columns, delimiter
-    raise BadInput(f"has no column {fields.text!r} in its first line: {header.strip()[:100]}")
+    raise BadInput(
+        f"has no column {fields.text!r} in its first line (names between commas, semicolons or tabs): "
+        f"{header.strip()[:100]!r}. --text_field names the text's"
+    )
 
 
 def _lines(stream: Stream) -> Iterator[str]:

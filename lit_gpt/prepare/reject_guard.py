@@ -12,7 +12,7 @@ from lit_gpt.prepare.records import DAMAGE, Document, Piece, Reject, SourceFile
 CHECK_LINES = 1_000_000
 """From here on too many rejects end a program at once; before, they are counted at its end."""
 _WAYS_OUT = {
-    "bad UTF-8": "`iconv -f LATIN1 -t UTF-8` converts files in Latin-1",
+    "bad UTF-8": "`iconv -f LATIN1 -t UTF-8` converts files in Latin-1; it spoils lines that are UTF-8 already",
     "no text": "--text_field names the field of the text",
     "duplicate id": "--id_field names the field of the id; --id_field '' takes file and line, for ids that restart in "
     "each file",

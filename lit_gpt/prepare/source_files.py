@@ -133,6 +133,8 @@ def _in_folder(root: Path, outside: Path | None, unread: list[Unread]) -> list[S
         kind, reason = _kind(path), _reason_to_leave(path)
         if reason or kind is None:
             unread.append(Unread(path, reason or "of no kind that is read"))
+        elif kind[0] == "text" and not path.stat().st_size:
+            unread.append(Unread(path, "empty"))
         else:
             files.append(_source_file(path, path.relative_to(root).as_posix(), kind, root))
     return files
@@ -250,7 +252,9 @@ def _check_beginning(file: SourceFile, head: bytes) -> None:
         if not head.startswith(MAGIC[file.compression]):
             found = looks_like(head) or f"it begins with {head[:12]!r}"
             raise BadInput(f"{file.path} is not compressed as its name says: {found}")
-    elif file.format in ("jsonl", "json", "csv") and (what := looks_like(head)):
+    elif file.format not in ("parquet", "arrow") and (what := looks_like(head)):
+        if file.format == "text" and head.isascii() and b"\0" not in head:  # a text may begin with anything
+            return
         raise BadInput(f"{file.path} is not text: {what}")
 
 

@@ -55,7 +55,13 @@ def looks_like(head: bytes) -> str | None:
     for compression, beginnings in MAGIC.items():
         if head.startswith(beginnings):
             return f"compressed; its name must end in {compression}"
-    return next((what for beginning, what in _OTHERS if head.startswith(beginning)), None)
+    if what := next((what for beginning, what in _OTHERS if head.startswith(beginning)), None):
+        return what
+    odd, even = head[1::2], head[::2]  # of UTF-16 without a mark at its beginning
+    for order, high, low in (("LE", odd, even), ("BE", even, odd)):
+        if len(high) > 1 and low and 2 * high.count(0) > len(high) and not low.count(0):
+            return f"UTF-16 text; `iconv -f UTF-16{order} -t UTF-8` converts it"
+    return None
 
 
 @contextmanager

@@ -278,6 +278,32 @@ def test_bad_rows_of_a_csv_cost_no_other(tmp_path: Path) -> None:
     assert rejected(read(tmp_path / "a.csv", allow=True))[-1] == (12, "cut short")
 
 
+def test_rows_that_an_unmatched_quote_takes_are_all_rejected(tmp_path: Path) -> None:
+    """By a program that quotes nothing: row 2 begins a quote, which row 900 seems to end."""
+    quoted = (2, 900)
+    rows = [f"{n}," + ('"Guten' if n in quoted else "Guten") + " Tag" for n in range(1000)]
+    (tmp_path / "a.csv").write_text("\n".join(["id,text", *rows, ""]))
+    records = read(tmp_path / "a.csv")
+    assert [record.line for record in records] == list(range(2, 1002))
+    assert rejected(records) == [(line, "bad CSV") for line in range(4, 903)]
+    kept = [(record.id, record.text) for record in records if isinstance(record, Document)]
+    assert kept == [(str(n), "Guten Tag") for n in (0, 1, *range(901, 1000))]
+    (tmp_path / "a.csv").write_text('id,text\n1,"zwei\nZeilen",mehr\n2,gut\n')
+    records = read(tmp_path / "a.csv")
+    assert rejected(records) == [(2, "bad CSV"), (3, "bad CSV")]
+    assert records[-1][:3] == (4, "2", "gut")
+
+
+def test_plain_text_that_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An empty file of a folder is named, and costs the others nothing; bytes of another kind are refused."""
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.txt").write_bytes(b"PAR1 BZh <html> Text")
+    assert pairs(read(tmp_path)) == [("", "PAR1 BZh <html> Text")]
+    assert "a.txt (empty)" in caplog.text
+    with pytest.raises(BadInput, match="the source is empty"):
+        read(tmp_path / "a.txt")
+
+
 # Damage
 
 
@@ -377,6 +403,11 @@ NOT_READABLE: list[tuple[str, bytes | Callable[[Path], None], str]] = [
     ("a.jsonl.gz", zst(JSONL), "is not compressed as its name says: compressed; its name must end in .zst"),
     ("a.jsonl", gzip.compress(JSONL), "is not text: compressed; its name must end in .gz"),
     ("a.jsonl", "Straße".encode("utf-16"), "is not text: UTF-16 text; `iconv"),
+    ("a.jsonl", JSONL.decode().encode("utf-16-le"), "is not text: UTF-16 text; `iconv -f UTF-16LE"),
+    ("a.csv", CSV.decode().encode("utf-16-be"), "is not text: UTF-16 text; `iconv -f UTF-16BE"),
+    ("a.txt", "Straße".encode("utf-16"), "is not text: UTF-16 text; `iconv -f UTF-16 "),
+    ("a.txt", "Die Straße".encode("utf-16-le"), "is not text: UTF-16 text; `iconv -f UTF-16LE"),
+    ("a.txt", gzip.compress(JSONL), "is not text: compressed; its name must end in .gz"),
     ("a.csv", b"PK\x03\x04zip", "is not text: a zip archive"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS; `git lfs pull`"),
     ("a.parquet", JSONL, "is not a Parquet file"),
