@@ -2,7 +2,8 @@
 
     python scripts/benchmark_step.py --size LLaMmlein_1B --rows 16 [--precision bf16-true] [--attention fa4]
         [--mlp quack] [--float8 tensorwise] [--checkpointing selective] [--compile false] [--deterministic]
-        [--micro_batch N] [--devices N] [--sharding_strategy FULL_SHARD] [--breakdown]
+        [--micro_batch N] [--devices N] [--sharding_strategy FULL_SHARD]
+        [--gradient_sync step] [--breakdown]
 
 The step is that of the training program, on packed random documents with the lengths of German web text. --breakdown
 prints where the time goes, beside the least time that the device's measured rates of matmuls and copies allow.
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--sharding_strategy", default="FULL_SHARD", choices=("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD")
     )
+    parser.add_argument("--gradient_sync", default="step", choices=("step", "micro_batch"))
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=6, help="steps before the measured ones")
     parser.add_argument("--breakdown", action="store_true", help="print where the time goes; on GPUs")
@@ -50,7 +52,7 @@ def main() -> None:
         precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,
         mlp=arguments.mlp, deterministic=arguments.deterministic,
         activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=arguments.devices,
-        sharding_strategy=arguments.sharding_strategy,
+        sharding_strategy=arguments.sharding_strategy, gradient_sync=arguments.gradient_sync,
         compile=None if arguments.compile is None else arguments.compile == "true",
     )  # fmt: skip
     settings.check()

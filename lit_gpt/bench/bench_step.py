@@ -141,6 +141,7 @@ def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool)
         "checkpointing": settings.activation_checkpointing,
         "deterministic": settings.deterministic, "compile": settings.compile,
         "devices": bench.ranks, "sharding_strategy": settings.sharding_strategy,
+        "gradient_sync": settings.gradient_sync,
         "rows": settings.global_batch_size // bench.ranks, "micro_batch": settings.micro_batch_size,
         "value": round(rate), "unit": "tokens/s" + " a device" * (bench.ranks > 1),
         "ms": round(median * 1e3, 2), "spread": round((max(seconds) - min(seconds)) / median, 3),

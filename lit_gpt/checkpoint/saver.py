@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_map_only
 from lit_gpt.checkpoint import checkpoint, full_state, history, sharded_state
 from lit_gpt.checkpoint.host_copy import HostCopy
 from lit_gpt.checkpoint.record import FULL, SHARDED, checkpoint_name
+from lit_gpt.checkpoint.waiting import SaveProgress
 from lit_gpt.cli import NO_ROOM, BadInput
 from lit_gpt.files import discard
 
@@ -81,6 +82,7 @@ class CheckpointSaver:
         use_device = partial(torch.cuda.set_device, device) if on_gpu else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device)
         self._running: Future[None] | None = None
+        self._progress = SaveProgress(self._state_bytes())
 
     def save(self, facts: dict[str, Any], *, wait: bool = False) -> None:
         """Save the state after `facts["step"]` updates; with wait=True, or without overlap, it is over on return.
@@ -90,6 +92,8 @@ class CheckpointSaver:
         began = time.monotonic()
         self.wait()
         self.failure = None
+        final = self._run_dir / checkpoint_name(facts["step"])
+        self._progress.begin(checkpoint.temporary_path(final), final.name)
         facts = {**facts, "model": asdict(checkpoint.unwrapped(self._model).config)}
         if not self._weights_are_finite():
             self._give_up(facts["step"], "the weights are not finite numbers")
@@ -98,13 +102,21 @@ class CheckpointSaver:
             self._running = self._thread.submit(self._write, state, facts, began, time.monotonic() - began)
         else:
             state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=self._full)
-            self._write(state, facts, began, None)
+            with self._progress.told(by_this_rank=self._rank == 0):
+                self._write(state, facts, began, None)
 
     def wait(self) -> None:
         """Return when no save is running; RuntimeError if one failed for another reason than lack of room."""
-        running, self._running = self._running, None
-        if running is not None and (error := running.exception()) is not None:
+        if (error := self._outcome()) is not None:
             raise RuntimeError("a checkpoint could not be written") from error
+
+    def _outcome(self) -> BaseException | None:
+        """Wait for a running save; its error."""
+        running, self._running = self._running, None
+        if running is None:
+            return None
+        with self._progress.told(by_this_rank=self._rank == 0):
+            return running.exception()
 
     @property
     def busy(self) -> bool:
@@ -118,7 +130,7 @@ class CheckpointSaver:
 
     def close(self) -> None:
         """Wait for a running save; its error is logged, so as not to hide the one that may be ending the run."""
-        if self._running is not None and (error := self._running.exception()) is not None:
+        if (error := self._outcome()) is not None:
             log.error("a checkpoint could not be written", exc_info=error)
         self._thread.shutdown()
         self._host_copy.close()
@@ -169,6 +181,7 @@ class CheckpointSaver:
                 self._on_rank_zero_or_raise(lambda: full_state.write(state, temporary / FULL))
             else:
                 sharded_state.write(state, temporary / SHARDED, self._group)
+            self._progress.written()
             self._on_rank_zero_or_raise(lambda: checkpoint.seal(temporary, final, facts))
         except (OSError, CheckpointException) as error:
             reason = _no_room(error)

@@ -17,8 +17,8 @@ CHUNK_TOKENS tokens and their gradient, and until the backward pass the gradient
 
 With several processes (FSDP2), a rank holds its shard of weights, gradients and optimizer state. Unsharded are the
 outer unit (embedding, head), the block in use, the block that is prefetched and its all-gather buffer; or all blocks,
-if weights stay between forward and backward. Gradients that micro-batches accumulate are unsharded fp32 on every rank;
-with one process they are fp32 too, until the update.
+if weights stay between forward and backward. Gradients that micro-batches accumulate are fp32: unsharded on every rank,
+or with --gradient_sync micro_batch its shard, until the update; with one process too.
 
 Not counted: CUDA's context and NCCL's buffers (1 to 2 GiB outside PyTorch), fragmentation (a few percent), and the
 masks of attention backends that need one (fp32).
@@ -71,20 +71,26 @@ class _Sizes(NamedTuple):
     shards: int
     single: bool
     """One process, which shards nothing."""
-    accumulates: bool
-    """A step has several micro-batches."""
+    sums: int
+    """Bytes of the gradients of earlier micro-batches, fp32."""
+    sums_are_gradients: bool
+    """The update gets the gradients as fp32 sums."""
 
 
 def step_memory(config: Config, settings: StepSettings, world_size: int, shards: int) -> tuple[Memory, Memory, Memory]:
     """The three moments on one of world_size ranks; `shards` ranks share one copy of the weights."""
     micro_batches = settings.global_batch_size // (settings.micro_batch_size * world_size)
+    per_micro_batch = settings.gradient_sync == "micro_batch" and world_size > 1
+    sums = 4 * config.parameters // (shards if per_micro_batch else 1)
     sizes = _Sizes(
         tokens=settings.micro_batch_size * config.block_size,
         compute_bytes=_compute_bytes(settings),
         stored_bytes=2 if settings.precision == "bf16-true" else 4,
         shards=shards,
         single=world_size == 1,
-        accumulates=micro_batches > 1,
+        sums=sums if micro_batches > 1 else 0,
+        # with a mesh of copies, FSDP2 keeps the sums apart until they are all-reduced
+        sums_are_gradients=world_size == 1 or (per_micro_batch and not settings.has_copies),
     )
     return (
         _end_of_forward(config, settings, sizes),
@@ -150,7 +156,7 @@ def _end_of_forward(config: Config, settings: StepSettings, sizes: _Sizes) -> Me
         "forward",
         config,
         sizes,
-        gradients=_accumulated(config, sizes),
+        gradients=sizes.sums,
         compute_weights=_weights_in_use(config, settings, sizes, in_backward=False) + head_copy,
         activations=_kept(config, settings, sizes) + residual,  # output of the last norm
         loss=logits + residual + 4 * head,  # gradients of input and weight
@@ -168,7 +174,7 @@ def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) 
         "backward",
         config,
         sizes,
-        gradients=_accumulated(config, sizes) + head_gradient + block_gradients,
+        gradients=sizes.sums + head_gradient + block_gradients,
         compute_weights=_weights_in_use(config, settings, sizes, in_backward=True),
         activations=_kept(config, settings, sizes) + recomputed + working,
         loss=0,
@@ -184,7 +190,7 @@ def _update(config: Config, sizes: _Sizes) -> Memory:
         "update",
         config,
         sizes,
-        gradients=_accumulated(config, sizes) if sizes.single and sizes.accumulates else share,
+        gradients=sizes.sums if sizes.sums and sizes.sums_are_gradients else share,
         compute_weights=reduction,
         activations=0,
         loss=0,
@@ -196,11 +202,6 @@ def _memory(
 ) -> Memory:
     share = sizes.stored_bytes * config.parameters // sizes.shards
     return Memory(moment, share, gradients, 2 * share, compute_weights, activations, loss)
-
-
-def _accumulated(config: Config, sizes: _Sizes) -> int:
-    """Gradients of earlier micro-batches, fp32."""
-    return 4 * config.parameters if sizes.accumulates else 0
 
 
 def _weights_in_use(config: Config, settings: StepSettings, sizes: _Sizes, *, in_backward: bool) -> int:

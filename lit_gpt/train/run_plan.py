@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lit_gpt.config import Config
 from lit_gpt.data.loader import check_batch_sizes
@@ -113,6 +113,7 @@ def lines(plan: Plan) -> Iterator[str]:
     if settings.precision == "32-true":
         scores = 4 * settings.micro_batch_size * config.n_layer * config.n_head * config.block_size**2
         yield f"not counted, for want of a measurement: attention's scores in fp32, some {scores / GIB:.2f} GiB"
+    yield from _other_gradient_sync(plan)
     yield _fit(plan)
     yield ""
     yield from _length(plan)
@@ -146,12 +147,28 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         yield f"weights in use hold the largest all-gathered unit: {unit / GIB:.2f} GiB"
 
 
+def _other_gradient_sync(plan: Plan) -> Iterator[str]:
+    """What the other --gradient_sync would hold at most, and what each of the two sends."""
+    settings = plan.settings
+    micro_batches = settings.global_batch_size // (settings.micro_batch_size * plan.world_size)
+    if plan.world_size == 1 or micro_batches == 1:
+        return
+    other: Literal["step", "micro_batch"] = "micro_batch" if settings.gradient_sync == "step" else "step"
+    peak = peak_bytes(plan.config, replace(settings, gradient_sync=other), plan.world_size, plan.shards)
+    once = 4 * plan.config.parameters * (plan.shards - 1) // plan.shards  # fp32, reduce-scattered
+    yield (
+        f"gradients are added over ranks once a {settings.gradient_sync.replace('_', '-')} (--gradient_sync); once a "
+        f"{other.replace('_', '-')} the total is at most {peak / GIB:.2f} GiB. A reduce-scatter sends "
+        f"{once / GIB:.2f} GiB a GPU, and a step has {micro_batches} micro-batches"
+    )
+
+
 def _fit(plan: Plan) -> str:
     gpu = f"{USABLE_SHARE:.0%} of {plan.settings.plan_gpu_gib:g} GiB (--plan_gpu_gib; the rest: fragmentation)"
     if plan.largest_micro_batch is None:
         return (
             f"no micro-batch fits {gpu}: shard over more GPUs (FULL_SHARD), or --activation_checkpointing full, or "
-            "--precision bf16-true"
+            "--precision bf16-true, or --gradient_sync micro_batch"
         )
     return f"largest micro_batch_size that fits {gpu}: {plan.largest_micro_batch}"
 

@@ -123,6 +123,9 @@ class ShardingSettings(SettingsSlice):
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
     """FSDP's strategies: SHARD_GRAD_OP keeps gathered weights between forward and backward, HYBRID_SHARD shards inside
     groups of ranks, NO_SHARD replicates."""
+    gradient_sync: Literal["step", "micro_batch"] = "step"
+    """When ranks add up gradients: once a step, each rank holding whole fp32 gradients until then; or in each
+    micro-batch, each rank holding its shard of them. For one rank, or one micro-batch a step, it is the same."""
     shard_group_size: int | None = None
     """Ranks that one copy of the weights is sharded over; only for HYBRID_SHARD. Default: the ranks of a node."""
 
@@ -130,6 +133,11 @@ class ShardingSettings(SettingsSlice):
     def reshards_after_forward(self) -> bool:
         """Whether a block's gathered weights are freed after forward, and gathered again for backward."""
         return self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD")
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether the mesh has a dimension of copies of the weights."""
+        return self.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD")
 
     def shards(self, devices: int, world_size: int) -> int:
         """Number of ranks that one copy of the weights is sharded over; devices: ranks of a node.

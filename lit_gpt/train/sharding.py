@@ -72,15 +72,29 @@ def shard(model: nn.Module, settings: StepSettings, world: World) -> nn.Module:
 
 def _mesh(settings: ShardingSettings, world: World) -> DeviceMesh:
     shards = settings.shards(world.devices, world.size)
-    if settings.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD"):
+    if settings.has_copies:
         shape = (world.size // shards, shards)  # neighbouring ranks shard one copy
         return init_device_mesh(world.accelerator, shape, mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(world.accelerator, (shards,), mesh_dim_names=("shard",))
 
 
-def sync_gradients(module: nn.Module, last: bool) -> None:
-    """Let the next backward pass reduce gradients over ranks only if it is the step's last."""
+def reduce_in_next_backward(module: nn.Module, settings: ShardingSettings, *, last: bool) -> None:
+    """Say whether the next backward pass reduces gradients over ranks; last: it is the step's last.
+
+    In each micro-batch, gradients are reduce-scattered within a copy of the weights; all-reduced over copies they are
+    only in the last.
+    """
     inner = getattr(module, "module", module)
     if isinstance(inner, FSDPModule):
-        inner.set_requires_gradient_sync(last)
-        inner.set_is_last_backward(last)
+        reduces = last or settings.gradient_sync == "micro_batch"
+        inner.set_requires_gradient_sync(reduces)
+        inner.set_requires_all_reduce(last)
+        inner.set_is_last_backward(reduces)
+
+
+def sum_shards_in_fp32(module: nn.Module) -> None:
+    """After a micro-batch that is not the last: bf16 weights have bf16 gradients, whose sums would lose digits."""
+    for weight in module.parameters():
+        if weight.grad is not None and weight.grad.dtype != torch.float32:
+            weight.grad_dtype = None  # any
+            weight.grad = weight.grad.float()

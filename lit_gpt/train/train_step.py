@@ -15,7 +15,7 @@ from lit_gpt.data.loader import Batch
 from lit_gpt.launch.fabric import Fabric
 from lit_gpt.train.optimizer import AdamW, gradient_norm, learning_rate
 from lit_gpt.train.settings import StepSettings
-from lit_gpt.train.sharding import sync_gradients
+from lit_gpt.train.sharding import reduce_in_next_backward, sum_shards_in_fp32
 from lit_gpt.train.step_guard import StepGuard
 
 
@@ -52,8 +52,11 @@ class TrainStep:
         scale = self._fabric.world_size / max(targets, 1)
         loss_sum = torch.zeros((), device=self._fabric.device)
         for batch in batches:
-            sync_gradients(self._model, last=batch is batches[-1])
+            last = batch is batches[-1]
+            reduce_in_next_backward(self._model, self.settings, last=last)
             loss_sum += self._backward(batch, scale)
+            if not last and self.settings.gradient_sync == "micro_batch":
+                sum_shards_in_fp32(self._model)
         grad_norm = gradient_norm(self._model.parameters())
         verdict = self.guard.judge(grad_norm)
         self._optimizer.step_clipped(grad_norm, self.settings.grad_clip, skip=(verdict != 0).float())

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_gpt.checkpoint import checkpoint, full_state, waiting
 from lit_gpt.checkpoint.checkpoint import load, verified
 from lit_gpt.checkpoint.history import find
 from lit_gpt.checkpoint.record import checkpoint_name
@@ -205,6 +206,44 @@ def test_the_room_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     small, large = caplog.records
     assert (small.levelname, large.levelname) == ("WARNING", "INFO")
     assert "room for 1" in small.getMessage()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_save_that_is_waited_for_tells_its_progress(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """Half of the bytes, until that was told; then all, until the hashes were told."""
+    model, optimizer = model_and_optimizer()
+    size = sum(3 * p.numel() * p.element_size() for p in model.parameters())
+
+    def wait_for(said: str) -> None:
+        deadline = time.monotonic() + 30
+        while said not in caplog.text:
+            assert time.monotonic() < deadline, caplog.text
+            time.sleep(0.01)
+
+    def write_halves(state: dict[str, Any], path: Path) -> None:
+        path.write_bytes(bytes(10_000_000))
+        wait_for(f"{checkpoint_name(7)} is being written, 0.01 of about {size / 1e9:.2f} GB after 0 s")
+        write(state, path)
+
+    def seal_slowly(*arguments: Any) -> None:
+        wait_for(f"{checkpoint_name(7)} is being synced and hashed, ")
+        seal(*arguments)
+
+    write, seal = full_state.write, checkpoint.seal
+    monkeypatch.setattr(full_state, "write", write_halves)
+    monkeypatch.setattr(checkpoint, "seal", seal_slowly)
+    monkeypatch.setattr(waiting, "TELL_S", 0.02)
+    saver = open_saver(tmp_path, (model, optimizer), overlap=overlap)
+    with caplog.at_level(logging.INFO):
+        saver.save(facts(7))
+        saver.wait()
+    assert published(tmp_path) == [checkpoint_name(7)]
+    told = len(caplog.records)
+    time.sleep(0.1)
+    assert len(caplog.records) == told  # nobody waits any more
+    saver.close()
 
 
 SAVING = """

@@ -1,5 +1,5 @@
-"""The memory plan for several processes equals what FSDP2 holds on each rank, to the byte (gloo, CPU); and a step
-reduces its gradients once.
+"""The memory plan for several processes equals what FSDP2 holds on each rank, to the byte (gloo, CPU); and how
+often a step reduces its gradients.
 
 The sizes of weights, gradients and moments do not depend on the device. What a GPU adds is not tested here: the
 prefetched block and its all-gather buffer.
@@ -30,8 +30,17 @@ SMALL = dict(model_name="debug", block_size=64, devices=2, accelerator="cpu", tr
         dict(sharding_strategy="FULL_SHARD", precision="bf16-mixed", global_batch_size=4, micro_batch_size=1),
         dict(sharding_strategy="SHARD_GRAD_OP", precision="bf16-true", global_batch_size=4, micro_batch_size=2),
         dict(sharding_strategy="NO_SHARD", precision="32-true", global_batch_size=4, micro_batch_size=2),
+        dict(gradient_sync="micro_batch", precision="bf16-true", global_batch_size=6, micro_batch_size=1),
+        dict(
+            gradient_sync="micro_batch",
+            sharding_strategy="HYBRID_SHARD",
+            shard_group_size=2,
+            precision="bf16-true",
+            global_batch_size=4,
+            micro_batch_size=1,
+        ),
     ],
-    ids=lambda changed: changed["sharding_strategy"],
+    ids=lambda changed: "-".join(str(changed[x]) for x in ("sharding_strategy", "gradient_sync") if x in changed),
 )
 def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
     values = SMALL | changed
@@ -43,6 +52,7 @@ def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
     settings = resolve_for_plan(StepSettings(**values))
     forward, _, update = step_memory(settings.config, settings, 2, settings.shards(2, 2))
     block = settings.config.block_parameters * (4 if settings.precision == "32-true" else 2)
+    in_a_step = 1 if settings.gradient_sync == "step" else settings.global_batch_size // (2 * settings.micro_batch_size)
     on_a_gpu = (2 if settings.reshards_after_forward else 1) * block  # the buffer; and the block fetched ahead
     planned = {
         "weights": update.weights,
@@ -50,6 +60,6 @@ def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
         "optimizer": update.optimizer,
         "accumulated": forward.gradients,
         "whole": forward.compute_weights - on_a_gpu,
-        "reductions": settings.config.n_layer + 1,  # of each unit once, whatever the number of micro-batches
+        "reductions": (settings.config.n_layer + 1) * in_a_step,  # of each unit
     }
     assert json.loads(done.stdout.splitlines()[-1]) == [planned, planned]  # before it: what gloo says in torch 2.10

@@ -36,9 +36,18 @@ def assert_close_runs(run: Path, alone: Path) -> None:
             assert float(got["val_loss"]) == pytest.approx(float(wanted["val_loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"])
-def test_two_processes_equal_one(store: Path, alone: Path, tmp_path: Path, strategy: str) -> None:
-    train(store, tmp_path, devices=2, micro_batch_size=2, sharding_strategy=strategy, state_dict_type="full")
+@pytest.mark.parametrize(
+    ("strategy", "gradient_sync"),
+    [
+        ("FULL_SHARD", "step"), ("SHARD_GRAD_OP", "step"), ("HYBRID_SHARD", "step"), ("NO_SHARD", "step"),
+        ("FULL_SHARD", "micro_batch"),
+    ],
+)  # fmt: skip
+def test_two_processes_equal_one(store: Path, alone: Path, tmp_path: Path, strategy: str, gradient_sync: str) -> None:
+    train(
+        store, tmp_path, devices=2, micro_batch_size=2, sharding_strategy=strategy, gradient_sync=gradient_sync,
+        state_dict_type="full",
+    )  # fmt: skip
     assert_close_runs(tmp_path, alone)
     weights = {name: value for name, value in full_state(alone, 12).items() if name.startswith("model.")}
     for name, value in full_state(tmp_path, 12).items():
@@ -66,10 +75,10 @@ def test_float8_and_recomputation(store: Path, tmp_path: Path, float8: str) -> N
 
 
 def test_hybrid_groups_inside_a_node(store: Path, alone: Path, tmp_path: Path) -> None:
-    """Four processes as two copies of the weights, each on two."""
+    """Four processes as two copies of the weights, each on two; gradients reduced inside the copies twice a step."""
     train(
-        store, tmp_path, devices=4, micro_batch_size=2, sharding_strategy="HYBRID_SHARD", shard_group_size=2,
-        state_dict_type="sharded",
+        store, tmp_path, devices=4, micro_batch_size=1, sharding_strategy="HYBRID_SHARD", shard_group_size=2,
+        gradient_sync="micro_batch", state_dict_type="sharded",
     )  # fmt: skip
     assert_close_runs(tmp_path, alone)
     reference = full_state(alone, 12)

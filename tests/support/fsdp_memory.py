@@ -37,6 +37,14 @@ def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
                 yield from group.fsdp_params
 
 
+def partial_sums(model: nn.Module) -> Iterator[Tensor | None]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                yield group._partial_reduce_output
+
+
 def main() -> None:
     settings = StepSettings(**json.loads(sys.argv[1]))
     bench = StepBench(settings)
@@ -55,7 +63,8 @@ def main() -> None:
         found["whole"] = size(p.unsharded_param for p in parameters if p.sharded_state.name == "UNSHARDED")
         summed = [p.unsharded_accumulated_grad for p in parameters]
         kept = [getattr(p, "_unsharded_param", None) for p in parameters]
-        found["accumulated"] = size([*summed, *(p.grad for p in kept if p is not None)])
+        whole = [*summed, *(p.grad for p in kept if p is not None)]
+        found["accumulated"] = size([*whole, *(p.sharded_param.grad for p in parameters), *partial_sums(model)])
 
     def at_the_update(*arguments: Any, **more: Any) -> None:
         found["gradients"] = size(p.grad for p in model.parameters())

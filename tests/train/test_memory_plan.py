@@ -102,6 +102,17 @@ def test_four_gpus_by_hand() -> None:
     assert forward[1:5] == (4 * 446_752, 4 * 1_787_008, 8 * 446_752, 2 * (1_048_704 + 3 * 184_576))
     assert backward.gradients == 4 * 1_787_008 + 2 * 524_288 + 6 * 184_576
     assert update[1:] == (4 * 446_752, 4 * 446_752, 8 * 446_752, 8 * 1_048_704, 0, 0)
+    each = replace(settings, gradient_sync="micro_batch")
+    in_bf16 = replace(each, precision="bf16-true")
+    copies = replace(in_bf16, sharding_strategy="HYBRID_SHARD", shard_group_size=2)
+    for changed, shards, sums, at_update in (
+        (each, 4, 4 * 446_752, 4 * 446_752),
+        (in_bf16, 4, 4 * 446_752, 4 * 446_752),
+        (copies, 2, 4 * 893_504, 2 * 893_504),
+        (replace(each, micro_batch_size=2), 4, 0, 4 * 446_752),  # one micro-batch
+    ):
+        forward, _, update = step_memory(settings.config, changed, 4, shards)
+        assert (forward.gradients, update.gradients) == (sums, at_update)
     whole = replace(settings, sharding_strategy="SHARD_GRAD_OP")
     assert step_memory(settings.config, whole, 4, 4)[0].compute_weights == 2 * (1_048_704 + 5 * 184_576)
 
@@ -202,6 +213,11 @@ def test_tokens_time_and_disk() -> None:
     text = "\n".join(lines(planned))
     assert "0.30 days, 58 GPU hours" in text
     assert "a copy of the weights on 8" in text
+    assert (
+        "added over ranks once a step (--gradient_sync); once a micro-batch the total is at most "
+        f"{peak_bytes(settings.config, replace(planned.settings, gradient_sync='micro_batch'), 8, 8) / 2**30:.2f} GiB. "
+        "A reduce-scatter sends 0.41 GiB a GPU, and a step has 32 micro-batches"  # 4 x 124,766,976 x 7 / 8 bytes
+    ) in text
     assert "elsewhere plan with --mlp torch" in text
     assert "quack" not in "\n".join(lines(plan(replace(settings, mlp="torch"))))
     in_fp32 = replace(settings, precision="32-true")
