@@ -8,7 +8,10 @@ Costs: finding a step, or a slot's step, is a binary search in the file (some 30
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from lit_gpt.datapoints.attempts import RUN_FILE, Attempt, lineage, read_attempt
 from lit_gpt.datapoints.line_log import text_line
 from lit_gpt.datapoints.log import STEPS_FILE
 
+_DEVIATION_LINE = re.compile(rb'\{"deviation"[^\n]*\n?')
 _TAIL_BYTES = 1 << 16
 """Enough to hold the last step's line, whatever deviations follow it."""
 
@@ -90,11 +94,12 @@ class RunRecord:
             raise BadInput(f"no datapoint log in {folder}: {RUN_FILE} is missing (is this a run's folder?)")
         self.torn: set[int] = set()
         """Offsets of the torn lines met so far."""
+        self._begins = [attempt.begin_bytes for attempt in self.attempts]
         self._file = (folder / STEPS_FILE).open("rb")
         self.lineage = self._trace(os.fstat(self._file.fileno()).st_size)
 
     def _trace(self, size: int) -> list[Segment]:
-        ends = [attempt.begin_bytes for attempt in self.attempts[1:]] + [size]
+        ends = [*self._begins[1:], size]
         segments: list[Segment] = []
         until: int | None = None
         for attempt in lineage(self.attempts):
@@ -113,8 +118,34 @@ class RunRecord:
 
     def deviations(self) -> list[dict[str, Any]]:
         """Every deviation of the lineage, as written."""
-        lines = [(segment, line) for segment in self.lineage for line in self._lines(segment.begin, segment.end)]
-        return [line for segment, line in lines if "deviation" in line and segment.holds(line["step"])]
+        segments = {segment.attempt.attempt: segment for segment in self.lineage}
+        return [
+            line
+            for number, line in self.all_deviations()
+            if number in segments and segments[number].holds(line["step"])
+        ]
+
+    def all_deviations(self) -> list[tuple[int, dict[str, Any]]]:
+        """(attempt, deviation as written) of the whole log, also of steps that are not in the lineage.
+
+        Costs a search of the file for their first letters; steps are not parsed."""
+        size = os.fstat(self._file.fileno()).st_size
+        if not size:
+            return []
+        found = []
+        with mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ) as content:
+            for match in _DEVIATION_LINE.finditer(content):
+                line = _parsed(match[0])
+                if line is None or content[max(0, match.start() - 1) : match.start()] not in (b"", b"\n"):
+                    self.torn.add(match.start())
+                else:
+                    found.append((bisect_right(self._begins, match.start()) - 1, line))
+        return found
+
+    def last_of(self, number: int) -> StepRecord | None:
+        """The last step that attempt `number` did, whether or not it is in the lineage; None where it did none."""
+        end = [*self._begins, os.fstat(self._file.fileno()).st_size][number + 1]
+        return self._last([Segment(self.attempts[number], 0, None, self._begins[number], end)])
 
     def left_out(self) -> list[LeftOut]:
         """The rows that rollbacks left out of the lineage."""

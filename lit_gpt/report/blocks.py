@@ -34,6 +34,15 @@ class Cell(NamedTuple):
     """A path or address that the text leads to."""
 
 
+class Group(NamedTuple):
+    """Blocks as one."""
+
+    blocks: Sequence[Block]
+
+    def html(self, data: list[dict[str, Any]]) -> str:
+        return "".join(block.html(data) for block in self.blocks)
+
+
 class Details(NamedTuple):
     """A block that is folded until a click; it is printed open."""
 
@@ -99,7 +108,8 @@ class Table:
         head = "".join(f"<th{' class=number' if number else ''}>{escape(name)}</th>" for name, number in heads)
         head = f"<thead><tr>{head}</tr></thead>" if self.columns else ""
         body = "".join(f"<tr>{''.join(map(_table_cell, row))}</tr>" for row in self.rows)
-        return f'<div class="wide"><table>{caption}{head}<tbody>{body}</tbody></table></div>'
+        kind = "" if self.columns else ' class="facts"'
+        return f'<div class="wide"><table{kind}>{caption}{head}<tbody>{body}</tbody></table></div>'
 
 
 def facts(values: Mapping[str, object], caption: str = "") -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 
 def short(number: float) -> str:
     """1234567 -> "1.23 M"; three digits."""
@@ -18,6 +20,16 @@ def duration(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return f"{days}d {hour:02}:{minute:02}" if days else f"{hour}:{minute:02}:{second:02}"
+
+
+def about(seconds: float) -> str:
+    """ "12.3 s", or from a minute on as `duration`."""
+    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
+def moment(seconds: float) -> str:
+    """A time in seconds since 1970, on this machine's clock: "2026-11-27 15:26:49 CET"."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
 
 
 def size(number_of_bytes: float) -> str:

@@ -1,7 +1,8 @@
 // Draws the page's plots from the JSON in #data with uPlot; choice of axis, theme, printing, and following a live run.
 (() => {
   "use strict";
-  const PAPER_WIDTH = 680;
+  const PAPER_WIDTH = 680, MANY_MARKS = 12;
+  const WHOLE = Array.from({ length: 12 }, (_, power) => [1, 2, 5].map(n => n * 10 ** power)).flat();
   const root = document.documentElement, controls = document.getElementById("controls");
   let data = [], plots = [], axis = null, printing = false;
 
@@ -62,7 +63,8 @@
           if (x < left || x > left + width) continue;
           c.strokeStyle = c.fillStyle = colour(kinds[m.kind]);
           c.lineWidth = devicePixelRatio; c.setLineDash([4 * devicePixelRatio, 3 * devicePixelRatio]);
-          c.beginPath(); c.moveTo(x, top); c.lineTo(x, top + height); c.stroke();
+          const length = m.named || marks.length <= MANY_MARKS ? height : 14 * devicePixelRatio;
+          c.beginPath(); c.moveTo(x, top); c.lineTo(x, top + length); c.stroke();
           if (m.named) {
             const near = x > left + width * 0.7;
             c.font = `${12 * devicePixelRatio}px system-ui, sans-serif`; c.textAlign = near ? "right" : "left";
@@ -100,7 +102,7 @@
     const u = new uPlot({
       width, height: 260, series: [{ label: name, value: (_, v) => full(v) }, ...series],
       scales: { x: { time: false, distr: spec.log_x ? 3 : 1 }, y: { distr: spec.log_y ? 3 : 1, range } },
-      axes: [{ ...look, label: name, labelSize: 18, size: 32, labelFont: "12px system-ui", font: "12px system-ui" },
+      axes: [{ ...look, label: name, incrs: name === "step" ? WHOLE : undefined, labelSize: 18, size: 32, labelFont: "12px system-ui", font: "12px system-ui" },
              { ...look, size: (_, v) => wide(v), label: spec.y_label || undefined, labelSize: 18, labelFont: "12px system-ui", font: "12px system-ui" }],
       cursor: { sync: { key: name, setSeries: false }, drag: { x: true, y: true, uni: 40 }, dataIdx: nearest, points: { size: 6 } },
       hooks: markHooks(spec, name, said), legend: { live: true },
@@ -214,6 +216,7 @@
     drawAll(true);
   }
 
+  window.report = { plots: () => plots };  // for a browser's console, and the tests
   begin(false);
   addEventListener("beforeprint", () => paper(true));
   addEventListener("afterprint", () => paper(false));
