@@ -177,3 +177,10 @@ def did_you_mean(name: str, names: Collection[str], prefix: str = "") -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"[-\s.]", "_", name.lower()).strip("_")
+
+
+def no_such_folder() -> str:
+    """What to say of a folder that is not there; in a container, it may only not be bound."""
+    if "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ:
+        return "there is no such folder in this container: name it in APPTAINER_BIND if the host has it"
+    return "there is no such folder"

@@ -73,6 +73,14 @@ find_checkpoint() {
     echo "$newest"
 }
 
+# The tokenizer folder that the run's settings name; else, as something to bind, the run folder.
+run_tokenizer() {
+    local run=$source named=''
+    [[ -n $all ]] || run=$(dirname "$source")
+    [[ ! -f $run/settings.yaml ]] || named=$(sed -nE "s/^tokenizer_path: *['\"]?(\/[^'\"]*)['\"]?$/\1/p" "$run/settings.yaml")
+    echo "${named:-$run}"
+}
+
 root=$(project_root)
 positional=()
 while (($#)) && [[ $1 != --* ]]; do
@@ -108,9 +116,10 @@ fi
 
 # shellcheck source=cluster/exec/python_command.sh
 source "$root/cluster/exec/python_command.sh"
-binds=(--bind "$(dirname "$source")" --bind "$(realpath -ms "$(dirname "$final_model")")")
-[[ -z ${TOKENIZER_PATH:-} ]] || binds+=(--bind "$(realpath -ms "$TOKENIZER_PATH")")
-python_command "${binds[@]}"
 # The container can only bind a folder that exists.
 [[ -z ${CONTAINER_PATH:-} ]] || mkdir -p "$(dirname "$final_model")" || fail "cannot write $final_model"
+# shellcheck disable=SC2034  # read by python_command
+seen=("$(dirname "$source")" "$(dirname "$final_model")" "${TOKENIZER_PATH:-$(run_tokenizer)}")
+# shellcheck disable=SC2119  # no flag of its own
+python_command
 exec "${python[@]}" "$root/scripts/convert_lit_checkpoint.py" "${arguments[@]}" "${flags[@]}"

@@ -10,7 +10,8 @@
 
 # Apptainer image that cluster/building/build-image.sh made. Empty: no container.
 export CONTAINER_PATH="${CONTAINER_PATH-}"
-# Host folders that the container sees beside the project's and the one that sbatch was called in: data, run folders.
+# Host folders that the container sees. The scripts add the project's, the one that sbatch was called in, and those that
+# this file and the arguments name; needed for folders that a YAML file names, and where you type apptainer exec yourself.
 # export APPTAINER_BIND="${APPTAINER_BIND-/data,/scratch}"
 # Interpreter. Without it: python in the container; else the project's .venv if there is one; else python3.
 # export PYTHON="${PYTHON-/path/to/env/bin/python}"

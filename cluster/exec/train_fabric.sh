@@ -56,6 +56,7 @@ project_root() {
 build_command() {
     # shellcheck source=cluster/exec/python_command.sh
     source "$root/cluster/exec/python_command.sh"
+    folders_seen "$@"
     python_command --nv
     command=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait="$PEERS_WAIT_S" --kill-on-bad-exit=0 "${python[@]}")
     command+=("$root/pretrain/tinyllama_fabric.py" --config "${CONFIG:-$(default_recipe)}")
@@ -64,6 +65,20 @@ build_command() {
     unless_given --tokenizer_path "${TOKENIZER_PATH:-}" "$@"
     unless_given --cache_dir "${CACHE_DIR:-}" "$@"
     command+=(--resume auto "$@")
+}
+
+# folders_seen [ARGUMENT...]: sets the array `seen`: the paths that the site and the arguments name, for the container.
+folders_seen() {
+    local text word words
+    seen=()
+    for text in "${TRAIN_DATA_DIR:-}" "${VAL_DATA_DIR:-}" "${TOKENIZER_PATH:-}" "${CACHE_DIR:-}" "${CONFIG:-}" \
+        "${MODEL_NAME:-}" "$@"; do
+        [[ $text != --*=* ]] || text=${text#*=}
+        IFS=',[]"'\' read -ra words <<<"$text" # a mixture is a list of folders
+        for word in "${words[@]}"; do
+            [[ $word != */* ]] || seen+=("$word")
+        done
+    done
 }
 
 # As lit_gpt/launch/site.py, which does it where the program is called without this script.

@@ -40,6 +40,7 @@ from lit_gpt.data.shard_file import (
     frame,
 )
 from lit_gpt.files import publish
+from lit_gpt.values import no_such_folder
 
 __all__ = [
     "BLOCK_BYTES", "HEADER_BYTES", "MANIFEST", "SHARD_TOKENS", "DamagedShard", "Shard", "ShardFile", "ShardWriter",
@@ -120,7 +121,7 @@ class TokenStore:
 
 def _why_no_manifest(path: Path) -> str:
     if not path.is_dir():
-        return "there is no such folder"
+        return no_such_folder()
     splits = sorted(child.parent.name for child in path.glob(f"*/{MANIFEST}"))
     if splits:
         return f"{MANIFEST} is missing; did you mean {' or '.join(str(path / split) for split in splits)}?"

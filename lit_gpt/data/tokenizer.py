@@ -32,6 +32,7 @@ from lit_gpt.data.tokenizer_rules import (
     unreachable,
     without_stripping,
 )
+from lit_gpt.values import no_such_folder
 
 NEWLINES = r"\n+"
 NEWLINE_RUNS = {"type": "Split", "pattern": {"Regex": NEWLINES}, "behavior": "Isolated", "invert": False}
@@ -89,7 +90,7 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.is_dir():
-            raise BadInput(f"tokenizer folder {path}: there is no such folder")
+            raise BadInput(f"tokenizer folder {path}: {no_such_folder()}")
         with one_line(f"tokenizer folder {path}"):
             tokenizer = cls(read_folder(path))
         if tokenizer.notes and multiprocessing.parent_process() is None:  # a program's helpers leave it to the program

@@ -94,6 +94,26 @@ def test_command_line_in_container(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_container_sees_each_named_folder_once(tmp_path: Path) -> None:
+    """Those of the site and the arguments, as far as they are there; not again those that the site binds itself."""
+    image = tmp_path / "image.sif"
+    image.touch()
+    for name in ("de/train", "de/val", "en", "tokenizer", "site", "runs", "work"):
+        (tmp_path / name).mkdir(parents=True)
+    engine = executable(tmp_path / "bin" / "apptainer", "exit 1")
+    done = bash(
+        TRAIN, "--train_data_dir", f"[{tmp_path}/de/train,{tmp_path}/en:0.5]", f"--out_dir={tmp_path}/runs/new/1B",
+        "--tokenizer_path", f"{tmp_path}/work/../tokenizer", "--learning_rate", "1e-3", "--val_data_dir", "/none/val",
+        cwd=tmp_path / "work", CLUSTER_ENV=site(tmp_path, f"export TRAIN_DATA_DIR={tmp_path}/site"), DRY_RUN="1",
+        PATH=f"{engine.parent}:{os.environ['PATH']}", CONTAINER_PATH=str(image),
+        APPTAINER_BIND=f"/lustre:/scratch:ro,/x:{tmp_path}/tokenizer:ro,{tmp_path}/de/train",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = shlex.split(done.stdout)
+    binds = [line[i + 1] for i, word in enumerate(line) if word == "--bind"]
+    assert binds == [str(ROOT), str(tmp_path / "work"), str(tmp_path / "site"), str(tmp_path), str(tmp_path / "runs")]
+
+
 def test_container_without_engine_is_refused(tmp_path: Path) -> None:
     image = tmp_path / "image.sif"
     image.touch()

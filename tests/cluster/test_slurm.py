@@ -8,43 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from tests.support.programs import ROOT, environment
-from tests.support.training import SMALL, command, metrics, seen_rows, train
+from tests.support.slurm import SETTINGS, rank_process, submit
+from tests.support.training import SMALL, metrics, seen_rows, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-START_SLURM = ROOT / "tests/cluster/start_slurm.sh"
-CANNOT = 3  # start_slurm.sh: not on this machine
-SETTINGS = dict(micro_batch_size=2, max_steps=60, max_epochs=2, save_interval_steps=10, eval_interval_steps=30)
 ROWS_A_STEP = int(str(SMALL["global_batch_size"]))
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Path]:
-    """The configuration of a running Slurm, which ends with the module."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    try:
-        started = subprocess.run(
-            ["bash", START_SLURM, folder], env=environment(), capture_output=True, text=True, timeout=400
-        )
-        if started.returncode == CANNOT:
-            pytest.skip(started.stderr.strip().splitlines()[-1])
-        assert started.returncode == 0, started.stderr
-        yield folder / "slurm.conf"
-    finally:
-        subprocess.run(["bash", START_SLURM, folder, "stop"], env=environment(), check=True, timeout=120)
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -53,64 +27,6 @@ def unbroken(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken")
     train(store, out, devices=2, **SETTINGS)
     return out
-
-
-class Job(NamedTuple):
-    """A submitted job."""
-
-    number: str
-    log: Path
-    out_dir: Path
-    environment: dict[str, str]
-
-    def run(self, *command: str) -> str:
-        """Output of one of Slurm's programs."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True, timeout=60)
-        return done.stdout
-
-    def cancel(self, *flags: str) -> None:
-        self.run("scancel", *flags, self.number)
-
-    def fact(self, name: str) -> str:
-        """A value of `scontrol show job`: JobState, Restarts, ExitCode."""
-        found = re.search(rf"\b{name}=(\S+)", self.run("scontrol", "show", "job", self.number))
-        assert found
-        return found[1]
-
-    def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def steps_logged(self) -> int:
-        return len(metrics(self.out_dir)) if (self.out_dir / "metrics.csv").exists() else 0
-
-    def wait(self, met: Callable[[], object], timeout_s: float = 150) -> None:
-        """Until `met` holds; the job's log says why it did not."""
-        deadline = time.monotonic() + timeout_s
-        while not met():
-            assert time.monotonic() < deadline, f"{self.fact('JobState')} after {timeout_s} s:\n{self.text()}"
-            time.sleep(0.25)
-
-    def wait_for_text(self, text: str) -> None:
-        self.wait(lambda: text in self.text())
-
-    def wait_for_state(self, *states: str) -> None:
-        self.wait(lambda: self.fact("JobState") in states)
-
-
-def submit(slurm: Path, store: Path, folder: Path, *flags: str, **settings: object) -> Job:
-    """sbatch of the real script; only the resources differ from what it asks for itself."""
-    site = folder / "env.sh"
-    site.touch()
-    python, _, *arguments = command(store, folder / "run", **SETTINGS | settings)
-    env = environment(
-        SLURM_CONF=str(slurm), CLUSTER_ENV=str(site), PYTHON=python, CONFIG=str(ROOT / "pretrain/configs/debug.yaml")
-    )
-    resources = ["--gres=none", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10", f"--output={folder}/%x-%j.log"]
-    sbatch = ["sbatch", "--parsable", *resources, *flags, str(ROOT / "cluster/exec/train_fabric.sh"), *arguments]
-    done = subprocess.run(sbatch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    number = done.stdout.strip()
-    return Job(number, folder / f"llammlein-{number}.log", folder / "run", env)
 
 
 def stopped_at(log: str, name: str) -> int:
@@ -159,19 +75,6 @@ def test_preemption_saves_and_goes_on(slurm: Path, store: Path, unbroken: Path, 
     assert f"resumed from {job.out_dir}/iter-{step:08d}-ckpt.pth: step {step}," in log
     assert metrics(job.out_dir) == metrics(unbroken)
     assert seen_rows(job.out_dir) == seen_rows(unbroken)
-
-
-def rank_process(job: str, rank: int) -> int | None:
-    """Process id of a rank of a job on this host, once it is Python."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            is_rank = wanted <= set((folder / "environ").read_bytes().split(b"\0"))
-            if is_rank and b"tinyllama_fabric.py" in (folder / "cmdline").read_bytes():
-                return int(folder.name)
-        except OSError:  # it ended while we looked
-            continue
-    return None
 
 
 def test_killed_rank_fails_the_job_and_the_next_one_resumes(

@@ -369,6 +369,11 @@ def test_create_runs_in_the_container(run_dir: Path, tmp_path: Path) -> None:
     assert called[0] == "exec"
     binds = [called[i + 1] for i, argument in enumerate(called) if argument == "--bind"]
     assert binds == [str(ROOT), str(tmp_path), str(run_dir), str(tmp_path / "out")]
+    (tmp_path / "elsewhere/tok").mkdir(parents=True)
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run/settings.yaml").write_text(f"seed: 1\ntokenizer_path: {tmp_path}/elsewhere/tok\n")
+    done = create("run/iter-00000007-ckpt.pth", cwd=tmp_path, **variables)
+    assert f"--bind\n{tmp_path}/elsewhere/tok\n" in done.stdout, "the tokenizer folder that the run's settings name"
     assert called[called.index("image.sif") + 2 :] == [
         str(ROOT / "scripts/convert_lit_checkpoint.py"),
         *("--checkpoint", str(run_dir / "iter-00000007-ckpt.pth")),
