@@ -146,6 +146,13 @@ def checkout_path(name: str) -> str:
     return min([*paths, str(ROOT / name), os.path.relpath(ROOT / name)], key=len)
 
 
+def say_loading(what: object, *packages: str) -> None:
+    """Say what the next seconds are for; called before the first import of packages that take so long.
+
+    what: the model, file or measurement that the packages are for."""
+    logging.getLogger(__name__).info("%s: loading %s", what, " and ".join(packages))
+
+
 def end_failed(where: str, error: Exception) -> NoReturn:
     """End this process at once with EXIT_FAILURE, after the traceback and a last line that says what failed.
 

@@ -20,14 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import run_program
+from lit_gpt.cli import run_program, say_loading
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.site import is_first_process, site_settings
 from lit_gpt.settings_reader import given_flags, parse_settings
 from lit_gpt.train.settings import COMMON, Settings, without_recipe_limits
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -39,7 +38,7 @@ def main() -> int:
     flags = given_flags()
     settings = without_recipe_limits(settings, flags)
     settings.check()
-    log.info("model %s: loading PyTorch", settings.model_name)
+    say_loading(f"model {settings.model_name}", "PyTorch")
     if settings.plan:
         from lit_gpt.train.run_plan import lines, plan
 

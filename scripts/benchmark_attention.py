@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program, say_loading
 from lit_gpt.config import Config
 
 PUBLISHED = ("LLaMmlein_120M", "LLaMmlein_1B", "LLaMmlein_7B")
@@ -34,6 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     require_at_least(arguments, 1, "rows", "repetitions")
     configs = [Config.from_name(size) for size in arguments.size or ()]
+    say_loading("attention", "PyTorch")
     import torch
 
     from lit_gpt.bench.bench_attention import measure

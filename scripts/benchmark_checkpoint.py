@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import Parser, run_program
+from lit_gpt.cli import Parser, run_program, say_loading
 from lit_gpt.train.settings import StepSettings
 
 
@@ -40,6 +40,7 @@ def main() -> None:
         devices=1,
     )  # fmt: skip
     settings.check()
+    say_loading(f"model {arguments.model_name}", "PyTorch")
     from lit_gpt.bench.bench_checkpoint import measure  # imports torch, which --help need not wait for
 
     for line in measure(settings, work_dir=arguments.work_dir):

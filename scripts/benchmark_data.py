@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, run_program, say_loading
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
         raise BadInput("--source and --tokenizer_path: give both or none")
     if arguments.source and not arguments.source.is_file():
         raise BadInput(f"--source {arguments.source}: no such file")
+    say_loading("data path", "PyTorch")
     from lit_gpt.bench.bench_data import measure  # imports torch, which --help need not wait for
 
     for line in measure(arguments.tokens, arguments.source, arguments.tokenizer_path, arguments.work_dir):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program, say_loading
 from lit_gpt.config import Config
 
 INSTALL = "pip install -e '.[bench]' && pip install --no-deps litgpt==0.5.13"
@@ -35,6 +35,7 @@ def main() -> None:
     config = Config.from_name(arguments.size)
     if importlib.util.find_spec("litgpt") is None:
         raise BadInput(f"scripts/benchmark_litgpt.py needs litgpt, which is not installed: {INSTALL}")
+    say_loading(f"model {arguments.size}", "PyTorch")
     import torch
 
     if arguments.accelerator == "cuda" and not torch.cuda.is_available():

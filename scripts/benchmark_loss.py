@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, run_program, say_loading
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weight")
     parser.add_argument("--repetitions", type=int, default=15)
     arguments = parser.parse_args()
+    say_loading("loss", "PyTorch")
     import torch
 
     from lit_gpt.bench.bench_loss import measure

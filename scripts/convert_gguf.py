@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, run_program, say_loading
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (arguments.model / "config.json").is_file():
         raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
 
+    say_loading(arguments.model, "PyTorch")
     from lit_gpt.export.gguf_export import write_gguf
 
     destination = arguments.destination_path.absolute()

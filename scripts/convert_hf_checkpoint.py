@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.cli import BadInput, Parser, run_program, say_loading
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     destination = arguments.destination_path.absolute()
     if arguments.checkpoint_dir.is_file():
+        say_loading(arguments.checkpoint_dir, "PyTorch")
         from lit_gpt.export.hf_import import import_legacy
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise BadInput(f"--checkpoint_dir {arguments.checkpoint_dir}: holds no config.json, so it is no model's folder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
 
+    say_loading(arguments.checkpoint_dir, "PyTorch", "transformers")
     import transformers
 
     from lit_gpt.export.hf_import import import_folder

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, command_line, require_at_least, run_program
+from lit_gpt.cli import BadInput, Parser, command_line, require_at_least, run_program, say_loading
 
 if TYPE_CHECKING:
     from lit_gpt.export.hf_export import WeightFormat
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
 
-    log.info("%s: loading PyTorch and transformers", arguments.checkpoint or arguments.run_dir)
+    say_loading(arguments.checkpoint or arguments.run_dir, "PyTorch", "transformers")
     import transformers
 
     from lit_gpt.export.hf_export import WeightFormat, export, open_checkpoint, open_tokenizer

@@ -31,6 +31,7 @@ from lit_gpt.datapoints.query import Replay, Seen, difference
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.datapoints.witness import Witness
 from lit_gpt.files import publishing, read_json, sweep
+from lit_gpt.values import expand_path
 
 EXIT_FOUND = 1
 """`verify` found a contradiction, or `diff` a difference."""
@@ -55,6 +56,11 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         raise BadInput(
             f"{arguments.query}: give {'no argument' if arguments.subject else 'a step, id, folder or file'}"
         )
+    if arguments.query in ("diff", "export"):
+        try:
+            arguments.subject = expand_path(arguments.subject)
+        except ValueError as error:
+            raise BadInput(f"{arguments.query} {arguments.subject}: {error}") from None
     return arguments
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program, say_loading
+from lit_gpt.data.token_store import TokenStore
 
 if TYPE_CHECKING:
     from lit_gpt.eval.evaluation import Score
@@ -31,13 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
 
+    store = TokenStore.open(arguments.val_data_dir) if arguments.val_data_dir else None
+
+    say_loading(arguments.model or arguments.checkpoint, "PyTorch")
     import torch
 
-    from lit_gpt.data.token_store import TokenStore
     from lit_gpt.eval.evaluation import folder_loss, task_scores
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    store = TokenStore.open(arguments.val_data_dir) if arguments.val_data_dir else None
     with _folder(arguments, store.tokenizer_fingerprint if store else None) as folder:
         loss = store and folder_loss(
             folder, store, device, micro_batch_size=arguments.batch_size, max_rows=arguments.eval_max_rows,
@@ -96,6 +98,7 @@ def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Ite
         yield arguments.model
         return
 
+    say_loading(arguments.checkpoint, "transformers")
     import transformers
 
     from lit_gpt.export.hf_export import WeightFormat, export, open_checkpoint, open_tokenizer

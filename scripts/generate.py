@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
+from lit_gpt.cli import BadInput, Parser, require_at_least, run_program, say_loading
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def generate(arguments: argparse.Namespace) -> str:
     require_at_least(arguments, 1, "max_new_tokens", "top_k")
     require_at_least(arguments, 0, "temperature")
 
-    log.info("%s: loading PyTorch and transformers", arguments.model)
+    say_loading(arguments.model, "PyTorch", "transformers")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils.logging import disable_progress_bar

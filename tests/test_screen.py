@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from lit_gpt.noise import silence
 from lit_gpt.settings_reader import parse_settings
 from lit_gpt.train.settings import Settings
 from scripts import prepare_data, train_tokenizer
+from tests.support.programs import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHAO = "Failed to load /x/torchao/_C_mxfp8.so: Could not load this library: /x/torchao/_C_mxfp8.so"
@@ -132,17 +132,50 @@ def test_one_process_speaks_before_the_ranks_know_each_other(
     assert is_first_process() is first
 
 
-def test_the_training_says_what_it_does_before_it_loads_torch(tmp_path: Path) -> None:
-    """torch is a module here that ends the program: the line must stand before that."""
-    (tmp_path / "torch.py").write_text("raise SystemExit(9)")
+LOADS_TORCH = [
+    ("pretrain/tinyllama_fabric.py --model_name debug --train_data_dir .", "model debug: loading PyTorch"),
+    ("scripts/benchmark_attention.py", "attention: loading PyTorch"),
+    ("scripts/benchmark_checkpoint.py --model_name debug", "model debug: loading PyTorch"),
+    ("scripts/benchmark_data.py", "data path: loading PyTorch"),
+    ("scripts/benchmark_litgpt.py --size debug", "model debug: loading PyTorch"),
+    ("scripts/benchmark_loss.py", "loss: loading PyTorch"),
+    ("scripts/benchmark_step.py --size debug", "model debug: loading PyTorch"),
+    ("scripts/check_node.py --run_dir r", "run folder r: loading PyTorch"),
+    ("scripts/convert_gguf.py --model . --destination_path x.gguf", ".: loading PyTorch"),
+    ("scripts/convert_hf_checkpoint.py --checkpoint_dir . --destination_path x", ".: loading PyTorch and transformers"),
+    ("scripts/convert_hf_checkpoint.py --checkpoint_dir torch.py --destination_path x", "torch.py: loading PyTorch"),
+    ("scripts/convert_lit_checkpoint.py --checkpoint c --destination_path x", "c: loading PyTorch and transformers"),
+    ("scripts/evaluate.py --model . --tasks x", ".: loading PyTorch"),
+    ("scripts/generate.py --model . --prompt x", ".: loading PyTorch and transformers"),
+]
+LOADS_NONE = [
+    "compare_runs.py", "datapoints.py", "demo.py", "fetch_german_text.py", "make_cloze.py", "prepare_data.py",
+    "train_tokenizer.py",
+]  # fmt: skip
+"""Programs that start in a second; the demo loads PyTorch as its last stage, which it names."""
+
+
+def test_every_program_is_known_to_start_fast_or_to_say_why_not() -> None:
+    slow = {Path(command.split()[0]).name for command, _ in LOADS_TORCH} - {"tinyllama_fabric.py"}
+    assert sorted([*slow, *LOADS_NONE]) == sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize(("command", "last_line"), LOADS_TORCH)
+def test_a_program_says_what_it_does_before_it_loads_torch(tmp_path: Path, command: str, last_line: str) -> None:
+    """torch and transformers are modules here that end the program: the line must stand before that."""
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    for name in ("config.json", "litgpt.py"):
+        (tmp_path / name).touch()
+    program, *arguments = command.split()
     line = "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {line}",
-         str(ROOT / "pretrain/tinyllama_fabric.py"), "--model_name", "debug", "--train_data_dir", str(tmp_path)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+         str(ROOT / program), *arguments],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=environment(PYTHONPATH=str(tmp_path)),
     )  # fmt: skip
     assert done.returncode == 9, done.stderr
-    assert done.stderr.endswith("INFO model debug: loading PyTorch\n")
+    assert done.stderr.endswith(f"INFO {last_line}\n")
 
 
 @pytest.mark.slow

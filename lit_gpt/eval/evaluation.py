@@ -9,6 +9,7 @@ Costs: the weights in memory, for the loss in fp32.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.cli import BadInput
+from lit_gpt.cli import BadInput, say_loading
 from lit_gpt.data.loader import Batch, PackedDataset
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
@@ -96,6 +97,8 @@ def task_scores(
 
     limit: items per task (None: all). Raises BadInput if a task is unknown or its data is not available.
     """
+    say_loading(folder, "lm-eval")
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)  # its bars say enough
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -431,6 +431,8 @@ def test_diff_names_the_first_step_that_differs(tmp_path: Path, capsys: pytest.C
         (["verify", "5"], "give no argument"),
         (["doc", "nobody"], "no document 'nobody'"),
         (["step", "1", "--text"], "give --tokenizer_path"),
+        (["diff", "$NOT_SET_HERE/run"], r"names \$NOT_SET_HERE, which is not set"),
+        (["export", "~/no/such/folder/t.parquet"], "cannot write /.*/no/such/folder/t.parquet"),
     ],
 )
 def test_bad_questions_get_one_line(tmp_path: Path, query: list[str], message: str) -> None:
