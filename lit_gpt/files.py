@@ -192,18 +192,25 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     publish(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; BadInput if it cannot be read, holds none, or is larger than MAX_JSON_BYTES."""
+def read_text(path: Path) -> str:
+    """The text of `path`; BadInput if it cannot be read, is no UTF-8, or has more than MAX_JSON_BYTES."""
     try:
         if not path.is_file() and path.exists():  # a pipe would be waited for
             raise BadInput(f"{path} is no regular file")
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise BadInput(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
-    except BadInput:
-        raise
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no text in UTF-8: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; BadInput if it holds none, or as read_text raises it."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

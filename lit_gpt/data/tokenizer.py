@@ -50,6 +50,7 @@ class Tokenizer:
 
     def __init__(self, folder: Folder) -> None:
         """Raise BadInput if `folder` names no EOS, or if a text would give a control token."""
+        self.folder = folder.path
         rules = json.loads(folder.backend.to_str())
         used = rules | {"added_tokens": copy.deepcopy(rules["added_tokens"])}
         stripping = without_stripping(used)

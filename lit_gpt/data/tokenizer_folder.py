@@ -24,6 +24,7 @@ LARGEST_FILE_BYTES = 256 << 20
 
 
 class Folder(NamedTuple):
+    path: Path
     backend: tokenizers.Tokenizer
     config: dict[str, Any]
     """special_tokens_map.json, and tokenizer_config.json over it."""
@@ -64,7 +65,7 @@ def read_folder(path: Path) -> Folder:
     digests = "".join(f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(files.items()))
     # a space before each text once did not come before a text that begins with one
     says_all = "tokenizer.json" in files or backend.normalizer is None
-    return Folder(backend, config, digests, says_all, notes)
+    return Folder(path, backend, config, digests, says_all, notes)
 
 
 def parse(content: bytes) -> tokenizers.Tokenizer:

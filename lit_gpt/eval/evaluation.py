@@ -100,7 +100,6 @@ def task_scores(
     say_loading(folder, "lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)  # its bars say enough
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(task_dir), include_defaults=False) if task_dir else TaskManager()
@@ -112,7 +111,7 @@ def task_scores(
             hint = f"near it: {', '.join(near)}" if near else "lm-eval ls tasks lists lm-eval's own"
             where = f"no task of lm-eval{f' or of {task_dir}' if task_dir else ''}"
             raise BadInput(f"--tasks {task}: {where} ({hint})")
-    model = HFLM(pretrained=str(folder), device=str(device), dtype="auto", batch_size=batch_size)
+    model = _language_model(folder, device, batch_size)
     try:
         results = simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
@@ -120,6 +119,27 @@ def task_scores(
     except OSError as error:  # the data set is not in the cache and the machine is offline, or it is not on the Hub
         raise BadInput(f"--tasks {' '.join(tasks)}: the data is not available: {str(error).splitlines()[0]}") from None
     return [score for task, values in results["results"].items() for score in _scores(task, values)]
+
+
+def _language_model(folder: Path, device: torch.device, batch_size: int) -> Any:
+    """The folder as lm-eval's model; a whole text's likelihood (perplexity, bits per byte) is that after one BOS.
+
+    lm-eval (0.4.13) puts BOS before the text and lets the tokenizer add a second one (lm-evaluation-harness#3333).
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class OneBos(HFLM):
+        add_bos_token: bool | None
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            before = self.add_bos_token
+            self.add_bos_token = False
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self.add_bos_token = before
+
+    return OneBos(pretrained=str(folder), device=str(device), dtype="auto", batch_size=batch_size)
 
 
 def _scores(task: str, values: dict[str, Any]) -> list[Score]:

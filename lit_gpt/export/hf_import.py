@@ -21,7 +21,7 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.data.tokenizer_folder import FILES
 from lit_gpt.export.hf_folder import HFWeights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids
-from lit_gpt.export.hf_weights import config_from_hf, to_lit
+from lit_gpt.export.hf_weights import config_from_hf, to_lit, unread_keys
 from lit_gpt.export.legacy import LegacyState, published_logits, published_weights
 from lit_gpt.export.parity import GERMAN_TEXT, SAMPLE_TOKENS, Parity, Reference, compare, our_logits
 from lit_gpt.files import read_json
@@ -48,7 +48,13 @@ def import_folder(
 
     sample = _sample(tokenizer, config.vocab_size)[: config.block_size]
     ours = our_logits(config, tensors(), sample)
-    parity = compare(ours, reference.logits(folder, weights.dtype, sample))
+    theirs = reference.logits(folder, weights.dtype, sample)
+    try:
+        parity = compare(ours, theirs)
+    except BadInput as error:
+        unread = unread_keys(fields)
+        hint = f"; keys of config.json that are not read here: {', '.join(unread)}" if unread else ""
+        raise BadInput(f"{error}{hint}") from None
     run: dict[str, Any] = {"step": 0, "slot": 0, "tokens": 0, "settings": {}, "imported_from": str(folder)}
     if tokenizer:
         run |= {"tokenizer_path": str(tokenizer_path), "tokenizer_fingerprint": tokenizer.fingerprint}

@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_gpt.cli import BadInput
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.files import read_json, write_json
+from lit_gpt.files import read_json, read_text, write_json
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 """The class of transformers 4 and 5 that takes tokenizer.json as it is."""
@@ -32,7 +32,10 @@ TRICKY_TEXTS = (
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_bos: bool) -> None:
-    """Write tokenizer.json and tokenizer_config.json; BadInput if BOS is wanted but the tokenizer has none."""
+    """Write tokenizer.json and tokenizer_config.json, with the chat template of the tokenizer's folder, if it has one.
+
+    BadInput if BOS is wanted but the tokenizer has none, or if a chat template is no text.
+    """
     rules = tokenizer.rules()
     contents = {token["id"]: token["content"] for token in rules["added_tokens"]}
     bos = contents[tokenizer.bos_id] if tokenizer.bos_id is not None else None
@@ -41,10 +44,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_
     if add_bos:
         rules["post_processor"] = _bos_template(bos, tokenizer.bos_id)
     write_json(folder / "tokenizer.json", rules)
-    tokens = {"bos_token": bos, "eos_token": contents[tokenizer.eos_id], "unk_token": rules["model"].get("unk_token")}
+    eos = contents[tokenizer.eos_id]
+    tokens = {"bos_token": bos, "eos_token": eos, "unk_token": rules["model"].get("unk_token"), "pad_token": eos}
     settings = {
         "tokenizer_class": PLAIN_CLASS,
         **{name: token for name, token in tokens.items() if token is not None},
+        "padding_side": "left",  # generation goes on from a row's right end
         "add_bos_token": add_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -52,15 +57,29 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, block_size: int, add_
         # else transformers 4 gives generate() token types, which LLaMA does not take
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if (template := chat_template(tokenizer.folder)) is not None:
+        settings["chat_template"] = template  # here both versions of transformers, and others, look for it
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def chat_template(folder: Path) -> Any:
-    """The folder's chat template (Jinja), or its list of named ones, or None: in the file of transformers 5 or 4."""
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+def chat_template(folder: Path) -> str | list[dict[str, str]] | None:
+    """The folder's chat template (Jinja), its list of named ones, or None; BadInput if one is no text.
+
+    transformers 5 has a file for each template; before, they stood in tokenizer_config.json.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    named = [{"name": name, "template": read_text(path)} for name, path in files.items() if path.is_file()]
+    if named:
+        return named[0]["template"] if [entry["name"] for entry in named] == ["default"] else named
     config = folder / "tokenizer_config.json"
-    return read_json(config).get("chat_template") if config.is_file() else None
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if template is None:
+        return None
+    for entry in template if isinstance(template, list) else [{"name": "default", "template": template}]:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
+            raise BadInput(f"{config}: chat_template is no text, and no list of texts with names")
+    return template
 
 
 def _bos_template(bos: str | None, bos_id: int | None) -> dict[str, Any]:

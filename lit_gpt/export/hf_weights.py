@@ -33,6 +33,18 @@ SHAPE_FIELDS = {
 }
 """The fields of Config that determine all shapes but the vocabulary's -> their names in config.json."""
 
+_ROPE = ("rope_parameters", "rope_scaling")
+_ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+_CHECKED = (
+    "model_type", "vocab_size", "max_position_embeddings", "rms_norm_eps", *SHAPE_FIELDS.values(), *_ROPE, "rope_theta",
+    "partial_rotary_factor", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings", "head_dim",
+)  # fmt: skip
+_WITHOUT_EFFECT = (
+    "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "dtype",
+    "torch_dtype", "pretraining_tp", "transformers_version", "use_cache", "_name_or_path",
+)  # fmt: skip
+_KEYS = (*_CHECKED, *_WITHOUT_EFFECT)
+"""Of config.json: those that a model here follows, and those that do not change its logits."""
 _LARGEST_SIZE = 1 << 24
 """Of a width, a vocabulary, a context or a number of layers."""
 _RECOMPUTED = ".rotary_emb.inv_freq"
@@ -152,7 +164,10 @@ def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def hf_config(
     config: Config, *, dtype: torch.dtype, vocabulary_rows: int, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
-    """The content of config.json. transformers 4 and 5 both read the names rope_theta and torch_dtype."""
+    """The content of config.json. transformers 4 and 5 both read the names rope_theta and torch_dtype.
+
+    Padding is EOS, which the attention mask hides: without a padding id, batches of a classification head are refused.
+    """
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -172,6 +187,7 @@ def hf_config(
         "use_cache": True,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
+        "pad_token_id": eos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -241,8 +257,14 @@ def llama_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "head_dim": stated["hidden_size"] // stated["num_attention_heads"],
         "rope_type": "default",
+        "partial_rotary_factor": 1.0,
     }
-    found = {**stated, "rope_type": _rope(stated).get("rope_type") or _rope(stated).get("type") or "default"}
+    rope = _rope(stated)
+    found = {
+        **stated,
+        "rope_type": rope.get("rope_type") or rope.get("type") or "default",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+    }
     for key, right in supported.items():
         if (value := found.get(key, right)) != right:
             raise BadInput(f"config.json: {key} is {value!r}; this project trains LLaMAs with {key} {right!r} only")
@@ -264,10 +286,20 @@ def _require_numbers(stated: Mapping[str, Any]) -> None:
             raise BadInput(f"config.json: {key} is {str(value)[:80]}, not a positive number")
 
 
+def unread_keys(fields: Mapping[str, Any]) -> list[str]:
+    """The keys of a config.json that mean nothing here: where logits differ, one of them is the likely reason."""
+    rope = (f"{name}.{key}" for name in _ROPE for key in fields.get(name) or () if key not in _ROPE_KEYS)
+    return sorted([*(key for key, value in fields.items() if key not in _KEYS and value is not None), *rope])
+
+
 def rope_base(fields: Mapping[str, Any]) -> float:
     return float(_rope(fields).get("rope_theta") or 10_000.0)
 
 
 def _rope(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 writes rope_parameters; transformers 4 wrote rope_theta and rope_scaling."""
-    return fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta"), **fields.get("rope_scaling", {})}
+    """transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling; files mix them.
+
+    By the rule of transformers 5, rope_scaling counts before rope_parameters, and what they lack may stand beside them.
+    """
+    beside = {key: fields[key] for key in ("rope_theta", "partial_rotary_factor") if key in fields}
+    return {**beside, **(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}

@@ -121,7 +121,9 @@ class RunExport:
         try:
             if folder.exists():
                 tokenizer = open_tokenizer(checkpoint, options.tokenizer_path)
-                if read_json(folder / "config.json") != config_fields(checkpoint.config, tokenizer, options.format):
+                # a folder of an earlier version names no padding
+                stated = {"pad_token_id": tokenizer.eos_id, **read_json(folder / "config.json")}
+                if stated != config_fields(checkpoint.config, tokenizer, options.format):
                     raise BadInput(f"{folder} was exported with other options than now: remove it, or export elsewhere")
                 if not tells_of(folder, checkpoint):
                     raise BadInput(

@@ -21,7 +21,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.token_store import write_store
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.export import hf_export, hf_folder
+from lit_gpt.export import hf_export, hf_folder, hf_import
 from lit_gpt.export.hf_weights import hf_config
 from lit_gpt.export.parity import GERMAN_TEXT
 from lit_gpt.model.gpt import GPT
@@ -302,6 +302,19 @@ def test_an_import_that_fails_leaves_nothing(run_dir: Path, tmp_path: Path) -> N
     refused(r"vocabulary mismatch: the folder's matrices have 4096 rows, its tokenizer 300 ids \(320 with padding\)")
     (source / "config.json").unlink()
     refused(r"holds no config\.json")
+
+
+def test_where_logits_differ_the_keys_that_were_not_read_are_named(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "hf"
+    export(run_dir, source, "--dtype", "fp32")
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logit_scale": 0.5, "mup": True}))
+    monkeypatch.setattr(hf_import, "our_logits", lambda *_: torch.zeros(256, 320))
+    with pytest.raises(BadInput, match=r"logits .* differ.* config\.json that are not read here: logit_scale, mup$"):
+        convert_hf_checkpoint.main(["--checkpoint_dir", str(source), "--destination_path", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 # create.sh and generate.py --------------------------------------------------------------------------------------------

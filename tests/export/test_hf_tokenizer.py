@@ -54,6 +54,37 @@ def test_byte_level(byte_level: Path, tmp_path: Path, add_bos: bool) -> None:
     assert theirs("</s>").input_ids[-1] == ours.eos_id
 
 
+@pytest.mark.parametrize("form", ["tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"])
+def test_the_chat_template_goes_with_the_tokenizer(byte_level: Path, tmp_path: Path, form: str) -> None:
+    template = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    if form == "tokenizer_config.json":
+        (byte_level / form).write_text(json.dumps(config | {"chat_template": template}))
+    else:
+        (byte_level / "chat_template.jinja").write_text(template)
+    if form == "additional_chat_templates":
+        (byte_level / form).mkdir()
+        (byte_level / form / "tool_use.jinja").write_text("{{ tools }}ü")
+    _, theirs = exported(byte_level, tmp_path / "out")
+    chat = [{"role": "user", "content": "Hallo"}, {"role": "assistant", "content": "Welt"}]
+    assert theirs.apply_chat_template(chat, tokenize=False) == "Hallo</s>Welt</s>"
+    assert theirs.apply_chat_template(chat).input_ids == theirs("Hallo</s>Welt</s>").input_ids
+    if form == "additional_chat_templates":
+        assert theirs.apply_chat_template(chat, tools=[], chat_template="tool_use", tokenize=False) == "[]ü"
+
+
+@pytest.mark.parametrize("template", [5, {}, ["x"], [{"name": "a"}], b"\xff"])
+def test_a_chat_template_that_is_no_text(byte_level: Path, tmp_path: Path, template: object) -> None:
+    if isinstance(template, bytes):
+        (byte_level / "chat_template.jinja").write_bytes(template)
+    else:
+        config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+        (byte_level / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"chat_template(\.jinja)? is no text") as caught:
+        exported(byte_level, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
 def test_other_ids_are_refused_with_both(byte_level: Path) -> None:
     ours = Tokenizer.from_folder(byte_level)
     with pytest.raises(BadInput, match=r"'Hallo' is \[7\] there"):

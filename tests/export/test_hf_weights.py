@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,7 +12,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import REGISTRY, Config
-from lit_gpt.export.hf_weights import config_from_hf, hf_config, hf_generation_config, hf_shapes, to_hf, to_lit, weights
+from lit_gpt.export.hf_weights import (
+    config_from_hf,
+    hf_config,
+    hf_generation_config,
+    hf_shapes,
+    to_hf,
+    to_lit,
+    unread_keys,
+    weights,
+)
 
 GROUPED = Config("grouped", n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, vocab_size=70)
 FULL = Config("full", n_layer=2, n_head=4, n_query_groups=4, n_embd=32, intermediate_size=48, vocab_size=70)
@@ -129,6 +141,8 @@ def test_generation_never_gives_a_padding_id() -> None:
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type is 'llama3'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
         ({"head_dim": 128}, "head_dim is 128"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"vocab_size": 31_000}, "vocabulary mismatch: the folder's matrices have 31000 rows, its tokenizer 32010"),
@@ -139,6 +153,36 @@ def test_a_folder_that_is_not_ours_to_train_is_refused(change: dict, message: st
     facts = facts_of(Config.from_name("LLaMmlein_1B"), 32_064) | change
     with pytest.raises(BadInput, match=message):
         config_from_hf(facts, model_name=None, vocab_size=32_010)
+
+
+@pytest.mark.parametrize(
+    ("rope", "base"),
+    [
+        ({"rope_theta": 5e5}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 2e4}}, 2e4),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, 5e5),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 3e4}, "rope_parameters": {"rope_theta": 2e4}}, 3e4),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 2e4}}, 2e4),
+        ({"rope_parameters": {"rope_type": "default"}}, 1e4),
+        ({}, 1e4),
+    ],
+)
+def test_the_base_of_rope_is_the_one_that_transformers_takes(rope: dict, base: float) -> None:
+    facts = facts_of(Config.from_name("LLaMmlein_1B"), 32_064)
+    facts = {key: value for key, value in facts.items() if not key.startswith("rope_")} | rope
+    frequencies = base ** (-torch.arange(0, 64, 2) / 64)
+    found = LlamaRotaryEmbedding(config=LlamaConfig(**copy.deepcopy(facts))).inv_freq
+    assert found.tolist() == pytest.approx(frequencies.tolist())
+    assert config_from_hf(facts, model_name=None, vocab_size=32_010).rope_base == base
+
+
+def test_keys_of_config_json_that_nothing_here_follows() -> None:
+    facts = facts_of(Config.from_name("debug"), 4096)
+    assert unread_keys(facts) == []
+    written_by_transformers = json.loads(LlamaConfig(**facts).to_json_string())
+    assert unread_keys(written_by_transformers | {"logit_scale": 0.5, "sliding_window": None}) == ["logit_scale"]
+    assert unread_keys({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}) == ["rope_parameters.factor"]
 
 
 def test_a_wrong_registry_name_names_the_field_and_the_right_names() -> None:

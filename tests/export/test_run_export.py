@@ -307,9 +307,15 @@ def test_a_folder_that_was_exported_otherwise_is_not_taken_for_the_export(
 ) -> None:
     run = copy_of(german_run, tmp_path / "run", STEPS[0])
     export_all(run, tmp_path / "out")
-    made = (tmp_path / "out" / names[0]).stat().st_mtime_ns
-    export_all(run, tmp_path / "out")
-    assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == made
+    config = tmp_path / "out" / names[0] / "config.json"
+    fields = json.loads(config.read_text())
+    assert fields.pop("pad_token_id") == fields["eos_token_id"]
+    for content in (config.read_text(), json.dumps(fields)):  # the second as earlier versions wrote it
+        config.write_text(content)
+        made = (tmp_path / "out" / names[0]).stat().st_mtime_ns
+        export_all(run, tmp_path / "out")
+        assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == made
+        assert config.read_text() == content
     with pytest.raises(BadInput, match="was exported with other options than now"):
         export_all(run, tmp_path / "out", "--dtype", "fp32")
 
