@@ -216,7 +216,7 @@ def test_tokens_time_and_disk() -> None:
     assert (
         "added over ranks once a step (--gradient_sync); once a micro-batch the total is at most "
         f"{peak_bytes(settings.config, replace(planned.settings, gradient_sync='micro_batch'), 8, 8) / 2**30:.2f} GiB. "
-        "A reduce-scatter sends 0.41 GiB a GPU, and a step has 32 micro-batches"  # 4 x 124,766,976 x 7 / 8 bytes
+        "A reduce-scatter sends 0.41 GiB a GPU, and a step has 16 micro-batches"  # 4 x 124,766,976 x 7 / 8 bytes
     ) in text
     assert "elsewhere plan with --mlp torch" in text
     assert "quack" not in "\n".join(lines(plan(replace(settings, mlp="torch"))))
