@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import logging
 import os
 import re
 import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,6 +89,17 @@ def _require(values: object, names: Sequence[str], holds: Callable[[Any], bool],
             raise BadInput(f"--{name} {value}: {range_}")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Fills a description's paragraphs to the width of the terminal; indented lines and lists stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for flows, group in itertools.groupby(text.splitlines(), lambda line: line[:1] not in ("", " ", "-")):
+            part = list(group)
+            lines += textwrap.wrap(" ".join(part), width, break_on_hyphens=False) if flows else part
+        return "\n".join(indent + line for line in lines)
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser for which every mistake is a BadInput, and which accepts no abbreviated flag.
 
@@ -96,8 +109,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, **options: Any) -> None:
         summary = (description or "").strip()
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=summary, allow_abbrev=False, formatter_class=form, **options)
+        super().__init__(description=summary, allow_abbrev=False, formatter_class=HelpFormatter, **options)
         kinds = {int: read_whole, float: read_number, "path": expand_path, Path: lambda text: Path(expand_path(text))}
         for kind, read in kinds.items():
             self.register("type", kind, _argument_type(read))

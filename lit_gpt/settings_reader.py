@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 import jsonargparse
 import yaml
 
-from lit_gpt.cli import DASHES, FLAG, BadInput, SettingsSlice
+from lit_gpt.cli import DASHES, FLAG, BadInput, HelpFormatter, SettingsSlice
 from lit_gpt.values import PathText, did_you_mean, read_value
 
 Slice = TypeVar("Slice", bound=SettingsSlice)
@@ -211,7 +211,7 @@ def _config_file(given: Given, recipes: Sequence[Path]) -> Path:
 # Help
 
 
-class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(HelpFormatter, jsonargparse.DefaultHelpFormatter):
     """Without the types, which are Python's; with defaults as YAML has them."""
 
     def _get_help_string(self, action: argparse.Action) -> str:

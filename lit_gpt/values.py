@@ -68,9 +68,10 @@ SYNONYMS = {
     "max_new_tokens": "max_length n_tokens",
     "checkpoint": "ckpt model checkpoint_path checkpoint_dir",
     "run_dir": "run out_dir run_path folder",
+    "cuda": "gpu gpus nvidia",
     "val_fraction": "val_split test_size validation_fraction val_ratio",
 }  # fmt: skip
-"""Name here -> names of the same thing in other frameworks and programs."""
+"""Name or choice here -> names of the same thing in other frameworks and programs."""
 
 
 def read_value(kind: Any, given: str | Sequence[str]) -> Any:

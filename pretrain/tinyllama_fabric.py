@@ -5,7 +5,9 @@
 
 Settings: defaults < environment < YAML files (--config) < flags. From the environment come TRAIN_DATA_DIR,
 VAL_DATA_DIR, TOKENIZER_PATH, CACHE_DIR and CONFIG (a YAML file), which cluster/exec/env.example.sh explains.
+
 Run folder: --out_dir, else $MODEL_NAME, else out/<model_name>.
+
 With --plan the program only prints what the run will need, and exits.
 
 Exit codes: 0 finished, or stopped early with a checkpoint (at a signal or before the job's end); 75 the same inside a

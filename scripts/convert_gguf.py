@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
-from lit_gpt.cli import BadInput, Parser, run_program, say_loading
+from lit_gpt.cli import Parser, run_program, say_loading
+from lit_gpt.export.exported_folder import require_exported
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--type", choices=["f16", "bf16", "q8_0"], default="bf16", help="data type of the matrices (default: bf16)"
     )
     arguments = parser.parse_args(argv)
-    if not (arguments.model / "config.json").is_file():
-        raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
+    require_exported(arguments.model)
 
     say_loading(arguments.model, "PyTorch")
     from lit_gpt.export.gguf_export import write_gguf
 
     destination = arguments.destination_path.absolute()
     write_gguf(arguments.model, destination, arguments.type)
-    log.info("published %s (%.2f GB)", destination, destination.stat().st_size / 1e9)
+    log.info("published %s (%.1f MB)", destination, destination.stat().st_size / 1e6)
 
 
 if __name__ == "__main__":

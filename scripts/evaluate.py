@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import BadInput, Parser, require_at_least, run_program, say_loading
 from lit_gpt.data.token_store import TokenStore
+from lit_gpt.export.exported_folder import require_exported
 
 if TYPE_CHECKING:
     from lit_gpt.eval.evaluation import Score
@@ -79,8 +80,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.val_data_dir and not arguments.tasks:
         raise BadInput("nothing to measure: give --val_data_dir, --tasks or both")
-    if arguments.model is not None and not (arguments.model / "config.json").is_file():
-        raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
+    if arguments.model is not None:
+        require_exported(arguments.model)
     require_at_least(arguments, 1, "eval_max_rows", "limit", "batch_size")
     for name in ("task_dir", "scratch_dir"):
         if (path := getattr(arguments, name)) is not None and not path.is_dir():

@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, require_at_least, run_program, say_loading
+from lit_gpt.export.exported_folder import require_exported
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> str:
-    if not (arguments.model / "config.json").is_file():
-        raise BadInput(f"--model {arguments.model}: holds no config.json; give a folder that create.sh wrote")
+    require_exported(arguments.model)
     require_at_least(arguments, 1, "max_new_tokens", "top_k")
     require_at_least(arguments, 0, "temperature")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from lit_gpt import cli
+from lit_gpt.checkpoint.record import DamagedCheckpoint, described
 from lit_gpt.cli import BadInput, Parser, checkout_path, command_line
+from lit_gpt.export.exported_folder import require_exported
 from lit_gpt.launch.site import RANKS, is_first_process
 from lit_gpt.noise import silence
 from lit_gpt.settings_reader import parse_settings
@@ -38,6 +41,8 @@ SRUN = "The `srun` command is available on your system but is not used. HINT: If
         ("torchao.kernel.intmm", "Warning: Detected no triton, on systems without Triton ...", False),
         ("torch.utils._pytree", "<enum 'A'> is an Enum subclass and is now natively supported by torch.compile", False),
         ("torch.utils._pytree", "<class 'A'> is already registered", True),
+        ("gguf.gguf_writer", "/x/.model.gguf.partial: n_tensors = 39, total_size = 3.6M", False),
+        ("gguf.gguf_writer", "Duplicated key name 'a'", True),
     ],
 )
 def test_a_logged_line_is_silenced_by_its_text_and_logger(
@@ -79,6 +84,38 @@ def test_a_path_flag_of_type_str_is_expanded(monkeypatch: pytest.MonkeyPatch) ->
     ]  # fmt: skip
     with pytest.raises(BadInput, match=r"names \$NOPE, which is not set in the environment"):
         parser.parse_args(["--source", "$NOPE/x"])
+
+
+def test_descriptions_are_filled_to_the_terminal_and_commands_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "32")  # argparse leaves two columns
+    text = "Ask what a run saw, and\nwhen it was.\n\n    python x.py --a long --command here\n\n- one\n- two\n"
+    assert Parser(text, prog="x").format_help().split("\n\n")[1:4] == [
+        "Ask what a run saw, and when\nit was.", "    python x.py --a long --command here", "- one\n- two",
+    ]  # fmt: skip
+
+
+def test_a_folder_that_is_no_exported_model_is_answered_with_the_way_to_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts/generate.py")])
+    newest = Path("run/iter-00000020-ckpt.pth")
+    for name in ("run/iter-00000003-ckpt.pth", newest, "run/iter-x", "empty"):
+        Path(name).mkdir(parents=True)
+    (newest / "MANIFEST.json").touch()
+    export = f"bash {ROOT}/scripts/create.sh {newest} exports"
+    told = {
+        "run": f"a run folder, not an exported model: {export} its newest checkpoint",
+        str(newest): f"a checkpoint, not an exported model: {export} it",
+        "empty": "holds no config.json; give a folder that create.sh wrote",
+        "absent": "there is no such folder; give one that create.sh wrote",
+    }
+    for folder, why in told.items():
+        with pytest.raises(BadInput) as caught:
+            require_exported(Path(folder))
+        assert str(caught.value) == f"--model {folder}: {why}"
+    with pytest.raises(DamagedCheckpoint, match=f"run is a run folder, not a checkpoint; its newest is {newest}"):
+        described(Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -148,16 +185,14 @@ LOADS_TORCH = [
     ("scripts/evaluate.py --model . --tasks x", ".: loading PyTorch"),
     ("scripts/generate.py --model . --prompt x", ".: loading PyTorch and transformers"),
 ]
-LOADS_NONE = [
-    "compare_runs.py", "datapoints.py", "demo.py", "fetch_german_text.py", "make_cloze.py", "prepare_data.py",
-    "train_tokenizer.py",
-]  # fmt: skip
-"""Programs that start in a second; the demo loads PyTorch as its last stage, which it names."""
 
 
-def test_every_program_is_known_to_start_fast_or_to_say_why_not() -> None:
-    slow = {Path(command.split()[0]).name for command, _ in LOADS_TORCH} - {"tinyllama_fabric.py"}
-    assert sorted([*slow, *LOADS_NONE]) == sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+def test_every_program_that_says_so_or_imports_torch_is_in_the_list() -> None:
+    """But for the demo, which loads PyTorch as its last stage, and names that."""
+    loads = re.compile(r"say_loading\(|^ +(import|from) (torch|transformers)\b", re.MULTILINE)
+    programs = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "pretrain").glob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in programs if loads.search(path.read_text())}
+    assert found - {"scripts/demo.py"} == {command.split()[0] for command, _ in LOADS_TORCH}
 
 
 @pytest.mark.parametrize(("command", "last_line"), LOADS_TORCH)

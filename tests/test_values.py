@@ -66,6 +66,7 @@ def test_values(kind: Any, given: str, value: Any) -> None:
         (float, "0,1", "a number"),
         (bool, "maybe", "true or false"),
         (WANDB, "onlin", "one of off, online, offline; did you mean online"),
+        (Literal["auto", "cpu", "cuda"], "gpu", "one of auto, cpu, cuda; did you mean cuda"),
         (Literal["none", "selective", "full"], "on", "one of none, selective, full"),
     ],
 )

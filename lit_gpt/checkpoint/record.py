@@ -140,6 +140,8 @@ def described(path: Path) -> Checkpoint:
 def read_manifest(path: Path) -> dict[str, FileEntry]:
     """The manifest of the checkpoint at `path`; raises DamagedCheckpoint."""
     if not os.path.isfile(path / MANIFEST):  # Path.is_file may raise
+        if inside := [found.name for found in path.glob("iter-*") if NAME.fullmatch(found.name)]:
+            raise DamagedCheckpoint(f"{path} is a run folder, not a checkpoint; its newest is {path / max(inside)}")
         raise DamagedCheckpoint(f"{path} has no {MANIFEST}: not a checkpoint of this project, or never finished")
     manifest: dict[str, FileEntry] = _parsed(path / MANIFEST, dict[str, FileEntry])
     for name in manifest:

@@ -108,7 +108,7 @@ def split_name(rules: dict[str, Any], probes: Sequence[str]) -> str:
     for name, split in SPLITS.items():
         if _ids(rules | with_split(rules, split), probes) == expected:
             if split.since:
-                log.warning("the first split %r needs a llama.cpp of %s or later", name, split.since)
+                log.warning("the file needs a llama.cpp of %s or later: its pre-tokenizer is %r", split.since, name)
             return name
     raise BadInput(f"llama.cpp has no first split that gives this tokenizer's ids: tried {', '.join(SPLITS)}")
 
