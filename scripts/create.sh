@@ -106,6 +106,7 @@ else
     source=${positional[0]:-}
     [[ -n $source ]] || source=$(find_checkpoint)
     [[ -e $source ]] || fail "no checkpoint $source"
+    [[ ! -f $source/settings.yaml ]] || fail "$source is a run folder: OUT_DIR=$source exports its newest checkpoint"
     source=$(cd "$(dirname "$source")" && pwd)/$(basename "$source")
     step=$(basename "$source" | sed -n 's/^iter-\([0-9]*\)-ckpt\.pth$/\1/p')
     final_model=${positional[1]:-${FINAL_MODEL:-$(dirname "$source")/huggingface/step-${step:-unknown}}}

@@ -355,6 +355,7 @@ def test_create_takes_the_newest_checkpoint_of_the_run(run_dir: Path, tmp_path: 
         ([], {"OUT_DIR": ".", "ITERATION_NUM": "8"}, "no checkpoint ./iter-00000008-ckpt.pth"),
         ([], {"OUT_DIR": ".", "ITERATION_NUM": "x"}, "ITERATION_NUM=x: must be a step"),
         (["absent"], {}, "no checkpoint absent"),
+        (["run"], {}, "run is a run folder: OUT_DIR=run exports its newest checkpoint"),
         (["a", "b", "c"], {}, "two arguments at most"),
         (["."], {"CONTAINER_PATH": "absent.sif"}, "no container CONTAINER_PATH=absent.sif"),
     ],
@@ -362,6 +363,8 @@ def test_create_takes_the_newest_checkpoint_of_the_run(run_dir: Path, tmp_path: 
 def test_create_refuses_in_one_line(
     tmp_path: Path, arguments: list[str], variables: dict[str, str], message: str
 ) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/settings.yaml").touch()
     done = create(*arguments, cwd=tmp_path, **variables)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
