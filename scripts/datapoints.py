@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.datapoints.attempts import Mark
+from lit_gpt.datapoints.log import FOLDER, VERIFIED
 from lit_gpt.datapoints.query import Replay, Seen, difference
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.datapoints.witness import Witness
-from lit_gpt.files import publishing, read_json, sweep
+from lit_gpt.files import publishing, read_json, sweep, write_json
 from lit_gpt.values import expand_path
 
 EXIT_FOUND = 1
@@ -70,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_difference(arguments)
     replay = Replay(arguments.run_dir, arguments.data_dir, arguments.index_dir)
     if arguments.query == "verify":
-        return show_contradictions(replay, witnesses(arguments.run_dir), as_json=arguments.json)
+        found = contradictions_of(replay, witnesses(arguments.run_dir), as_json=arguments.json)
+        keep(arguments.run_dir / FOLDER / VERIFIED, found)
+        return EXIT_FOUND if found["contradictions"] else 0
     if arguments.query == "export":
         return export(replay, Path(arguments.subject))
     if arguments.query == "doc":
@@ -118,7 +122,8 @@ def witnesses(run_dir: Path) -> list[Witness]:
     return found
 
 
-def show_contradictions(replay: Replay, marks: list[Witness], *, as_json: bool) -> int:
+def contradictions_of(replay: Replay, marks: list[Witness], *, as_json: bool) -> dict[str, int]:
+    """Print each contradiction, and a summary, which is returned."""
     found = 0
     for contradiction in replay.verify(marks):
         found += 1
@@ -132,7 +137,15 @@ def show_contradictions(replay: Replay, marks: list[Witness], *, as_json: bool) 
     else:
         said = f"{found} contradictions up to step {result['steps_to']}, {result['rows']} rows"
         print(f"{said}; compared with the marks of {len(marks)} checkpoints")
-    return EXIT_FOUND if found else 0
+    return result
+
+
+def keep(path: Path, found: dict[str, int]) -> None:
+    """Record a verification for the run's report; a folder that cannot be written does without."""
+    try:
+        write_json(path, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **found})
+    except OSError as error:
+        print(f"{path}: {error.strerror}: the report will not tell of this verification", file=sys.stderr)
 
 
 def show_difference(arguments: Namespace) -> int:

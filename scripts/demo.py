@@ -267,25 +267,6 @@ def last_validation(run: Path) -> dict[str, str]:
 # Showing
 
 
-def draw(folder: Path, interruption: Interruption) -> None:
-    """Draw the loss by step: of the killed run, of the resumed run, and on the validation split."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token", title="Training, killed and resumed")
-    before, after = interruption.logged, metrics(folder / "run")
-    resumed = [row for row in after if int(row["step"]) > interruption.resumed_from]
-    for rows, label, style in ((before, "training, until the kill", "C0-"), (resumed, "training, resumed", "C1-")):
-        axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], style, label=label, lw=1)
-    validated = [(int(row["step"]), float(row["val_loss"])) for row in after if row["val_loss"]]
-    axes.plot(*zip(*validated, strict=True), "ko-", label="validation", ms=4)
-    axes.axvline(interruption.killed_at, color="C3", ls="--", label=f"SIGKILL after step {interruption.killed_at}")
-    axes.axvline(interruption.resumed_from, color="C2", ls=":", label=f"resumed from step {interruption.resumed_from}")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=120)
-
-
 def summarise(console: Console, folder: Path, proofs: list[Proof], sentence: str, seconds: float) -> None:
     table = Table("proof", "holds", "evidence", title="What the demo proves")
     for proof in proofs:
@@ -297,7 +278,8 @@ def summarise(console: Console, folder: Path, proofs: list[Proof], sentence: str
         f"{float(final['val_bits_per_byte']):.3f} bits a byte, after {final['step']} steps"
     )
     console.print(f"the model goes on from {PROMPT!r}: {sentence.splitlines()[0]}", markup=False, soft_wrap=True)
-    console.print(f"loss curve: {folder}/loss.png; model: {folder}/model; all of it took {seconds:.0f} s")
+    console.print(f"model: {folder}/model; all of it took {seconds:.0f} s")
+    console.print(f"the run as a page, to open in a browser: [bold]{folder}/report.html[/]", highlight=False)
 
 
 def main() -> int:
@@ -329,7 +311,7 @@ def main() -> int:
         beats_unigrams(run, val),
         same_loss_in_transformers(run, folder / "model", val),
     ]
-    draw(folder, interruption)
+    shell.run("report", f"python scripts/report.py {run} --output {folder}/report.html")
     summarise(console, folder, proofs, sentence, time.monotonic() - begin)
     return 0 if all(proof.holds for proof in proofs) else 1
 

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 FOLDER = "datapoints"
 """The log's folder in a run folder."""
 STEPS_FILE = "steps.jsonl"
+VERIFIED = "verified.json"
+"""What `scripts/datapoints.py verify` found last."""
 OVERRIDE = "--allow_changed_data"
 _CHUNK_BYTES = 1 << 20
 _ATTEMPT = re.compile(rb'"attempt":(\d{1,9})')

@@ -24,7 +24,7 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from lit_gpt.cli import EXIT_FAILURE
+from lit_gpt.cli import EXIT_FAILURE, EXIT_GAVE_UP, EXIT_NOT_SAVED, EXIT_REQUEUE
 from lit_gpt.launch.job import ask_for_requeue, exit_code_after_stall
 from lit_gpt.launch.settings import WatchdogSettings
 from lit_gpt.launch.world import dump_collectives
@@ -35,6 +35,7 @@ LONG_PLACES = ("set-up", "validate", "sample", "save", "rollback", "close")
 WAITING_PLACE = "agree"
 """Where ranks wait for each other on the host: a rank that hangs is at another place, unless it was stopped there."""
 MAX_POLL_S = 15.0
+_ENDS = {EXIT_NOT_SAVED: "not saved", EXIT_GAVE_UP: "gave up", EXIT_REQUEUE: "to be requeued"}
 
 
 def poll_s(settings: WatchdogSettings) -> float:
@@ -50,6 +51,11 @@ def limit_s(settings: WatchdogSettings, place: str, steps_done: int, median_s: f
     if place in LONG_PLACES or steps_done < 2:
         return max(settings.watchdog_long_s, settings.watchdog_floor_s)
     return max(settings.watchdog_floor_s, settings.watchdog_factor * median_s)
+
+
+def how_ended(code: int, *, finished: bool) -> str:
+    """The last place of a run that ends with this exit code: report/life.py reads it."""
+    return _ENDS.get(code, "finished" if finished else "stopped")
 
 
 class Heartbeat(NamedTuple):
@@ -91,10 +97,14 @@ class Watchdog:
         self._place = "data"
 
     def close(self) -> None:
-        """Stop watching. Does not return while a stall is being reported: the thread then ends the process."""
+        """Stop watching, and leave a last heartbeat: its place says how the run ended, if the loop told that by `at`.
+
+        Does not return while a stall is being reported: the thread then ends the process."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
+            self._beat(warn=True)
+            self._thread = None
 
     def _watch(self) -> None:
         recent = deque[float](maxlen=64)

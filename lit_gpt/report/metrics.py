@@ -81,10 +81,9 @@ def read(path: Path) -> Metrics:
 
 def _text(path: Path) -> bytes:
     """The file's whole lines."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
+    if not path.is_file():  # a pipe would be waited for
         return b""
+    raw = path.read_bytes()
     if b"\0" in raw or not raw.isascii():
         return "".join(whole_lines(path)).encode()
     return raw[: raw.rfind(b"\n") + 1]

@@ -22,7 +22,7 @@ from lit_gpt.checkpoint.record import NAME, Checkpoint, DamagedCheckpoint, descr
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.attempts import Attempt, Mark, is_in_lineage, read_attempts
 from lit_gpt.datapoints.line_log import whole_lines
-from lit_gpt.datapoints.log import FOLDER
+from lit_gpt.datapoints.log import FOLDER, VERIFIED
 from lit_gpt.datapoints.run_record import RunRecord, StepRecord
 from lit_gpt.files import read_json
 from lit_gpt.report import metrics
@@ -30,8 +30,6 @@ from lit_gpt.report.life import Beat, Life, life_of, read_beats
 from lit_gpt.report.metrics import Metrics
 
 Result = TypeVar("Result")
-VERIFIED = "verified.json"
-"""What `datapoints.py verify` found last, in the datapoint log's folder."""
 _STATE = re.compile(r"xxh3 `([0-9a-f]{16})`")
 
 
@@ -163,7 +161,7 @@ class _Parts:
         self._problems = problems
 
     def read(self, path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        return self.found(lambda: read(path), {}) if path.exists() else {}
+        return self.found(lambda: read(path), {}) if path.is_file() else {}
 
     def found(self, read: Callable[[], Result], otherwise: Result) -> Result:
         try:
@@ -216,7 +214,7 @@ def _exports(folder: Path) -> dict[str, list[str]]:
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+    if not path.is_file():
         return []
     found = []
     for line in whole_lines(path):

@@ -102,7 +102,9 @@ class Pauses:
             yield
         except _Left:
             log.info("step %d: left out, to save at once: %s", step, pause)
-        self._stop.note_pause(pause, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._stop.note_pause(pause, seconds)
+        self._monitor.note_pause(pause, seconds)
         self._monitor.restart()
 
     def _leave_if_stopped(self) -> None:

@@ -177,6 +177,8 @@ class TrackerSettings(SettingsSlice):
     profile_steps: str | None = None
     """A:B profiles steps A to B - 1 of rank 0 with torch.profiler; a trace, a table of kernels and a snapshot of GPU
     memory go to the run folder."""
+    report: bool = True
+    """Write report.html to the run folder at each save, by a process of its own beside the training."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder beside metrics.csv."""
     wandb: Literal["off", "online", "offline"] = "off"

@@ -45,6 +45,10 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for name, flops in PEAK_BF16_FLOPS.items() if name in device_name), None)
 
 
+PAUSES = ("validate", "sample", "save")
+"""What training waits for between steps."""
+
+
 class Speed(NamedTuple):
     """Averages since the last `read`."""
 
@@ -72,6 +76,7 @@ class SpeedMonitor:
         self._device = device
         self._peak = None
         self._graphs = 0
+        self._pauses_s = dict.fromkeys(PAUSES, 0.0)
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             per_device = peak_flops(name)
@@ -88,6 +93,16 @@ class SpeedMonitor:
         self._waited_s = 0.0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+
+    def note_pause(self, pause: str, seconds: float) -> None:
+        """Count what training waited for, one of PAUSES."""
+        self._pauses_s[pause] += seconds
+
+    def take_pauses(self) -> dict[str, float]:
+        """Columns of metrics.csv: seconds of each kind of pause since the last call."""
+        found = {f"{pause}_s": seconds for pause, seconds in self._pauses_s.items()}
+        self._pauses_s = dict.fromkeys(PAUSES, 0.0)
+        return found
 
     def count(self, targets: int, data_wait_s: float) -> None:
         """Count one step of `targets` valid targets over all ranks."""

@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
     "mfu", "mfu_palm", "memory_gib", "compiled_graphs", "skipped_steps", "val_loss", "val_perplexity",
-    "val_bits_per_byte", "time", "attempt",
+    "val_bits_per_byte", "time", "attempt", "validate_s", "sample_s", "save_s",
 )  # fmt: skip
 """step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: valid targets
 of the run so far; skipped_steps: steps of the run so far whose update was skipped; time: when the line was written;
-attempt: the start of the program that wrote it, as datapoints/run.json counts them. Lines of earlier versions have
-neither."""
+attempt: the start of the program that wrote it, as datapoints/run.json counts them; validate_s, sample_s, save_s: how
+long training waited for each since the line before, in seconds. Lines of earlier versions have none of these."""
 
 
 class Trackers:

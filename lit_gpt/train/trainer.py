@@ -29,7 +29,7 @@ from lit_gpt.datapoints.run_folder import with_absolute_paths
 from lit_gpt.launch.meeting import StoppedBeforeMeeting
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
-from lit_gpt.launch.watchdog import Watchdog
+from lit_gpt.launch.watchdog import Watchdog, how_ended
 from lit_gpt.launch.world import (
     Fabric,
     any_rank,
@@ -40,6 +40,7 @@ from lit_gpt.launch.world import (
     starts_alone,
 )
 from lit_gpt.train.agreement import agree
+from lit_gpt.train.expectation import write_expectation
 from lit_gpt.train.garbage import manual_collection
 from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.pauses import Pauses
@@ -48,6 +49,7 @@ from lit_gpt.train.progress import ProgressBar
 from lit_gpt.train.resolve import in_words, resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
 from lit_gpt.train.run_inputs import RunInputs, open_cache, open_inputs, training_rows, validation_rows
+from lit_gpt.train.run_report import RunReport
 from lit_gpt.train.run_state import RunState
 from lit_gpt.train.settings import Settings
 from lit_gpt.train.sharding import build_model, shard
@@ -86,12 +88,17 @@ def train(
         if any_rank(stop.signal is not None):
             return stop.log_early_stop()
         trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name)
-        return trainer.run()
+        code = trainer.run()
+        trainer.watchdog.at(how_ended(code, finished=trainer.state.step >= trainer.state.length.steps))
+        return code
     except BadInput:
+        if trainer is not None:
+            trainer.watchdog.at("failed")
         raise
     except Exception as error:  # noqa: BLE001 - the process ends here, with the rank's name
         try:
             if trainer is not None:
+                trainer.watchdog.at("failed")
                 trainer.close()  # does not return if the failure follows from a stall, which the watchdog reports
         finally:  # a second failure must not hide the first
             end_failed(f"{name} failed at step {trainer.state.step + 1 if trainer else 0}", error)
@@ -132,6 +139,9 @@ class Trainer:
         parts = self.model, self.optimizer, self.train_step.guard
         self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts, flags)
         self.state.start()
+        self.report = RunReport(inputs.run_dir, enabled=settings.report and self.rank == 0)
+        if self.rank == 0:
+            write_expectation(inputs.run_dir, settings, inputs.config, inputs.world.size, self.state.length)
         self._follow_length()
         stop.note_save(self.state.load_s)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
@@ -302,6 +312,7 @@ class Trainer:
         }
         if evaluate:
             row |= self.pauses.validate(self.state.step)
+        row |= self.monitor.take_pauses()
         if self.state.trackers is not None:
             self.state.trackers.log(row)
         return row
@@ -310,7 +321,10 @@ class Trainer:
         self.watchdog.at("save")
         began = time.monotonic()
         self.saver.save(self.state.checkpoint_facts(), wait=wait)
-        self.stop.note_save(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.stop.note_save(seconds)
+        self.monitor.note_pause("save", seconds)
+        self.report.write()
         self._saved_at = self.state.step
         self.monitor.restart()
 
@@ -321,3 +335,4 @@ class Trainer:
             log.info("shard cache: %s", self.cache.report())
             self.cache.close()
         self.state.close()
+        self.report.close()

@@ -22,7 +22,7 @@ PROGRAM = ROOT / "pretrain" / "tinyllama_fabric.py"
 SMALL = dict(
     model_name="debug", block_size=64, global_batch_size=8, micro_batch_size=4, max_steps=12, learning_rate=3e-3,
     min_lr=3e-4, warmup_steps=3, log_interval_steps=1, save_interval_steps=4, eval_interval_steps=6, accelerator="cpu",
-    precision="32-true", tensorboard="false",
+    precision="32-true", tensorboard="false", report="false",
 )  # fmt: skip
 VOCABULARY = 512
 EOS = 2
