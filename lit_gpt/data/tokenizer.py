@@ -26,6 +26,7 @@ from lit_gpt.data.tokenizer_folder import Folder, description, parse, read_folde
 from lit_gpt.data.tokenizer_rules import (
     hostile_texts,
     ids_of,
+    lost_character,
     mark_control_tokens,
     named_tokens,
     prove,
@@ -113,6 +114,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def require_lossless(self) -> None:
+        """Raise BadInput if a text's characters could vanish; for what makes data, as older data may hold no such."""
+        lost = lost_character(json.loads(self._encoder.to_str()))
+        if lost is not None:
+            raise BadInput(
+                f"characters such as {lost!r} would vanish from texts: its BPE model has no token for them, no "
+                "unk_token, and not all bytes. scripts/train_tokenizer.py makes one that loses nothing"
+            )
 
     def rules(self) -> dict[str, Any]:
         """The tokenizer.json of the ids in use; in it alone, a control token in a text is that token."""

@@ -47,6 +47,7 @@ def read_folder(path: Path) -> Folder:
         if state:
             backend = parse(files["tokenizer.json"])
             notes = [f"{', '.join(state)} (the state of one call)"]
+        notes += _other_ids(files, config, backend)
         if asks_bare(config) and description(backend.pre_tokenizer).get("type") == "Metaspace":
             # it was converted with prepend_scheme="first"; that, like later versions of transformers, gives other ids
             # than training saw
@@ -54,7 +55,10 @@ def read_folder(path: Path) -> Folder:
     elif "tokenizer.model" in files:
         backend = read_model(path / "tokenizer.model", _json(files, "added_tokens.json"), config)
     else:
-        raise BadInput("it holds neither tokenizer.json nor tokenizer.model")
+        raise BadInput(
+            "it holds neither tokenizer.json nor tokenizer.model. If transformers reads it, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes a tokenizer.json"
+        )
     require_bounded(description(backend.normalizer), description(backend.decoder))
     require_sound_ids(backend, files.get("tokenizer.json", b""))
     if description(backend.post_processor).get("type") != "ByteLevel":  # that one moves offsets only
@@ -66,6 +70,21 @@ def read_folder(path: Path) -> Folder:
     # a space before each text once did not come before a text that begins with one
     says_all = "tokenizer.json" in files or backend.normalizer is None
     return Folder(path, backend, config, digests, says_all, notes)
+
+
+def _other_ids(files: dict[str, bytes], config: dict[str, Any], backend: tokenizers.Tokenizer) -> list[str]:
+    """What the files beside tokenizer.json say of added tokens that it does not, in words."""
+    said = {"added_tokens.json": _json(files, "added_tokens.json").items()}
+    if isinstance(decoder := config.get("added_tokens_decoder"), dict):
+        tokens = ((token.get("content"), id) for id, token in decoder.items() if isinstance(token, dict))
+        said["added_tokens_decoder of tokenizer_config.json"] = tokens  # type: ignore[assignment]
+    notes = []
+    for name, pairs in said.items():
+        other = [text for text, id in pairs if isinstance(text, str) and str(backend.token_to_id(text)) != str(id)]
+        if other:
+            more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+            notes.append(f"{', '.join(map(repr, other[:3]))}{more} in {name}, with other ids than in tokenizer.json")
+    return notes
 
 
 def parse(content: bytes) -> tokenizers.Tokenizer:

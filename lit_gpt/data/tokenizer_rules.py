@@ -228,6 +228,30 @@ def _rename(rules: Rules, names: dict[str, str]) -> None:
 # Proof
 
 
+def lost_character(rules: Rules) -> str | None:
+    """A character of the plain texts that these rules would leave out of a text without a trace; None if there is none.
+
+    A BPE model without an unknown token does so with what neither its vocabulary nor its bytes hold. Characters that
+    cannot be seen do not count, but for white space.
+    """
+    model = rules["model"]
+    if model["type"] != "BPE" or model["unk_token"] is not None:
+        return None
+    unknown = secrets.token_hex(16)
+    free = 1 + max(model["vocab"].values(), default=-1)
+    told = tokenizers.Tokenizer.from_str(
+        json.dumps(rules | {"model": model | {"vocab": model["vocab"] | {unknown: free}, "unk_token": unknown}})
+    )
+    told.encode_special_tokens = True
+    every = dict.fromkeys(
+        letter for text in PLAIN_TEXTS for letter in text if letter.isprintable() or letter in "\n\t\r"
+    )
+    letters = sorted(every, key=lambda letter: not letter.isalpha())  # the plainest example first
+    given = told.encode_batch_fast(letters, add_special_tokens=False)
+    number = told.token_to_id(unknown)
+    return next((letter for letter, found in zip(letters, given, strict=True) if number in found.ids), None)
+
+
 def hostile_texts(control: ControlTokens) -> list[str]:
     """The plain texts, and each control token in the places and disguises where rules have taken it for itself."""
     texts = list(PLAIN_TEXTS)

@@ -253,8 +253,8 @@ def _check_beginning(file: SourceFile, head: bytes) -> None:
             found = looks_like(head) or f"it begins with {head[:12]!r}"
             raise BadInput(f"{file.path} is not compressed as its name says: {found}")
     elif file.format not in ("parquet", "arrow") and (what := looks_like(head)):
-        if file.format == "text" and head.isascii() and b"\0" not in head:  # a text may begin with anything
-            return
+        if file.format == "text" and head.isascii() and b"\0" not in head and "LFS" not in what:
+            return  # a text may begin with "PAR1" too
         raise BadInput(f"{file.path} is not text: {what}")
 
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_gpt.cli import NO_ROOM, BadInput
+from lit_gpt.data.library_faults import one_line
 from lit_gpt.data.token_store import Shard, Vocabulary, write_manifest
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.files import discard, publish, sweep
@@ -86,6 +87,8 @@ def build(settings: BuildSettings, report: Report) -> dict[str, Any]:
     """
     destination = Path(settings.destination_path)
     tokenizer = Tokenizer.from_folder(settings.tokenizer_path)
+    with one_line(f"tokenizer folder {settings.tokenizer_path}"):
+        tokenizer.require_lossless()
     if settings.add_bos and tokenizer.bos_id is None:
         raise BadInput(f"--add_bos: tokenizer folder {settings.tokenizer_path} names no bos_token")
     sources = open_sources(

@@ -182,6 +182,52 @@ def test_folders_that_cannot_be_made_right_are_refused_in_one_line(
     assert capfd.readouterr().err == ""
 
 
+BYTE_PIECES = {f"<0x{byte:02X}>": 12 + byte for byte in range(256)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "lost"),
+    [
+        (rules(bpe(unk_token=None)), "'A'"),
+        (
+            rules(
+                bpe(unk_token=None, byte_fallback=True, vocab=bpe()["vocab"] | dict(list(BYTE_PIECES.items())[:128]))
+            ),
+            "'ß'",
+        ),
+        (rules(bpe(unk_token=None), pre_tokenizer={"type": "WhitespaceSplit"}), "'A'"),
+        (rules(bpe()), None),
+        (rules(unigram()), None),
+        (rules(bpe(unk_token=None, byte_fallback=True, vocab=bpe()["vocab"] | BYTE_PIECES)), None),
+    ],
+    ids=["characters", "half of the bytes", "words", "unknown", "unigram", "bytes"],
+)
+def test_characters_that_would_vanish(tmp_path: Path, changed: dict[str, Any], lost: str | None) -> None:
+    """New data is refused; the tokenizer itself still loads, for runs whose data was made with it."""
+    tokenizer = Tokenizer.from_folder(write(tmp_path / "t", changed))
+    if lost is None:
+        tokenizer.require_lossless()
+        return
+    with pytest.raises(BadInput, match=f"characters such as {lost} would vanish from texts"):
+        tokenizer.require_lossless()
+
+
+def test_added_tokens_of_other_files_are_compared(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path / "t", rules(bpe()), CONFIG | {"added_tokens_decoder": {"2": {"content": "</s>"}}})
+    (folder / "added_tokens.json").write_text('{"</s>": 2}')
+    Tokenizer.from_folder(folder)
+    assert not said.records
+    (folder / "added_tokens.json").write_text('{"</s>": 7, "<neu>": 12}')
+    Tokenizer.from_folder(folder)
+    assert "not obeyed: '</s>', '<neu>' in added_tokens.json, with other ids than in tokenizer.json" in said.text
+    lit_gpt.data.tokenizer._say_once.cache_clear()
+    (folder / "added_tokens.json").unlink()
+    config = CONFIG | {"added_tokens_decoder": {"12": {"content": "<neu>", "special": True}, "x": 1}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    Tokenizer.from_folder(folder)
+    assert "'<neu>' in added_tokens_decoder of tokenizer_config.json, with other ids" in said.text
+
+
 def test_deep_json_and_files_too_large(tmp_path: Path) -> None:
     folder = write(tmp_path / "t", rules(bpe()))
     for name in ("tokenizer_config.json", "tokenizer.json"):

@@ -32,6 +32,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import ShardFile, TokenStore, document_ends, documents
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.locks import host_name
+from tests.support.odd_tokenizers import bpe, rules, write
 
 NO_PROCESS = (1 << 22) + 1
 """Linux gives no process a higher number than 2^22."""
@@ -535,6 +536,7 @@ MISTAKES = [
     ({"--source": "other.parquet"}, "has no column 'text'. Columns: id, body"),
     ({"--tokenizer_path": "absent"}, "absent: there is no such folder"),
     ({"--tokenizer_path": "folder"}, "holds neither tokenizer.json nor tokenizer.model"),
+    ({"--tokenizer_path": "losing"}, "characters such as 'A' would vanish from texts"),
     ({"--destination_path": "a.doc/data"}, "cannot write to --destination_path"),
     ({"--val_fraction": "1"}, "--val_fraction 1.0: must be at least 0 and below 1"),
     ({"--workers": "0"}, "--workers 0: must be at least 1"),
@@ -550,6 +552,7 @@ def test_mistakes_get_one_line(tokenizer: Path, tmp_path: Path, changes: dict[st
     for name in ("empty.jsonl", "a.doc", "broken.parquet"):
         (tmp_path / name).write_bytes(b"")
     pq.write_table(pa.table({"id": ["1"], "body": ["x"]}), tmp_path / "other.parquet")
+    write(tmp_path / "losing", rules(bpe(unk_token=None)))
     command = {"--source": "a.jsonl", "--tokenizer_path": str(tokenizer), "--destination_path": "data", **changes}
     paths = ("--source", "--tokenizer_path", "--destination_path")
     words = [[flag, tmp_path / value if flag in paths else value] for flag, value in command.items()]

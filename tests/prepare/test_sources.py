@@ -407,6 +407,7 @@ NOT_READABLE: list[tuple[str, bytes | Callable[[Path], None], str]] = [
     ("a.csv", CSV.decode().encode("utf-16-be"), "is not text: UTF-16 text; `iconv -f UTF-16BE"),
     ("a.txt", "Straße".encode("utf-16"), "is not text: UTF-16 text; `iconv -f UTF-16 "),
     ("a.txt", "Die Straße".encode("utf-16-le"), "is not text: UTF-16 text; `iconv -f UTF-16LE"),
+    ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS; `git lfs pull`"),
     ("a.txt", gzip.compress(JSONL), "is not text: compressed; its name must end in .gz"),
     ("a.csv", b"PK\x03\x04zip", "is not text: a zip archive"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS; `git lfs pull`"),
