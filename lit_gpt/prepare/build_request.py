@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_gpt.cli import NO_ROOM, BadInput, require_at_least
 from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS
-from lit_gpt.files import publish, sweep
+from lit_gpt.files import publish, read_json, sweep
 from lit_gpt.locks import Lock, LockHeld
 from lit_gpt.prepare.document_source import PIECES_VERSION
 from lit_gpt.prepare.records import Fields, SourceFile
@@ -91,7 +91,7 @@ def find_finished(destination: Path, request: dict[str, Any]) -> dict[str, Any] 
     """The summary of the finished data set in `destination`, if any; BadInput if it is of another request."""
     if (destination / WORK).exists() or not (destination / "train" / MANIFEST).exists():
         return None
-    summary = json.loads((destination / SUMMARY).read_bytes()) if (destination / SUMMARY).exists() else {}
+    summary = read_json(destination / SUMMARY) if (destination / SUMMARY).exists() else {}
     _refuse_other(destination, "a finished data set", destination, summary.get("request", {}), request)
     return summary
 
@@ -132,7 +132,7 @@ def claim(destination: Path, request: dict[str, Any]) -> Lock:
         stored = folder / "request.json"
         request = {**request, "pieces": PIECES_VERSION}
         if stored.exists():
-            _refuse_other(destination, "an unfinished build", folder, json.loads(stored.read_bytes()), request)
+            _refuse_other(destination, "an unfinished build", folder, read_json(stored), request)
             log.info("continuing the unfinished build in %s", destination)
         else:
             publish(stored, [json.dumps(request).encode()])

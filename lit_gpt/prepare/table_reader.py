@@ -158,7 +158,8 @@ def _find_columns(schema: pa.Schema, fields: Fields) -> _Columns:
         if schema.names.count(name.partition(".")[0]) > 1:
             raise BadInput(f"has two columns {name!r}")
         if not _is_text(kind) and not (name == id and (pa.types.is_integer(kind) or pa.types.is_null(kind))):
-            raise BadInput(f"column {name!r} is of type {kind}, it must be string")
+            others = "--text_field names another" if name == text else "--id_field names another, or '' for none"
+            raise BadInput(f"column {name!r} is of type {kind}, it must be string ({others})")
     return _Columns(schema, text, id)
 
 

@@ -517,6 +517,8 @@ def test_finished_data_set_is_kept_and_other_requests_are_refused(tokenizer: Pat
     assert "holds a finished data set made with other seed (0 there, 5 asked for)" in said
     source.write_bytes(lines_of(made_up(51)))
     assert "made with other sources" in run(*arguments(source, tokenizer, out), code=2)
+    (out / "summary.json").write_text('{"request": {"bui')
+    assert "summary.json is not JSON" in run(*arguments(source, tokenizer, out), code=2)
 
 
 def test_build_inside_its_source_folder_does_not_read_itself(tokenizer: Path, tmp_path: Path) -> None:

@@ -125,6 +125,16 @@ def test_types_of_columns(tmp_path: Path, column: pa.Array) -> None:
         assert pairs(read(tmp_path / name)) == BOTH
 
 
+def test_columns_of_other_types_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    table = pa.table({"id": [0.5, 1.5], "text": ["eins", "zwei"], "parts": [["eins"], ["zwei"]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match=r"column 'id' is of type double, .*--id_field names another, or '' for none"):
+        read(tmp_path / "a.parquet")
+    assert pairs(read(tmp_path / "a.parquet", fields=Fields("text", ""))) == [("", "eins"), ("", "zwei")]
+    with pytest.raises(BadInput, match=r"column 'parts' is of type list<.*\(--text_field names another\)"):
+        read(tmp_path / "a.parquet", fields=Fields("parts", ""))
+
+
 def test_dotted_fields(tmp_path: Path) -> None:
     record = {"meta": {"source": {"key": "k"}, "x.y": "z"}, "doc": {"body": "Text"}, "a.b": "flach"}
     (tmp_path / "a.jsonl").write_bytes(lines(record))
