@@ -219,7 +219,7 @@ class _HelpFormatter(HelpFormatter, jsonargparse.DefaultHelpFormatter):
         if default in (None, argparse.SUPPRESS) or "Default:" in text:
             return text
         shown = str(default).lower() if isinstance(default, bool) else default
-        return f"{text.rstrip('.')} (default: {', '.join(shown) if isinstance(shown, list) else shown})"
+        return f"{text.rstrip('.')} (default: {', '.join(map(str, shown)) if isinstance(shown, list) else shown})"
 
 
 def _parser(

@@ -35,7 +35,8 @@ def main() -> int:
     stop_flag = StopFlag()  # first of all: a signal during the import of torch must not kill the program
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # what is said once is said by rank 0; `launch` decides again
-    recipes, site = sorted(CONFIGS.glob("*.yaml")), site_settings(CONFIGS)
+    recipes = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("corpus_")]
+    site = site_settings(CONFIGS)
     settings, files = parse_settings(Settings, None, __doc__, common=COMMON, environment=site, recipes=recipes)
     flags = given_flags()
     settings = without_recipe_limits(settings, flags)

@@ -29,7 +29,7 @@ DRAWING = (
 )  # fmt: skip
 FENCES = {
     "cut_cross_entropy": ("lit_gpt/bench/*",),
-    "datatrove": ("lit_gpt/corpus/*",),  # a room to come
+    "datatrove": ("lit_gpt/corpus/*",),
     "flash_attn": ("lit_gpt/model/attention.py",),
     "flash_attn_2_cuda": ("lit_gpt/model/attention.py",),
     "flash_attn_3": ("lit_gpt/model/attention.py",),
@@ -55,7 +55,7 @@ FENCES = {
     "xformers": ("lit_gpt/model/attention.py",),
 }
 """Package, or another module that it installs -> patterns of the files that may import it; `*` crosses folders."""
-REQUIRED = {"lightning", "matplotlib", "mpl_toolkits", "pylab", "transformers"}
+REQUIRED = {"datatrove", "lightning", "matplotlib", "mpl_toolkits", "pylab", "transformers"}
 """Of the fenced ones those that requirements.txt installs; the others may be missing."""
 LOADERS = {
     "__import__", "import_module", "find_spec", "get_loader", "resolve_name", "run_module", "run_path",

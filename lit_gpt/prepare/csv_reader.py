@@ -36,6 +36,7 @@ def _rows(stream: Stream, fields: Fields) -> Iterator[Row | Reject]:
         return
     text = next(columns.index(name) for name in (fields.text, *fields.otherwise) if name in columns)
     id = columns.index(fields.id) if fields.id in columns else None
+    further = [number for number in range(len(columns)) if number not in (text, id)] if fields.others else None
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         line = 2 + reader.line_num
@@ -57,7 +58,8 @@ def _rows(stream: Stream, fields: Fields) -> Iterator[Row | Reject]:
         if len(values) != len(columns):
             yield from _bad_row(line, 1 + reader.line_num, f"{len(values)} values, {len(columns)} columns")
             continue
-        yield Row(line, _encoded(values[text]), None if id is None else _encoded(values[id]))
+        others = {columns[at]: _encoded(values[at]).decode("utf-8", "replace") for at in further} if further else None
+        yield Row(line, _encoded(values[text]), None if id is None else _encoded(values[id]), others)
 
 
 def _bad_row(first: int, last: int, detail: str) -> Iterator[Reject]:

@@ -27,6 +27,8 @@ class Fields(NamedTuple):
     """Empty: records have no id and are named after file and line."""
     otherwise: tuple[str, ...] = ()
     """Columns for the text, in this order, of a table that has no column `text`."""
+    others: bool = False
+    """Read a record's other fields too."""
 
 
 class SourceFile(NamedTuple):
@@ -49,6 +51,8 @@ class Row(NamedTuple):
     line: int
     text: bytes | None
     id: bytes | int | None
+    others: dict[str, Any] | None = None
+    """Values that JSON can hold."""
 
 
 class Document(NamedTuple):
@@ -57,6 +61,8 @@ class Document(NamedTuple):
     """Empty where the record has none."""
     text: str
     text_bytes: bytes
+    others: dict[str, Any] | None = None
+    """The record's other fields, if Fields asks for them."""
 
 
 class Reject(NamedTuple):
@@ -162,13 +168,26 @@ def _from_line(number: int, line: bytes, fields: Fields) -> Document | Reject | 
     text = field_of(record, fields.text)
     if text is None:
         return Reject(number, "no text", f"no text in field {fields.text!r}; fields: {', '.join(record)[:200]}")
-    return _checked(number, text, field_of(record, fields.id) if fields.id else None)
+    document_id = field_of(record, fields.id) if fields.id else None
+    if not fields.others:
+        return _checked(number, text, document_id)
+    return _checked(number, text, document_id, _without(_without(record, fields.text), fields.id))
+
+
+def _without(record: dict[str, Any], path: str) -> dict[str, Any]:
+    """The record without the field that field_of finds."""
+    if path in record:
+        return {name: value for name, value in record.items() if name != path}
+    for at, letter in enumerate(path):
+        if letter == "." and isinstance(inner := record.get(path[:at]), dict):
+            return record | {path[:at]: _without(inner, path[at + 1 :])}
+    return record
 
 
 def _from_row(row: Row) -> Document | Reject:
     try:
         text = None if row.text is None else row.text.decode()
-        return _checked(row.line, text, row.id.decode() if isinstance(row.id, bytes) else row.id)
+        return _checked(row.line, text, row.id.decode() if isinstance(row.id, bytes) else row.id, row.others)
     except UnicodeDecodeError as error:
         return Reject(row.line, "bad UTF-8", str(error))
 
@@ -177,7 +196,7 @@ def _too_long(line: int, size: int) -> Reject:
     return Reject(line, "too long", f"{size} bytes, at most {MAX_DOCUMENT_BYTES}")
 
 
-def _checked(number: int, text: Any, document_id: Any) -> Document | Reject:
+def _checked(number: int, text: Any, document_id: Any, others: dict[str, Any] | None = None) -> Document | Reject:
     if not isinstance(text, str):
         return Reject(number, "no text", f"the text is {type(text).__name__}")
     if not text.strip():
@@ -185,6 +204,6 @@ def _checked(number: int, text: Any, document_id: Any) -> Document | Reject:
     name = "" if document_id is None else str(document_id)
     try:
         name.encode()
-        return Document(number, name, text, text.encode())
+        return Document(number, name, text, text.encode(), others)
     except UnicodeEncodeError as error:
         return Reject(number, "lone surrogate", str(error))

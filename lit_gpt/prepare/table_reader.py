@@ -125,13 +125,19 @@ def _stream_batches(reader: Any, raw: Any) -> Iterator[pa.RecordBatch]:
 
 
 class _Columns:
-    """The columns of a table that hold text and id: names as in Fields; no id if the table has none."""
+    """The columns of a table that hold text and id: names as in Fields; no id if the table has none.
 
-    def __init__(self, schema: pa.Schema, text: str, id: str | None) -> None:
+    others: read the other columns too, but for those that hold a text or an id inside.
+    """
+
+    def __init__(self, schema: pa.Schema, text: str, id: str | None, others: bool) -> None:
         self.text, self._id = text, id
         self.names = [text] if id is None else [text, id]
         tops = {name if name in schema.names else _parts(schema, name)[0] for name in self.names}
-        self.indices = [number for number, name in enumerate(schema.names) if name in tops]
+        self._others = [name for name in schema.names if name not in tops and schema.names.count(name) == 1]
+        self._others *= others
+        self.names += self._others
+        self.indices = [number for number, name in enumerate(schema.names) if name in {*tops, *self._others}]
 
     def rows(self, batch: pa.RecordBatch, line: int) -> Iterator[Row]:
         """The rows of `batch`, of which the first has number `line`; a slice at a time, for the sake of memory."""
@@ -139,8 +145,9 @@ class _Columns:
             part = batch.slice(start, PIECE_ROWS)
             texts = _values(part, self.text)
             ids = [None] * part.num_rows if self._id is None else _values(part, self._id)
-            for number, (text, id) in enumerate(zip(texts, ids, strict=True), line + start):
-                yield Row(number, text, id)
+            others = _other_values(part, self._others)
+            for number, (text, id, other) in enumerate(zip(texts, ids, others, strict=True), line + start):
+                yield Row(number, text, id, other)
 
 
 def _find_columns(schema: pa.Schema, fields: Fields) -> _Columns:
@@ -160,7 +167,7 @@ def _find_columns(schema: pa.Schema, fields: Fields) -> _Columns:
         if not _is_text(kind) and not (name == id and (pa.types.is_integer(kind) or pa.types.is_null(kind))):
             others = "--text_field names another" if name == text else "--id_field names another, or '' for none"
             raise BadInput(f"column {name!r} is of type {kind}, it must be string ({others})")
-    return _Columns(schema, text, id)
+    return _Columns(schema, text, id, fields.others)
 
 
 def _type_of(schema: pa.Schema, path: str) -> pa.DataType | None:
@@ -214,6 +221,38 @@ def _values(batch: pa.RecordBatch, path: str) -> list[Any]:
         column = column.view(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
     column.validate(full=True)  # as bytes, because a row of bad UTF-8 is that row's fault alone
     return list((column.cast(pa.large_binary()) if _is_text(column.type) else column).to_pylist())
+
+
+def _other_values(batch: pa.RecordBatch, names: list[str]) -> list[dict[str, Any] | None]:
+    """The values of further columns, row by row, as JSON can hold them; bytes that are no UTF-8 become U+FFFD."""
+    if not names:
+        return [None] * batch.num_rows
+    columns = []
+    for name in names:
+        column = batch.column(name)
+        column.validate()
+        if pa.types.is_dictionary(column.type):
+            column.indices.validate(full=True)
+            column.dictionary.validate()
+        if _is_text(column.type):
+            columns.append(
+                [None if value is None else value.decode("utf-8", "replace") for value in _values(batch, name)]
+            )
+        else:
+            columns.append([_json_value(value) for value in column.to_pylist()])
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {str(name): _json_value(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _line(error: Exception) -> str:

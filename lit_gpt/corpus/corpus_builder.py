@@ -1,0 +1,200 @@
+"""Builds a corpus: reads the sources in passes, and publishes documents, ledger and manifest. A build that was killed
+continues where it was.
+
+Invariants: the bytes of the corpus depend on what make_request names, never on workers, tasks, executor or a kill;
+the manifest comes last.
+Costs: a pass reads and parses all sources; until the end, 24 bytes of disk a paragraph and a few more a document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_gpt.cli import NO_ROOM, BadInput
+from lit_gpt.corpus.corpus import fields as corpus_fields
+from lit_gpt.corpus.executors import LocalExecutor
+from lit_gpt.corpus.finish import MANIFEST, check_rejects
+from lit_gpt.corpus.paragraph_groups import partitions
+from lit_gpt.corpus.parts import Layout, divide
+from lit_gpt.corpus.passes import Job, jobs_of, passes_of
+from lit_gpt.corpus.read_step import bytes_read
+from lit_gpt.corpus.settings import CorpusSettings, ExecutorSettings
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.files import discard, publish, read_json, sweep
+from lit_gpt.locks import Lock, LockHeld
+from lit_gpt.prepare.document_source import PIECES_VERSION
+from lit_gpt.prepare.records import SourceFile
+from lit_gpt.prepare.source_files import open_sources
+from lit_gpt.prepare.worker_pool import usable_cores
+
+BUILDER_VERSION = 1
+"""Increased when the same request gives other bytes than before."""
+SWEPT = "build.done"
+POLL_S = 1.0
+_FREE = (
+    "source",
+    "destination_path",
+    "tokenizer_path",
+    "evaluation_texts",
+    "allow_damaged_files",
+    "max_reject_fraction",
+)
+"""Settings that name files, of which the request has more than the name, and those that change no byte."""
+
+log = logging.getLogger(__name__)
+
+
+class CorpusProgress(NamedTuple):
+    """How far a pass is, in bytes of the sources."""
+
+    stage: str
+    done: int
+    total: int
+
+
+Report = Callable[[CorpusProgress], None]
+
+
+def make_request(settings: CorpusSettings, sources: list[SourceFile]) -> dict[str, Any]:
+    """Everything that the bytes of the corpus depend on, as JSON types."""
+    free = {*_FREE, *(field.name for field in dataclasses.fields(ExecutorSettings))}
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    used = "token_to_word" in settings.stages
+    return {
+        "builder": BUILDER_VERSION,
+        "pieces": PIECES_VERSION,
+        "tokenizer": Tokenizer.from_folder(str(settings.tokenizer_path)).fingerprint if used else None,
+        "settings": values,
+        "sources": [
+            [str(one.path.absolute()), one.name, one.bytes, one.mtime_ns, one.format, one.compression]
+            for one in sources
+        ],
+    }
+
+
+def build(settings: CorpusSettings, report: Report) -> dict[str, Any]:
+    """Build what `settings` ask for, continue that build, or find it finished; returns stats.json.
+    Raises BadInput if sources, tokenizer or destination do not allow it, or if too many lines are
+    rejected."""
+    layout = Layout(Path(str(settings.destination_path)))
+    fields = corpus_fields(settings.text_field, settings.id_field)
+    sources = open_sources(
+        settings.source, fields, outside=layout.root, allow_damaged_files=settings.allow_damaged_files
+    )
+    request = make_request(settings, sources)
+    if (layout.root / SWEPT).is_dir() and os.access(layout.root, os.W_OK):
+        discard(layout.root / SWEPT)
+    if (layout.root / MANIFEST).exists() and not layout.work.exists():
+        _refuse_other(
+            layout.root, "a finished corpus", layout.root, read_json(layout.root / MANIFEST)["request"], request
+        )
+        log.info("%s already holds this corpus, finished", layout.root)
+        return read_json(layout.root / "stats.json")
+    parts = divide(sources, settings.part_bytes)
+    jobs = jobs_of(settings, parts, fields, layout)
+    lock = _claim(layout, request, len(passes_of(settings)))
+    try:
+        _run(jobs, layout, settings, sum(source.bytes for source in sources), len(parts), report)
+        layout.work.rename(layout.root / SWEPT)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        detail = f"{error.strerror}. What is done is kept: make room, and give the same command again"
+        raise OSError(error.errno, detail, error.filename or str(layout.root)) from error
+    finally:
+        lock.close()
+        discard(layout.root / SWEPT)
+    return read_json(layout.root / "stats.json")
+
+
+def _claim(layout: Layout, request: dict[str, Any], passes: int) -> Lock:
+    """Make or find the build folder of `request`; the returned lock keeps other builds out."""
+    folders = [layout.work / "progress", layout.work / "dedup"]
+    folders += [layout.work / f"pass-{number}" for number in range(passes)]
+    folders += [layout.root / name for name in ("documents", "removed", "ids")]
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(layout.work / "lock")
+    except LockHeld:
+        raise BadInput(f"another build is running in {layout.root}") from None
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        raise BadInput(f"cannot write to --destination_path {layout.root}: {error.strerror}") from None
+    try:
+        for folder in (*folders, layout.work, layout.root):
+            sweep(folder, alone=True)
+        stored = layout.work / "request.json"
+        if stored.exists():
+            _refuse_other(layout.root, "an unfinished build", layout.work, json.loads(stored.read_bytes()), request)
+            log.info("continuing the unfinished build in %s", layout.root)
+        else:
+            publish(stored, [json.dumps(request).encode()])
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _refuse_other(root: Path, what: str, leftover: Path, old: dict[str, Any], request: dict[str, Any]) -> None:
+    one, other = _flat(old), _flat(request)
+    for name in sorted({*one, *other}):
+        if one.get(name) != other.get(name):
+            values = "" if name == "sources" else f" ({one.get(name)} there, {other.get(name)} asked for)"
+            raise BadInput(
+                f"{root} holds {what} made with other {name}{values}: choose another --destination_path, or delete "
+                f"{leftover}"
+            )
+
+
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    return {**{name: value for name, value in request.items() if name != "settings"}, **request.get("settings", {})}
+
+
+def _run(jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report) -> None:
+    workers = settings.workers or usable_cores()
+    for job in jobs:
+        tasks = min(job.tasks, partitions(layout, parts)) if job.name == "group" else job.tasks
+        executor = LocalExecutor(job.pipeline, tasks, workers, logging_dir=str(layout.logs(job.name)))
+        if not job.reads:
+            executor.run()
+            continue
+        number = int(job.name.removeprefix("pass-"))
+        with _Watch(layout, number, job.name, total, report):
+            executor.run()
+        if number == 0:
+            check_rejects(layout, parts, settings.max_reject_fraction)
+
+
+class _Watch:
+    """Reports how far the tasks of a pass are, from a thread, until the pass ends."""
+
+    def __init__(self, layout: Layout, number: int, name: str, total: int, report: Report) -> None:
+        self._layout, self._number, self._name, self._total, self._report = layout, number, name, total, report
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="progress", daemon=True)
+
+    def _look(self) -> None:
+        while not self._ended.wait(POLL_S):
+            self._tell()
+
+    def _tell(self) -> None:
+        done = bytes_read(self._layout, self._number)
+        self._report(CorpusProgress(self._name, min(done, self._total), self._total))
+
+    def __enter__(self) -> None:
+        self._tell()
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._tell()

@@ -1,0 +1,39 @@
+"""How the tasks of a job run on this machine: by datatrove's executor, in the project's pool.
+
+Invariants: a task that is done is not done again; a task publishes what it made before it counts as done.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from datatrove.executor.local import LocalPipelineExecutor
+from loguru import logger
+
+from lit_gpt.prepare.worker_pool import run_pool
+
+_QUIET_RANK = 1
+"""datatrove logs to the screen for local rank 0."""
+
+
+class LocalExecutor(LocalPipelineExecutor):
+    """datatrove's executor with the project's pool: that of multiprocess waits for ever for a worker that was killed,
+    and its workers outlive a parent that was."""
+
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if ranks:
+            for _ in run_pool(min(self.workers, len(ranks)), _RankWork, (self,), ranks):
+                pass
+
+
+class _RankWork:
+    def __init__(self, executor: LocalExecutor) -> None:
+        logger.disable("datatrove")  # it says on the screen what the job's folder says too
+        self._executor = executor
+
+    def __call__(self, rank: int) -> None:
+        deepcopy(self._executor)._run_for_rank(rank, _QUIET_RANK)
+
+    def finish(self) -> None:
+        return None

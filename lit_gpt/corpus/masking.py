@@ -1,0 +1,52 @@
+"""The stage pii: e-mail addresses and public IP addresses are masked. Each mask is a row of the ledger.
+
+The patterns are datatrove's (PIIFormatter), but an IPv4 address does not begin or end inside a longer number or
+version. A document without "@" or four numbers with dots costs two searches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.formatters.pii import PIIFormatter, public_ip_validator
+
+from lit_gpt.corpus.draft import Draft, Mask
+from lit_gpt.corpus.settings import MaskSettings
+from lit_gpt.corpus.task import Task
+
+STAGE = "pii"
+_DOTTED = re.compile(r"\d\.\d")
+
+
+class MaskStep(PipelineStep):
+    name = "mask addresses"
+    type = "formatter"
+
+    def __init__(self, settings: MaskSettings, task: Task) -> None:
+        super().__init__()
+        self._settings, self._task = settings, task
+        patterns = PIIFormatter()
+        self._email = patterns.emails_replacer.regex
+        self._ip = re.compile(rf"(?<![\d.])(?:{patterns.ip_replacer.regex.pattern})(?![\d]|\.\d)")
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Draft]:
+        for draft in data:
+            if "@" in draft.text:
+                self._mask(draft, "email", self._email, self._settings.email_replacement)
+            if _DOTTED.search(draft.text):
+                self._mask(draft, "ip_address", self._ip, self._settings.ip_replacement)
+            yield draft
+
+    def _mask(self, draft: Draft, rule: str, pattern: re.Pattern[str], replacement: str) -> None:
+        masks: dict[int, list[Mask]] = {}
+        for match in pattern.finditer(draft.text):
+            if match[0] == replacement or (rule == "ip_address" and not public_ip_validator(match[0])):
+                continue
+            paragraph, mask = draft.source_mask(match.start(), match.end(), replacement)
+            masks.setdefault(paragraph, []).append(mask)
+        if masks:
+            draft.mask(masks)
+            self._task.mask(draft, STAGE, rule, [(number, mask) for number, those in masks.items() for mask in those])

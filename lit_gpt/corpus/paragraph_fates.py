@@ -1,0 +1,222 @@
+"""Paragraph deduplication, between the passes: which paragraphs go, and which documents with them.
+
+Of equal paragraphs the earliest stays whose document stays. Whether a document stays depends on documents before it
+alone, so this is well defined; it is found in rounds: documents that fall give their first occurrences to the next,
+until no fate changes. Rounds read arrays, no text.
+Costs: a byte and a half of memory a document in all; each round reads the groups once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from datatrove.pipeline.base import PipelineStep
+
+from lit_gpt.corpus.fates import CUT, FATE, KEPT, SPOT_BITS, Rule, write_fates, write_rules
+from lit_gpt.corpus.paragraph_groups import partitions
+from lit_gpt.corpus.paragraph_keys import BLANK
+from lit_gpt.corpus.parts import Layout
+from lit_gpt.corpus.ratio import TooHigh, dropped_by_ratio
+from lit_gpt.corpus.settings import DedupSettings
+from lit_gpt.files import write_json
+
+STAGE = "paragraph_dedup"
+RATIO, FRACTION, WORDS, REPEATED, LEFT_OVER = range(1, 6)
+"""Numbers of the rules of rules_of."""
+_SPOT = np.uint64(SPOT_BITS)
+_PARAGRAPH = np.uint64((1 << SPOT_BITS) - 1)
+
+log = logging.getLogger(__name__)
+
+
+def rules_of(settings: DedupSettings, ratio: TooHigh | None) -> list[Rule]:
+    return [
+        Rule("token_to_word", "max_token_to_word", ratio.threshold if ratio else None),
+        Rule(STAGE, "min_kept_fraction", settings.min_kept_fraction),
+        Rule(STAGE, "min_kept_words", settings.min_kept_words),
+        Rule(STAGE, "repeated_paragraph", 1),
+        Rule(STAGE, "left_over", settings.min_words),
+    ]
+
+
+class Decision(NamedTuple):
+    cuts: npt.NDArray[np.uint8]
+    """Rule of each paragraph."""
+    fates: npt.NDArray[np.uint8]
+    """Rule of each document."""
+    values: npt.NDArray[np.float64]
+    """What the rule of the document compares with its threshold."""
+
+
+def decide(
+    words: npt.NDArray[np.uint32], starts: npt.NDArray[np.int64], repeated: npt.NDArray[np.bool_],
+    settings: DedupSettings,
+) -> Decision:  # fmt: skip
+    """Which paragraphs and documents go, where `repeated` says which paragraphs occur before."""
+    blank = words == BLANK
+    count = np.where(blank, 0, words).astype(np.int64)
+    short = count < settings.min_words
+    gone = repeated & ~short
+    loose = short & (repeated | blank) & ~gone  # goes where it lies between paragraphs that go
+    position = np.arange(len(words))
+    document = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    before = np.maximum.accumulate(np.where(loose, -1, position)) if len(words) else position
+    after = np.minimum.accumulate(np.where(loose, len(words), position)[::-1])[::-1] if len(words) else position
+    inside = loose & (before >= starts[document]) & (after < starts[document + 1])
+    left_over = np.zeros(len(words), bool)
+    left_over[inside] = gone[before[inside]] & gone[after[inside]]
+    cuts = np.where(gone, REPEATED, np.where(left_over, LEFT_OVER, KEPT)).astype(np.uint8)
+    total = _sums(count, starts)
+    kept = _sums(np.where(cuts == KEPT, count, 0), starts)
+    lost = _sums((cuts != KEPT).astype(np.int64), starts) > 0
+    fraction = kept / np.maximum(total, 1)
+    few = lost & (fraction < settings.min_kept_fraction)
+    little = lost & ~few & (kept < max(1, settings.min_kept_words))
+    fates = np.where(few, FRACTION, np.where(little, WORDS, KEPT)).astype(np.uint8)
+    return Decision(cuts, fates, np.where(few, fraction, kept))
+
+
+def _sums(values: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.diff(np.append(0, np.cumsum(values))[starts])
+
+
+class SettleStep(PipelineStep):
+    """One task for all parts: writes the fates of a pass, and what was found as dedup.json beside them."""
+
+    name = "settle paragraphs"
+    type = "dedup"
+
+    def __init__(
+        self, layout: Layout, number: int, parts: int, settings: DedupSettings, quantile: float | None
+    ) -> None:
+        """quantile: of the ratios, if the pass measured them for a limit that they themselves give."""
+        super().__init__()
+        self._layout, self._number, self._parts = layout, number, parts
+        self._settings, self._quantile = settings, quantile
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        ratio = dropped_by_ratio(self._layout, self._number, self._parts, self._quantile) if self._quantile else None
+        rounds = _Rounds(self._layout, self._parts, self._settings, ratio)
+        rounds.settle()
+        write_rules(self._layout, self._number, rules_of(self._settings, ratio))
+        for part in range(self._parts):
+            write_fates(self._layout, self._number, part, *rounds.result(part))
+        write_json(self._layout.work / "dedup.json", rounds.facts())
+        yield from ()
+
+
+class _Rounds:
+    def __init__(self, layout: Layout, parts: int, settings: DedupSettings, ratio: TooHigh | None) -> None:
+        self._layout, self._parts, self._settings, self._ratio = layout, parts, settings, ratio
+        self._starts = [np.load(layout.of_dedup("starts.npy", part)) for part in range(parts)]
+        sizes = [len(starts) - 1 for starts in self._starts]
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._partitions = partitions(layout, parts)
+        self._outside = np.zeros(self._offsets[-1], bool)  # removed by an earlier stage
+        if ratio is not None:
+            self._outside[:] = np.concatenate(ratio.dropped)
+        self._dead = self._outside.copy()
+        self._vanished = self._rounds = 0
+
+    def settle(self) -> None:
+        while True:
+            self._rounds += 1
+            for partition in range(self._partitions):
+                self._write_repeats(partition)
+            dead = np.concatenate([self._decided(part).fates != KEPT for part in range(self._parts)])
+            dead |= self._outside
+            changed = int(np.count_nonzero(dead != self._dead))
+            log.info("paragraph_dedup, round %d: %d fates changed", self._rounds, changed)
+            if not self._settings.keep_next_survivor:
+                self._vanished = sum(self._count_vanished(partition, dead) for partition in range(self._partitions))
+                return
+            self._dead = dead
+            if not changed:
+                return
+
+    def _members(self, partition: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+        members = np.load(self._layout.of_dedup("members.npy", partition), mmap_mode="r")
+        return members, np.load(self._layout.of_dedup("bounds.npy", partition))
+
+    def _firsts(self, members: Any, bounds: Any) -> tuple[Any, Any, Any]:
+        """Number of each member's group; where the first member is whose document stays; whether each one's does."""
+        documents = self._offsets[members[0].astype(np.int64)] + (members[1] >> _SPOT).astype(np.int64)
+        alive = ~self._dead[documents]
+        none = members.shape[1]
+        first = np.minimum.reduceat(np.where(alive, np.arange(none), none), bounds[:-1])
+        return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)), first, documents
+
+    def _write_repeats(self, partition: int) -> None:
+        """Write which paragraphs of a partition occur before."""
+        members, bounds = self._members(partition)
+        found = np.zeros(0, _REPEAT)
+        if len(bounds) > 1:
+            group, first, _ = self._firsts(members, bounds)
+            later = np.flatnonzero(np.arange(members.shape[1]) > first[group])
+            found = np.zeros(len(later), _REPEAT)
+            of = first[group[later]]
+            found["part"], found["spot"] = members[:, later]
+            found["first_part"], found["first_spot"] = members[:, of]
+            found["copies"] = np.diff(bounds)[group[later]]
+            found = found[np.lexsort((found["spot"], found["part"]))]
+        np.save(self._layout.of_dedup("repeats.npy", partition), found)
+
+    def _count_vanished(self, partition: int, dead: Any) -> int:
+        """How many texts of a partition no document has any more."""
+        members, bounds = self._members(partition)
+        if len(bounds) == 1:
+            return 0
+        _, first, documents = self._firsts(members, bounds)
+        known = first[first < members.shape[1]]
+        return int(np.count_nonzero(dead[documents[known]]))
+
+    def _repeats(self, part: int) -> npt.NDArray[Any]:
+        """The repeated paragraphs of a part, in its order."""
+        slices = [np.zeros(0, _REPEAT)]
+        for partition in range(self._partitions):
+            found = np.load(self._layout.of_dedup("repeats.npy", partition), mmap_mode="r")
+            begin, end = np.searchsorted(found["part"], [part, part + 1])
+            slices.append(np.asarray(found[begin:end]))
+        repeats = np.concatenate(slices)
+        return repeats[np.argsort(repeats["spot"], kind="stable")]
+
+    def _positions(self, part: int, spots: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        return self._starts[part][(spots >> _SPOT).astype(np.int64)] + (spots & _PARAGRAPH).astype(np.int64)
+
+    def _decided(self, part: int) -> Decision:
+        words = np.load(self._layout.of_dedup("words.npy", part), mmap_mode="r")
+        repeated = np.zeros(len(words), bool)
+        repeated[self._positions(part, self._repeats(part)["spot"])] = True
+        return decide(words, self._starts[part], repeated, self._settings)
+
+    def result(self, part: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Fates and cuts of a part."""
+        decision, repeats = self._decided(part), self._repeats(part)
+        fates = np.zeros(len(decision.fates), FATE)
+        fates["rule"], fates["value"], fates["of_part"] = decision.fates, decision.values, -1
+        if self._ratio is not None:
+            dropped = self._ratio.dropped[part]
+            fates["rule"][dropped], fates["value"][dropped] = RATIO, self._ratio.values[part][dropped]
+        cut = np.flatnonzero(decision.cuts)
+        document = np.searchsorted(self._starts[part], cut, side="right") - 1
+        kept = fates["rule"][document] == KEPT
+        cut, document = cut[kept], document[kept]
+        cuts = np.zeros(len(cut), CUT)
+        cuts["spot"] = document.astype(np.uint64) << _SPOT | (cut - self._starts[part][document]).astype(np.uint64)
+        cuts["rule"], cuts["first_part"] = decision.cuts[cut], -1
+        at = np.searchsorted(repeats["spot"], cuts["spot"])
+        known = np.flatnonzero(np.append(repeats["spot"], 0)[at] == cuts["spot"])
+        known = known[at[known] < len(repeats)]
+        for name in ("first_part", "first_spot", "copies"):
+            cuts[name][known] = repeats[name][at[known]]
+        return fates, cuts
+
+    def facts(self) -> dict[str, Any]:
+        return {"rounds": self._rounds, "vanished_texts": self._vanished, "partitions": self._partitions}
+
+
+_REPEAT = np.dtype([("part", "<i4"), ("spot", "<u8"), ("first_part", "<i4"), ("first_spot", "<u8"), ("copies", "<u4")])

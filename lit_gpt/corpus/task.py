@@ -1,0 +1,102 @@
+"""What the steps of one task share: the rows that they add to the ledger, and what they count and measure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lit_gpt.corpus.draft import Draft, Mask, line_starts
+from lit_gpt.corpus.ledger import Row, Rows
+
+BINS = 60
+SAMPLES, SAMPLE_CHARACTERS = 4, 600
+
+
+class Task:
+    """One part in one pass."""
+
+    def __init__(self, source_names: list[str]) -> None:
+        """source_names: of all source files, by number."""
+        self._names = source_names
+        self.rows = Rows()
+        self.counts: Counter[str] = Counter()
+        self.rejects: list[tuple[str, int, str, str]] = []
+        self.histograms: dict[str, Histogram] = {}
+        self.ratios: Any = None
+        """Documents of each ratio, in its units, where the pass measures it."""
+        self.samples: dict[str, list[tuple[int, str, str, str]]] = {}
+        """Stage and rule -> rank by a hash, id, why, and text of some that were removed."""
+
+    def remove(
+        self, draft: Draft, stage: str, rule: str, value: float | None, threshold: float | None, **more: Any
+    ) -> None:
+        """Record that a whole document is removed."""
+        size = len(draft.source_text.encode())
+        row = self._row(draft, stage, rule, value, threshold, None, 0, size, **more)
+        self.rows.add(row)
+        self._sample(row, draft.text)
+
+    def cut(self, draft: Draft, stage: str, rule: str, paragraph: int, start: int, length: int, **more: Any) -> None:
+        """Record that a paragraph is removed."""
+        row = self._row(draft, stage, rule, paragraph=paragraph, start=start, length=length, **more)
+        self.rows.add(row)
+        self._sample(row, draft.source_text, paragraph)
+
+    def mask(self, draft: Draft, stage: str, rule: str, masks: list[tuple[int, Mask]]) -> None:
+        """Record that stretches are masked."""
+        for paragraph, mask in masks:
+            self.rows.add(
+                self._row(draft, stage, rule, None, None, paragraph, mask.start, mask.length,
+                          replacement=mask.replacement)
+            )  # fmt: skip
+
+    def _row(
+        self, draft: Draft, stage: str, rule: str, value: float | None = None, threshold: float | None = None,
+        paragraph: int | None = None, start: int = 0, length: int = 0, **more: Any,
+    ) -> Row:  # fmt: skip
+        name = self._names[draft.file]
+        return Row(
+            draft.file, draft.id, name, draft.line, stage, rule, value, threshold, paragraph, start, length, **more
+        )
+
+    def _sample(self, row: Row, text: str, paragraph: int | None = None) -> None:
+        """Keep the text if it is among the SAMPLES of its rule with the smallest hashes, in any order."""
+        held = self.samples.setdefault(f"{row.stage}: {row.rule}", [])
+        rank = xxhash.xxh3_64_intdigest(f"{row.document_id} {paragraph}".encode())
+        if len(held) == SAMPLES and rank > held[-1][0]:
+            return
+        if paragraph is not None:
+            text = text.split("\n")[paragraph]
+        why = "" if row.value is None else f"{row.value:.4g}"
+        held.append((rank, row.document_id, why, text[:SAMPLE_CHARACTERS]))
+        held.sort()
+        del held[SAMPLES:]
+
+    def measure(self, name: str, values: Any, highest: float) -> None:
+        """Count values of a measure in the bins of its histogram, which ends at `highest`."""
+        self.histograms.setdefault(name, Histogram(highest)).add(values)
+
+
+class Histogram:
+    """Counts in BINS equal bins from 0; what lies beyond the last edge counts in the last bin."""
+
+    def __init__(self, highest: float) -> None:
+        self.highest = highest
+        self.counts = np.zeros(BINS, np.int64)
+
+    def add(self, values: Any) -> None:
+        numbers = np.minimum(np.asarray(values, np.float64) * (BINS / self.highest), BINS - 1).astype(np.int64)
+        self.counts += np.bincount(numbers, minlength=BINS)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"highest": self.highest, "counts": self.counts.tolist()}
+
+
+def paragraph_spans(draft: Draft) -> list[tuple[int, int]]:
+    """Start and length in bytes of each paragraph of the source text."""
+    starts = line_starts(draft.source_text)
+    ends = [*[start - 1 for start in starts[1:]], len(draft.source_text.encode())]
+    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
