@@ -154,6 +154,12 @@ def read_run(folder: Path) -> RunView:
     return view
 
 
+def read_mappings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """settings.yaml and resolved.json of a run folder; empty where there is none, or a damaged one."""
+    part = _Parts([])
+    return part.read(folder / "settings.yaml", _yaml), part.read(folder / "resolved.json", read_json)
+
+
 class _Parts:
     """Reads parts of a run; one that cannot be read is a problem, and empty."""
 

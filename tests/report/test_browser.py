@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lit_gpt.report import serve
 from lit_gpt.report.run_page import write_report
+from lit_gpt.report.serve import ReportServer
 from tests.report.test_page import full_page
 from tests.support.browser import Browser, find_chromium
 from tests.support.run_folder import RecordedRun, killed_and_resumed, rolled_back
@@ -133,6 +136,28 @@ def test_it_prints(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> 
     assert browser.evaluate("document.querySelectorAll('details[open]').length") == 0
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_served_page_follows_the_run(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New steps come without a reload: the choice of the axis and the zoom stay."""
+    monkeypatch.setattr(serve, "LOOK_S", 0.1)
+    run = RecordedRun(tmp_path / "run")
+    run.start()
+    for step in range(1, 6):
+        run.step(step, loss=float(step))
+    with ReportServer([run.folder], 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.open(server.address)
+        browser.evaluate("{ const p = report.plots()[0]; p.u.setScale('x', {min: 2, max: 4}); window.mine = 1; }")
+        browser.wait_for("document.getElementById('live').textContent === 'live'")
+        run.step(6, loss=6.5)
+        browser.wait_for("report.plots()[0].spec.series[0].y.at(-1) === 6.5")
+        browser.wait_for("report.plots()[0].u.scales.x.max === 4")
+        assert browser.evaluate("window.mine") == 1  # it was not loaded again
+        assert browser.faults() == []
+        assert {address.partition("?")[0] for address in browser.requests()} == {server.address}
+        server.shutdown()
+    run.end()
 
 
 def test_every_block_is_drawn_and_hostile_text_runs_nothing(browser: Browser, tmp_path: Path) -> None:
