@@ -14,7 +14,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ class Board:
 
         parts = [summary.scalar(name, value) for name, value in values.items()]
         self._append(step=step, summary={"value": [value for part in parts for value in part.value]})
+
+    def hyperparameters(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Say what the run was started with, for the comparison of runs by these tags of scalars; None is left out."""
+        from torch.utils.tensorboard import summary
+
+        known = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
+        for part in summary.hparams(known, dict.fromkeys(metrics, 0.0)):
+            self._append(summary=part)
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Add a text."""

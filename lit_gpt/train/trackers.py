@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.datapoints.line_log import LineLog, or_alarm, whole_lines
-from lit_gpt.datapoints.run_folder import read_metrics
+from lit_gpt.datapoints.run_folder import PATHS, read_metrics
 from lit_gpt.files import publish, sweep
 from lit_gpt.train.board import Board
 from lit_gpt.train.sampling import Sample
@@ -36,6 +36,24 @@ attempt: the start of the program that wrote it, as datapoints/run.json counts t
 long training waited for each since the line before, in seconds. Lines of earlier versions have none of these."""
 
 
+_GROUPS = {
+    "train": ("loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "skipped_steps"),
+    "speed": (
+        "tokens_per_s", "step_s", "data_wait_s", "mfu", "mfu_palm", "compiled_graphs", "validate_s", "sample_s",
+        "save_s",
+    ),
+}  # fmt: skip
+"""TensorBoard's groups; val_ columns are in `val`, all others, which are of devices, in `device`."""
+
+
+def tag(column: str) -> str:
+    """A column's tag in TensorBoard: loss -> train/loss, val_loss -> val/loss."""
+    if column.startswith("val_"):
+        return f"val/{column.removeprefix('val_')}"
+    group = next((name for name, columns in _GROUPS.items() if column in columns), "device")
+    return f"{group}/{column}"
+
+
 class Trackers:
     """The trackers of one run folder; `step` is the number of updates that are done."""
 
@@ -50,7 +68,7 @@ class Trackers:
         branch: str = f"{0:016x}",
         goes_back: bool = False,
     ) -> None:
-        """run_settings: all settings of the run, for Weights & Biases; resume_step: last step whose lines stay;
+        """run_settings: all settings of the run, for both boards; resume_step: last step whose lines stay;
         attempt: this start's number in the datapoint log; branch, goes_back: see SentSteps.begin."""
         self._attempt = attempt
         path = run_dir / "metrics.csv"
@@ -77,6 +95,9 @@ class Trackers:
         self._metrics = LineLog(path)
         self._samples_log: LineLog | None = None
         self._board = Board(run_dir / "tensorboard", resume_step + 1) if settings.tensorboard else None
+        if self._board is not None:
+            shown = {name: value for name, value in run_settings.items() if name not in PATHS}
+            self._board.hyperparameters(shown, (tag("loss"), tag("val_loss")))
         self._wandb = None
         if settings.wandb != "off" and sent is not None:
             self._wandb = WandbRun(
@@ -93,7 +114,7 @@ class Trackers:
         self._metrics.append(self._csv_line(written))
         step = int(values["step"] or 0)
         if self._board is not None:
-            self._board.scalars(step, {name: value for name, value in present.items() if name != "step"})
+            self._board.scalars(step, {tag(name): value for name, value in present.items() if name != "step"})
         if self._wandb is not None:
             self._wandb.log(step, present)
 

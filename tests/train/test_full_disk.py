@@ -66,4 +66,4 @@ def test_a_full_disk_that_is_freed_again(store: Path, tmp_path: Path) -> None:
         events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
         events.Reload()
         losses = {int(line["step"]): float(line["loss"]) for line in metrics(run)}
-        assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(losses, rel=1e-6)
+        assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(losses, rel=1e-6)

@@ -107,7 +107,7 @@ def shown(run_dir: Path) -> tuple[dict[int, float], dict[int, float]]:
     assert len({step for step, _ in series}) == len(series), "a step twice"
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    return dict(series), {event.step: event.value for event in events.Scalars("loss")}
+    return dict(series), {event.step: event.value for event in events.Scalars("train/loss")}
 
 
 def assert_shown(run_dir: Path) -> None:
