@@ -10,7 +10,6 @@ import argparse
 import logging
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +101,7 @@ def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Ite
     say_loading(arguments.checkpoint, "transformers")
     import transformers
 
-    from lit_gpt.export.hf_export import WeightFormat, export, open_checkpoint, open_tokenizer
+    from lit_gpt.export.hf_export import open_checkpoint, open_tokenizer, temporary_export
     from lit_gpt.export.hf_weights import DTYPES
     from lit_gpt.export.parity import Reference
 
@@ -110,10 +109,8 @@ def _folder(arguments: argparse.Namespace, store_fingerprint: str | None) -> Ite
     tokenizer = open_tokenizer(checkpoint, arguments.tokenizer_path)
     if store_fingerprint not in (None, tokenizer.fingerprint):
         raise BadInput(f"--val_data_dir {arguments.val_data_dir} was made with another tokenizer than the checkpoint's")
-    with tempfile.TemporaryDirectory(prefix="evaluate-", dir=arguments.scratch_dir) as scratch:
-        folder = Path(scratch) / checkpoint.path.name
-        format = WeightFormat(DTYPES[arguments.dtype], cut_vocabulary=False, max_shard_bytes=5 * 10**9)
-        export(checkpoint, tokenizer, folder, format, Reference(transformers), "unknown")
+    dtype, reference = DTYPES[arguments.dtype], Reference(transformers)
+    with temporary_export(checkpoint, tokenizer, dtype, reference, arguments.scratch_dir) as folder:
         yield folder
 
 

@@ -9,7 +9,9 @@ The program hands in transformers, so that the library does not depend on it.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +79,18 @@ def export(
         parity = compare(our_logits(config, as_stored(), sample), theirs)
         write_card(folder, checkpoint, Card(license, str(format.dtype).removeprefix("torch."), parity))
         return parity
+
+
+@contextmanager
+def temporary_export(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, reference: Reference, parent: Path | None = None
+) -> Iterator[Path]:
+    """The checkpoint's export in a folder that is removed at the end; parent: default is the system's for such."""
+    with tempfile.TemporaryDirectory(prefix="export-", dir=parent) as scratch:
+        folder = Path(scratch) / checkpoint.path.name
+        format = WeightFormat(dtype, cut_vocabulary=False, max_shard_bytes=5 * 10**9)
+        export(checkpoint, tokenizer, folder, format, reference, "unknown")
+        yield folder
 
 
 def config_fields(config: Config, tokenizer: Tokenizer, format: WeightFormat) -> dict[str, Any]:

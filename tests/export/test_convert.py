@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -412,8 +413,39 @@ def test_generate(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--prompt", ""], "needs at least one token"),
         (["--prompt", "a", "--max_new_tokens", "256"], "the model reads 256 in all"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+        (["--prompt", "a", "--top_p", "0"], "--top_p 0"),
+        (["--prompt", "a", "--chat"], "not allowed with"),
+        (["--chat", "--max_new_tokens", "256"], "the model reads 256 in all"),
     ]:
         with pytest.raises(BadInput, match=message):
             generate.main(["--model", str(tmp_path / "hf"), *arguments])
     with pytest.raises(BadInput, match=r"holds no config\.json"):
         generate.main(["--model", str(tmp_path), "--prompt", "a"])
+
+
+@pytest.mark.slow
+def test_chat(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line is continued as --prompt would be; an empty one goes on; a long text loses its beginning."""
+    checkpoint, likeliest = str(run_dir / "iter-00000007-ckpt.pth"), ["--temperature", "0", "--max_new_tokens"]
+
+    def said(*arguments: str, lines: str = "") -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        generate.main([*arguments])
+        return capsys.readouterr().out
+
+    def continued(prompt: str, tokens: str) -> str:
+        whole = said("--model", model, "--prompt", prompt, *likeliest, tokens)
+        assert whole.startswith(prompt)
+        return whole.removeprefix(prompt)
+
+    export(run_dir, tmp_path / "hf")
+    model = str(tmp_path / "hf")
+    first, other = continued("Im Nebel", "9"), continued("Am See", "9")
+    assert said("--model", model, "--chat", *likeliest, "9", lines="\nIm Nebel\nAm See\n") == f"{first}{other}\n"
+    longer = said("--model", model, "--chat", *likeliest, "9", lines="Im Nebel\n\n")
+    assert longer.startswith(first.removesuffix("\n"))
+    assert len(longer) > len(first) + 3
+    assert said("--checkpoint", checkpoint, "--chat", *likeliest, "9", lines="Im Nebel") == f"{first}\n"
+    assert said("--model", model, "--chat", *likeliest, "9", lines="Nebel " * 300).count("\n") >= 2
