@@ -14,7 +14,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.report.metrics import read
 from lit_gpt.report.run_table import run_line
 from scripts import runs
-from tests.support.programs import ROOT, environment
+from tests.support.programs import INTERRUPTIBLE, ROOT, environment
 from tests.support.run_folder import RecordedRun, killed_and_resumed, rolled_back
 
 
@@ -83,7 +83,15 @@ def test_watch_shows_new_steps_until_it_is_interrupted(tmp_path: Path) -> None:
     run = RecordedRun(tmp_path / "run")
     run.start()
     run.step(1, loss=7.5)
-    command = [sys.executable, str(ROOT / "scripts/runs.py"), str(tmp_path), "--watch", "--interval_s", "0.1"]
+    command = [
+        *INTERRUPTIBLE,
+        sys.executable,
+        str(ROOT / "scripts/runs.py"),
+        str(tmp_path),
+        "--watch",
+        "--interval_s",
+        "0.1",
+    ]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while "1/40" not in process.stdout.readline():

@@ -17,7 +17,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.report import serve
 from lit_gpt.report.serve import LivePage, ReportServer
 from scripts import report
-from tests.support.programs import ROOT, environment
+from tests.support.programs import INTERRUPTIBLE, ROOT, environment
 from tests.support.run_folder import RecordedRun, killed_and_resumed
 
 
@@ -120,7 +120,14 @@ def test_bad_input(tmp_path: Path, server: ReportServer) -> None:
 
 @pytest.mark.slow
 def test_the_program_says_its_address_and_ends_at_ctrl_c(server: ReportServer) -> None:
-    command = [sys.executable, str(ROOT / "scripts/report.py"), str(server.page._folders[0]), "--serve", "0"]
+    command = [
+        *INTERRUPTIBLE,
+        sys.executable,
+        str(ROOT / "scripts/report.py"),
+        str(server.page._folders[0]),
+        "--serve",
+        "0",
+    ]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     address = process.stdout.readline()

@@ -28,6 +28,10 @@ def environment(**extra: str) -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", **extra}
 
 
+INTERRUPTIBLE = ("env", "--default-signal=INT")
+"""Begins a command that a test ends by SIGINT, which the children of a shell's background process would ignore."""
+
+
 def run_program(
     command: Sequence[object], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 300,
     fresh: bool = False,
