@@ -100,6 +100,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=5.0,
         help="seconds before the second attempt; doubles each time (default: 5)",
     )
+    run.add_argument(
+        "--record", choices=["none", "steps", "documents"], default="steps",
+        help="what goes with each model of the training's record: nothing; what each step saw, settings and report "
+        "(default); also every part of every document, for which the data is read again",
+    )  # fmt: skip
     run.add_argument("--watch", action="store_true", help="wait for new checkpoints, until the last step's is exported")
     run.add_argument("--poll_s", type=float, default=60.0, help="seconds between looks at the run (default: 60)")
     arguments = parser.parse_args(argv)
@@ -125,7 +130,7 @@ def _export_run(arguments: argparse.Namespace, destination: Path, format: Weight
         raise BadInput(str(error)) from None
     options = ExportOptions(
         destination, format, arguments.license, arguments.tokenizer_path, arguments.model_name, hub,
-        arguments.remove_uploaded, ADD_BOS[arguments.add_bos],
+        arguments.remove_uploaded, ADD_BOS[arguments.add_bos], arguments.record,
     )  # fmt: skip
     run = RunExport(arguments.run_dir, options, reference)
     while True:

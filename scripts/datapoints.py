@@ -21,9 +21,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, run_program
@@ -31,15 +28,13 @@ from lit_gpt.datapoints.attempts import Mark
 from lit_gpt.datapoints.log import FOLDER, VERIFIED
 from lit_gpt.datapoints.query import Replay, Seen, difference
 from lit_gpt.datapoints.run_record import RunRecord
+from lit_gpt.datapoints.tables import write_documents
 from lit_gpt.datapoints.witness import Witness
-from lit_gpt.files import publishing, read_json, sweep, write_json
+from lit_gpt.files import read_json, write_json
 from lit_gpt.values import expand_path
 
 EXIT_FOUND = 1
 """`verify` found a contradiction, or `diff` a difference."""
-EXPORT_COLUMNS = ("step", "rank", "row", "document", "start", "length")
-EXPORT_PARTS = 1 << 18
-"""Parts of documents in a row group of the exported file."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
@@ -164,25 +159,9 @@ def show_difference(arguments: Namespace) -> int:
 
 
 def export(replay: Replay, path: Path) -> int:
-    schema = pa.schema([(name, pa.string() if name == "document" else pa.int64()) for name in EXPORT_COLUMNS])
-    held: list[Seen] = []
-    sweep(path.parent, path.name)
-    try:
-        with publishing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-            for record in replay.record.steps():
-                held += replay.seen_in(record)
-                if len(held) >= EXPORT_PARTS:
-                    writer.write_table(as_table(held, schema))
-                    held.clear()
-            writer.write_table(as_table(held, schema))
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
-    print(f"{path}: every part of a document up to step {record.step}", file=sys.stderr)
+    last = write_documents(replay, path)
+    print(f"{path}: every part of a document up to step {last}", file=sys.stderr)
     return 0
-
-
-def as_table(parts: list[Seen], schema: pa.Schema) -> pa.Table:
-    return pa.table({name: [getattr(seen, name) for seen in parts] for name in EXPORT_COLUMNS}, schema=schema)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.data.token_store import MANIFEST, ShardFile, TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.export.data_record import write_record
 from lit_gpt.export.hf_folder import require_hashes, write_weights
 from lit_gpt.export.hf_tokenizer import TRICKY_TEXTS, require_same_ids, write_tokenizer
 from lit_gpt.export.hf_weights import SHAPE_FIELDS, hf_config, hf_generation_config, hf_shapes, to_hf
@@ -56,10 +57,12 @@ def export(
     reference: Reference,
     license: str,
     add_bos: bool | None = None,
+    record: Literal["none", "steps", "documents"] = "none",
 ) -> Parity:
     """Publish the folder `destination`; if a check fails, raises BadInput and publishes nothing.
 
     add_bos: whether the training's documents begin with BOS, for a checkpoint that does not say so; None: find out.
+    record: what goes with it of the training's record (data_record.py).
     """
     config = checkpoint.config
     rows = format.vocabulary_rows(config)
@@ -77,6 +80,8 @@ def export(
         require_hashes(folder, hashes)
         theirs = reference.logits(folder, format.dtype, sample)
         parity = compare(our_logits(config, as_stored(), sample), theirs)
+        if record != "none":
+            write_record(folder, checkpoint, documents=record == "documents")
         write_card(folder, checkpoint, Card(license, str(format.dtype).removeprefix("torch."), parity))
         return parity
 

@@ -79,7 +79,8 @@ class HubRepository:
 
     def push(self, folder: Path, title: str, branch: str) -> None:
         """Replace what `branch` holds by the folder's files, in a commit with this title, unless that is done."""
-        additions = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
 
         def commit() -> None:
             if self.title(branch) == title:  # an earlier attempt's commit went through, but its response was lost

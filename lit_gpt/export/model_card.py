@@ -17,6 +17,8 @@ from lit_gpt.datapoints.run_folder import read_metrics
 from lit_gpt.export.parity import Parity
 
 PICTURE = "loss.png"
+RECORD = "training_record"
+"""The folder with the training's record (data_record.py)."""
 _PATH_ENDINGS = ("_dir", "_path", "resume")
 """Settings that are paths."""
 
@@ -36,7 +38,8 @@ def write_card(folder: Path, checkpoint: Checkpoint, card: Card) -> None:
     metrics = read_metrics(checkpoint.path.parent / "metrics.csv", checkpoint.step)
     if metrics:
         _draw(metrics, folder / PICTURE)
-    (folder / "README.md").write_text("\n".join(_lines(checkpoint, card, metrics)) + "\n", encoding="utf-8")
+    lines = _lines(checkpoint, card, metrics, record=(folder / RECORD).is_dir())
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def tells_of(folder: Path, checkpoint: Checkpoint) -> bool:
@@ -45,7 +48,7 @@ def tells_of(folder: Path, checkpoint: Checkpoint) -> bool:
     return card.is_file() and checkpoint.state_xxh3 in card.read_text(encoding="utf-8")
 
 
-def _lines(checkpoint: Checkpoint, card: Card, metrics: list[dict[str, str]]) -> Iterator[str]:
+def _lines(checkpoint: Checkpoint, card: Card, metrics: list[dict[str, str]], *, record: bool) -> Iterator[str]:
     name = checkpoint.config.name
     yield from ("---", "language: de", f"license: {card.license}", "library_name: transformers")
     yield from ("pipeline_tag: text-generation", "tags:", "- llama", "- pretrained", "---", "")
@@ -60,6 +63,8 @@ def _lines(checkpoint: Checkpoint, card: Card, metrics: list[dict[str, str]]) ->
     yield from _table("Model", _model(checkpoint, card))
     yield from _table("Data", _data(checkpoint.facts))
     yield from _table("Training", _training(checkpoint, metrics))
+    if record:
+        yield from _record(checkpoint)
     if metrics:
         yield from (f"![loss over steps]({PICTURE})", "")
     settings = checkpoint.facts.get("settings", {})
@@ -125,6 +130,18 @@ def _training(checkpoint: Checkpoint, metrics: list[dict[str, str]]) -> Iterator
     yield "code", f"`{environment.get('git_commit', 'unknown')}`"
     packages = environment.get("packages", {})
     yield "packages", ", ".join(f"{name} {version}" for name, version in packages.items()) or "not recorded"
+
+
+def _record(checkpoint: Checkpoint) -> Iterator[str]:
+    mark = checkpoint.facts["datapoint_log"]
+    yield from ("## Record of the training", "")
+    yield f"What each step saw is in [{RECORD}/]({RECORD}), with the settings, the metrics and the"
+    yield f"[report]({RECORD}/report.html). Its `datapoints/steps.jsonl` has {mark['bytes']:,} bytes with the xxh3"
+    yield f"`{mark['xxh3']}`, as the checkpoint was saved with. Each step's digest is a hash of its tokens: whoever"
+    yield "has the data sets named above compares them by"
+    yield from ("", "```bash")
+    yield f"python scripts/datapoints.py verify --run_dir {RECORD} --data_dir DATA_SET"
+    yield from ("```", "")
 
 
 def _draw(metrics: list[dict[str, str]], path: Path) -> None:

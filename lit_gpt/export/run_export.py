@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lit_gpt.checkpoint.checkpoint import newest_first, verified
 from lit_gpt.checkpoint.history import left_behind
@@ -48,6 +48,8 @@ class ExportOptions(NamedTuple):
     remove_uploaded: bool = False
     """Remove a folder once its branch is on the Hub."""
     add_bos: bool | None = None
+    """See hf_export.export."""
+    record: Literal["none", "steps", "documents"] = "steps"
     """See hf_export.export."""
 
 
@@ -135,7 +137,16 @@ class RunExport:
             whole = verified(checkpoint.path)
             require_shape(whole, options.model_name)
             tokenizer = open_tokenizer(whole, options.tokenizer_path)
-            parity = export(whole, tokenizer, folder, options.format, self._reference, options.license, options.add_bos)
+            parity = export(
+                whole,
+                tokenizer,
+                folder,
+                options.format,
+                self._reference,
+                options.license,
+                options.add_bos,
+                options.record,
+            )
         except DamagedCheckpoint as error:
             self._pass_over(checkpoint.path, error)
             return None

@@ -65,6 +65,8 @@ def _seen(view: RunView, counts: Sequence[int]) -> list[int]:
 def _store(folder: str, recorded: str) -> tuple[int | None, int | None, Cell]:
     """Documents and tokens of a source that is at hand, and how it compares with what the run recorded."""
     try:
+        if not Path(folder).is_absolute():  # of a published record, which names no folder
+            raise BadInput(folder)
         store = TokenStore.open(Path(folder))
     except BadInput:
         return None, None, Cell(recorded[:16] or "?", title="the data set is not at hand here", code=True)

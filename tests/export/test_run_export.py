@@ -98,6 +98,7 @@ def test_every_checkpoint_becomes_a_branch_through_faults_and_again(
     """Status 500, an upload cut off, a commit whose response is lost; then a later checkpoint, and nothing twice."""
     state, address = hub
     run = copy_of(german_run, tmp_path / "run", *STEPS[:2])
+    shutil.copytree(german_run / "datapoints", run / "datapoints")
     state.faults += [
         ("POST /api/repos/create", "500"),
         ("POST .*/branch/.*", "503"),
@@ -114,7 +115,9 @@ def test_every_checkpoint_becomes_a_branch_through_faults_and_again(
     assert set(state.repositories[REPOSITORY]) == {"main", *names[:2]}
     for name in names[:2]:
         folder = run / "huggingface" / name
-        written = {path.name: path.read_bytes() for path in folder.iterdir()}
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        written = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        assert {"training_record/report.html", "training_record/steps.parquet"} <= written.keys()
         held = state.files(REPOSITORY, name)
         assert held.pop(".gitattributes")
         assert held == written
