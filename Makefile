@@ -4,6 +4,7 @@
 #   make test-fast   for while you write: no slow test, no test of several processes, no GPU
 #   make test-slow   the long ones: hundreds of kills, long fuzzing
 #   make check   ruff, formatting, mypy, layers and repository rules
+#   make docs    the documentation site, in site/, with warnings as errors
 #   make format  puts the code into ruff's form
 # PYTHON=python3.12 picks the interpreter that makes the environment.
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto --no-loadscope-reorder
 
-.PHONY: setup demo test test-fast test-slow check format
+.PHONY: setup demo test test-fast test-slow check docs format
 
 setup: .venv/ready
 
@@ -40,6 +41,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py tests/test_repository.py
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -59,6 +59,8 @@ setup(
             "mypy>=2.4,<2.5",
             "setuptools>=77,<90",  # a test builds a wheel
             "types-PyYAML>=6,<7",
+            "mkdocs>=1.6,<2",  # `make docs`; 2 is another program
+            "mkdocs-material>=9.7,<10",
             "gguf>=0.16,<1",
             "xllamacpp>=2026.9.11063",
             "torchao>=0.14,<0.19",

@@ -18,7 +18,7 @@ from tests.test_layering import SOURCES, imports
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "pretrain/configs").glob("*.yaml"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -31,9 +31,9 @@ def tracked() -> list[Path]:
 
 
 def commands() -> list[list[str]]:
-    """Every command in a bash block of README.md and CONTRIBUTING.md, split as a shell would."""
+    """Every command in a bash block of README.md, CONTRIBUTING.md and the tutorials, split as a shell would."""
     found = []
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))):
         for block in FENCED.findall(document.read_text(encoding="utf-8")):
             lines = block.replace("\\\n", " ").splitlines()
             found += [words for line in lines if (words := shlex.split(line, comments=True))]
@@ -71,6 +71,13 @@ def test_make_targets_in_the_documents_exist() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"`make (\w+)`", document.read_text(encoding="utf-8")):
             assert target in targets, f"{document.name} names make {target}"
+
+
+def test_every_page_of_the_documentation_has_its_place_on_the_site() -> None:
+    """In the list of mkdocs.yml; the reference is made by docs/site/reference.py."""
+    named = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert named == pages | {"reference/settings.md", "reference/programs.md"}
 
 
 @pytest.mark.parametrize("program", sorted({program for command in commands() if (program := program_in(command))}))
@@ -125,6 +132,7 @@ def test_every_way_to_check_runs_what_contributors_run() -> None:
         "set -euo pipefail",
         'cd "$(dirname "$0")/.."',
         "make check",
+        "make docs",
         "make test",
         "make demo",
     ]
