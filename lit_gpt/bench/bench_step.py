@@ -60,7 +60,8 @@ class StepBench:
     def __init__(self, settings: StepSettings, *, distinct_steps: int = 4) -> None:
         self.config: Config = settings.config
         world = find_world(settings)
-        self.fabric = launch(settings, world, lambda model: shard(model, settings, world))
+        shape = settings.mesh_shape(world.devices, world.size)
+        self.fabric = launch(settings, world, lambda model, mesh: shard(model, settings, mesh), mesh_shape=shape)
         self.device = self.fabric.device
         settings = resolve_step(settings, self.config, world, self.device)
         self.settings = settings = replace(settings, max_steps=settings.max_steps or SCHEDULE_STEPS)

@@ -44,15 +44,16 @@ from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)
 
-SAVE_TIMEOUT = timedelta(hours=2)
-"""How long a rank waits for another's part of a save; a rank that dies is noticed at once."""
+LEAST_TIMEOUT = timedelta(hours=2)
+"""How long a rank waits at least for another's part of a save, which may be written beside many steps; a rank that dies
+is noticed at once."""
 
 
 class CheckpointSaver:
     """The saves of one run. Each rank makes one, and all call `save`, `wait` and `close` in the same order.
 
     full: one state.pth (state_dict_type full), else a part per rank. overlap: write in a thread (async_save).
-    keep_last, keep_every_steps: see history.prune.
+    keep_last, keep_every_steps: see history.prune. timeout: of the ranks' group, or LEAST_TIMEOUT if that is longer.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class CheckpointSaver:
         overlap: bool,
         keep_last: int,
         keep_every_steps: int = 0,
+        timeout: timedelta = LEAST_TIMEOUT,
     ) -> None:
         self.failure: str | None = None
         """Why the newest save failed; None if it is published or still being written."""
@@ -73,7 +75,8 @@ class CheckpointSaver:
         self._run_dir, self._model, self._optimizer = run_dir, model, optimizer
         self._full, self._overlap = full, overlap
         self._prune = partial(history.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
-        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if dist.is_initialized() else None
+        timeout = max(timeout, LEAST_TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._rank = dist.get_rank() if self._group is not None else 0
         device = next(model.parameters()).device
         on_gpu = device.type == "cuda"

@@ -12,14 +12,16 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed.device_mesh import DeviceMesh
 
 from lit_gpt.launch.fabric import ClusterEnvironment, ModelParallelStrategy
+from lit_gpt.launch.mesh import make_mesh
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +42,42 @@ class StoppedBeforeMeeting(NotMet):
 
 
 class MeetingStrategy(ModelParallelStrategy):
-    """Fabric's strategy, whose process group forms after the ranks have met."""
+    """Fabric's strategy, whose process group forms after the ranks have met, and whose mesh is the run's own.
 
-    def __init__(self, *args: Any, limit_s: float, stopped: Callable[[], bool], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    mesh_shape, timeout: see make_mesh; timeout holds for the group of all ranks, too.
+    """
+
+    def __init__(
+        self,
+        shard: Callable[[nn.Module, DeviceMesh], nn.Module],
+        mesh_shape: Mapping[str, int],
+        *,
+        backend: str,
+        timeout: timedelta,
+        limit_s: float,
+        stopped: Callable[[], bool],
+    ) -> None:
+        super().__init__(shard, process_group_backend=backend, timeout=timeout)
+        self._mesh_shape, self._group_timeout = mesh_shape, timeout
         self._limit_s, self._stopped = limit_s, stopped
+
+    def setup_environment(self) -> None:
+        super(ModelParallelStrategy, self).setup_environment()
+        self._setup_distributed()
+        self._device_mesh = make_mesh(self.root_device.type, self._mesh_shape, self._group_timeout)
 
     def _setup_distributed(self) -> None:
         self._set_world_ranks()
         assert self.cluster_environment is not None
         children = getattr(self.launcher, "procs", ())
         store = meet(self.cluster_environment, limit_s=self._limit_s, stopped=self._stopped, children=children)
-        store.set_timeout(self._timeout or dist.default_pg_timeout)
+        store.set_timeout(self._group_timeout)
         dist.init_process_group(
             self._get_process_group_backend(),
             store=PrefixStore("default_pg", store),
             rank=self.global_rank,
             world_size=self.world_size,
-            timeout=self._timeout,
+            timeout=self._group_timeout,
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
         super()._setup_distributed()  # finds the group there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 from lit_gpt.cli import SettingsSlice
@@ -53,6 +54,16 @@ class WatchdogSettings(SettingsSlice):
     """Seconds that every step may take, whatever the median is."""
     watchdog_long_s: float = 1800.0
     """Seconds that set-up, each of the first two steps (they compile), a validation, a save or a rollback may take."""
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds that the long parts of a run may take."""
+        return max(self.watchdog_long_s, self.watchdog_floor_s)
+
+    @property
+    def group_timeout(self) -> timedelta:
+        """After this a collective fails: some rank is dead. Later than the watchdog, which tells more."""
+        return timedelta(seconds=self.longest_s + 60)
 
     def check(self) -> None:
         super().check()

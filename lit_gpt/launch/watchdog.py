@@ -21,6 +21,8 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -34,8 +36,11 @@ log = logging.getLogger(__name__)
 LONG_PLACES = ("set-up", "validate", "sample", "save", "rollback", "close")
 WAITING_PLACE = "agree"
 """Where ranks wait for each other on the host: a rank that hangs is at another place, unless it was stopped there."""
+FOR_RANK_ZERO = "waiting for rank 0"
+"""Where ranks wait while rank 0 works for all, within a long place."""
 MAX_POLL_S = 15.0
 _ENDS = {EXIT_NOT_SAVED: "not saved", EXIT_GAVE_UP: "gave up", EXIT_REQUEUE: "to be requeued"}
+_WITHIN = ": "
 
 
 def poll_s(settings: WatchdogSettings) -> float:
@@ -48,8 +53,8 @@ def limit_s(settings: WatchdogSettings, place: str, steps_done: int, median_s: f
 
     steps_done: of this process; median_s: seconds of a recent step.
     """
-    if place in LONG_PLACES or steps_done < 2:
-        return max(settings.watchdog_long_s, settings.watchdog_floor_s)
+    if place.split(_WITHIN)[0] in LONG_PLACES or steps_done < 2:
+        return settings.longest_s
     return max(settings.watchdog_floor_s, settings.watchdog_factor * median_s)
 
 
@@ -90,6 +95,21 @@ class Watchdog:
     def at(self, place: str) -> None:
         """The loop enters this part of the step."""
         self._place = place
+
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """In this context the loop is in a part of its present place."""
+        place = self._place
+        self._place = f"{place}{_WITHIN}{part}"
+        try:
+            yield
+        finally:
+            self._place = place
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds that the long places may take."""
+        return self._settings.longest_s
 
     def step_done(self, step: int) -> None:
         self._step = step
@@ -209,7 +229,7 @@ def find_fault(beats: list[Heartbeat], silent_after_s: float) -> str:
         names = "; ".join(f"{beat.rank_name}, silent for {beat.silent_s:.0f} s at {beat.place!r}" for beat in silent)
         return f"at fault: {names}. The process was stopped or killed, or its node is gone"
     behind = [beat for beat in beats if beat.step < max(other.step for other in beats)]
-    waiting = [beat for beat in beats if beat.place == WAITING_PLACE]
+    waiting = [beat for beat in beats if beat.place.endswith((WAITING_PLACE, FOR_RANK_ZERO))]
     late = behind or ([beat for beat in beats if beat not in waiting] if waiting else [])
     if late:
         names = "; ".join(f"{beat.rank_name}, at {beat.place!r} of step {beat.step + 1}" for beat in late)

@@ -11,17 +11,17 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch.distributed.device_mesh import DeviceMesh
 
-from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_FAILURE, BadInput
+from lit_gpt.cli import EXIT_FAILURE, BadInput
 from lit_gpt.launch.fabric import (
     ClusterEnvironment,
     Fabric,
@@ -32,12 +32,10 @@ from lit_gpt.launch.fabric import (
 )
 from lit_gpt.launch.job import host
 from lit_gpt.launch.meeting import MeetingStrategy, NotMet, StoppedBeforeMeeting
-from lit_gpt.launch.settings import LaunchSettings
+from lit_gpt.launch.settings import LaunchSettings, WatchdogSettings
 from lit_gpt.launch.signals import StopFlag
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 PARENT = "LIT_GPT_PARENT"
 """Number of the process that has started this one as a further rank."""
@@ -50,8 +48,6 @@ STRAY = (
 """Variables of other launchers that tell a process its place: torch.distributed's own (which DeepSpeed, Kubeflow and
 Azure ML set as well), Open MPI, MPICH and Intel MPI, PMIx, MVAPICH, PALS, Flux, LSF's jsrun."""
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""After this a collective fails: some rank is dead."""
 RECORDED_COLLECTIVES = 2000
 """Newest collectives of each rank that PyTorch's flight recorder keeps."""
 
@@ -78,25 +74,6 @@ class World(NamedTuple):
 def default_run_dir(model_name: str) -> str:
     """The run folder without --out_dir: $MODEL_NAME if set, else out/<model_name>."""
     return os.environ.get("MODEL_NAME") or os.path.join("out", model_name)
-
-
-def on_rank_zero(fabric: Fabric, call: Callable[[], Result], *, share: bool = False) -> Result | None:
-    """Make `call` on rank 0 alone; returns its result there and None elsewhere, with share=True the same on all ranks.
-
-    A collective: every rank calls it. A BadInput of the call ends every rank with exit code 2; rank 0 raises it.
-    """
-    result, error = None, None
-    if fabric.is_global_zero:
-        try:
-            result = call()
-        except BadInput as refused:
-            error = refused
-    refused_anywhere = fabric.broadcast(error)
-    if refused_anywhere is not None:
-        if fabric.is_global_zero:
-            raise refused_anywhere
-        sys.exit(EXIT_BAD_INPUT)
-    return fabric.broadcast(result) if share else result
 
 
 def find_world(settings: LaunchSettings) -> World:
@@ -212,15 +189,17 @@ def starts_alone(world: World) -> bool:
 def launch(
     settings: LaunchSettings,
     world: World,
-    shard: Callable[[nn.Module], nn.Module] = lambda model: model,
+    shard: Callable[[nn.Module, DeviceMesh], nn.Module] = lambda model, _: model,
     stop_flag: StopFlag | None = None,
     *,
-    limit_s: float = 1800.0,
+    mesh_shape: Mapping[str, int] | None = None,
+    limits: WatchdogSettings = WatchdogSettings(),  # noqa: B008 - it is immutable
 ) -> Fabric:
     """A launched Fabric: when it returns, the program runs in world.size processes. Raises BadInput for a taken port.
 
-    shard: shards a model over the processes; Fabric.setup_module calls it if there are several. stop_flag: learns of
-    the ranks that this process starts. limit_s: how long the ranks wait for each other; then all end with exit code 1.
+    shard: shards a model over the processes, on a mesh of mesh_shape (see make_mesh; None: one dimension);
+    Fabric.setup_module calls it if there are several. stop_flag: learns of the ranks that this process starts. limits:
+    how long the ranks wait for each other; then all end with exit code 1.
     Raises StoppedBeforeMeeting if a stop signal comes meanwhile.
     """
     if settings.deterministic:
@@ -234,13 +213,12 @@ def launch(
         fabric = Fabric(strategy=SingleDeviceStrategy(device), accelerator=world.accelerator, devices=1)
     else:
         strategy = MeetingStrategy(
-            lambda model, _: shard(model),
-            data_parallel_size=world.size,
-            tensor_parallel_size=1,
+            shard,
+            mesh_shape or {"shard": world.size},
             # gloo: what ranks agree on lies in host memory, and must not wait for the GPU
-            process_group_backend="cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
-            limit_s=limit_s,
+            backend="cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo",
+            timeout=limits.group_timeout,
+            limit_s=limits.watchdog_long_s,
             stopped=lambda: stop_flag is not None and stop_flag.received is not None,
         )
         fabric = Fabric(
@@ -283,7 +261,7 @@ def _refuse_taken_port(world: World) -> None:
 
 
 def record_collectives(folder: Path) -> None:
-    """Turn on NCCL's flight recorder, which writes to `folder` when a collective exceeds COLLECTIVE_TIMEOUT.
+    """Turn on NCCL's flight recorder, which writes to `folder` when a collective exceeds its timeout.
 
     Call it before `launch`. Variables that are set already win; their names hold for torch 2.10 to 2.14.
     """

@@ -26,7 +26,7 @@ from lit_gpt.data.loader import PackedDataset, Step
 from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.attempts import lineage, read_attempts, set_damaged_aside
 from lit_gpt.datapoints.log import FOLDER, DatapointLog
-from lit_gpt.launch.world import Fabric, on_rank_zero
+from lit_gpt.launch.ranks import Ranks
 from lit_gpt.train.data_start import DataStart, data_start, told
 from lit_gpt.train.equal_ranks import NODE_FOLDERS, require_equal_ranks
 from lit_gpt.train.resolve import log_differences
@@ -50,7 +50,7 @@ class RunState:
         resolved: dict[str, Any],
         repeated: dict[str, Any] | None,
         inputs: RunInputs,
-        fabric: Fabric,
+        ranks: Ranks,
         dataset: PackedDataset,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -78,7 +78,7 @@ class RunState:
         self._asked, self._resolved, self._repeated, self._flags = asked, resolved, repeated, flags
         self._slot_facts = slot_facts(dataset, asked)
         self._data_from_step = 0
-        self._inputs, self._fabric, self._dataset = inputs, fabric, dataset
+        self._inputs, self._ranks, self._dataset = inputs, ranks, dataset
         self._model, self._optimizer, self._guard = model, optimizer, guard
 
     def start(self) -> None:
@@ -101,9 +101,10 @@ class RunState:
         """The checkpoint that --resume names, found and verified by rank 0; None for a fresh start."""
         resume, run_dir = self._asked.resume, self._inputs.run_dir
         if resume is None:
-            on_rank_zero(self._fabric, lambda: history.refuse_used(run_dir))
+            self._ranks.on_zero("looking into the run folder", lambda: history.refuse_used(run_dir))
             return None
-        found_and_left_out = on_rank_zero(self._fabric, lambda: self._found(resume), share=True)
+        what = f"finding and verifying the checkpoint of --resume {resume}"
+        found_and_left_out = self._ranks.on_zero(what, lambda: self._found(resume), share=True)
         assert found_and_left_out is not None
         found, left_out = found_and_left_out
         if found is None:
@@ -142,8 +143,8 @@ class RunState:
         before = start.facts.get("resolved") if start is not None else self._repeated
         if before is not None:
             log_differences(before, self._resolved)
-        self.datapoints = on_rank_zero(
-            self._fabric,
+        self.datapoints = self._ranks.on_zero(
+            "opening the datapoint log",
             lambda: open_datapoint_log(
                 self._inputs,
                 self._asked,
@@ -155,7 +156,7 @@ class RunState:
                 allow_changed_data=self._asked.allow_changed_data,
             ),
         )
-        self.trackers = on_rank_zero(self._fabric, lambda: self._open_run_folder(goes_back))
+        self.trackers = self._ranks.on_zero("opening logs and trackers", lambda: self._open_run_folder(goes_back))
 
     def _tell_other_bos(self, start: Checkpoint) -> None:
         now = self._inputs.train[0].add_bos
@@ -165,8 +166,9 @@ class RunState:
 
     def _set_length(self) -> None:
         done = Progress(self.step, self.total_rows, self.slot, self.rollbacks.left_out)
-        length = on_rank_zero(
-            self._fabric, lambda: run_length(self._asked, self._flags, self._dataset, done), share=True
+        what = "finding where the run ends"
+        length = self._ranks.on_zero(
+            what, lambda: run_length(self._asked, self._flags, self._dataset, done), share=True
         )
         assert length is not None
         self.length = length
@@ -235,7 +237,7 @@ class RunState:
         """What a checkpoint's run.json holds, paths absolute; the records that it names are on disk on return."""
         inputs, tokenizer = self._inputs, self._asked.tokenizer_path
         mark = self.datapoints.flush_and_fsync() if self.datapoints is not None else None
-        device = self._fabric.device
+        device = self._ranks.fabric.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU process"
         return {
             "step": self.step,
@@ -262,17 +264,19 @@ class RunState:
     def plan_rollback(self, spikes: list[SkippedStep]) -> Rollback | None:
         """How far to go back for these spikes; None if there is no checkpoint to go back to. No save may be running."""
         first, run_dir = spikes[0].step, self._inputs.run_dir
-        to = on_rank_zero(self._fabric, lambda: last_good(run_dir, first), share=True)
+        to = self._ranks.on_zero(
+            "verifying the checkpoint to go back to", lambda: last_good(run_dir, first), share=True
+        )
         if to is not None:
             return self.rollbacks.plan(spikes, to, self._data_start(to).slot)
-        if self._fabric.is_global_zero:
+        if self._ranks.fabric.is_global_zero:
             log.warning("step %d: no checkpoint of this run to roll back to: the update is skipped, no more", first)
         return None
 
     def roll_back(self, rollback: Rollback) -> None:
         """Go back to the rollback's checkpoint; what came after it is left behind, as after a crash."""
         rows = rollback.end_slot - rollback.first_slot
-        if self._fabric.is_global_zero:
+        if self._ranks.fabric.is_global_zero:
             log.warning(
                 "the spike at step %d: back from step %d to step %d, rows %d to %d will be left out",
                 rollback.spike_step, self.step, rollback.to.step, rollback.first_slot, rollback.end_slot - 1,

@@ -154,6 +154,13 @@ class ShardingSettings(SettingsSlice):
             raise BadInput(f"--shard_group_size {group} does not divide {world_size} processes. Valid: {valid}")
         return group
 
+    def mesh_shape(self, devices: int, world_size: int) -> dict[str, int]:
+        """Dimensions of the mesh: how many copies of the weights there are, where there may be several, and over how
+        many neighbouring ranks each is sharded. Raises BadInput as `shards` does."""
+        shards = self.shards(devices, world_size)
+        copies = {"replicate": world_size // shards} if self.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD") else {}
+        return {**copies, "shard": shards}
+
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "shard_group_size")

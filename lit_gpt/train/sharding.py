@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_gpt.config import Config
 from lit_gpt.launch.fabric import Fabric
-from lit_gpt.launch.world import World
 from lit_gpt.model.activation_checkpointing import checkpoint_activations
 from lit_gpt.model.float8 import use_float8
 from lit_gpt.model.gpt import GPT, initialize
 from lit_gpt.train.resolve import compute_dtype
-from lit_gpt.train.settings import ShardingSettings, StepSettings
+from lit_gpt.train.settings import StepSettings
 
 
 def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Module:
@@ -53,10 +52,9 @@ def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Mo
     return fabric.setup_module(model)
 
 
-def shard(model: nn.Module, settings: StepSettings, world: World) -> nn.Module:
-    """The model, each block and itself an FSDP2 unit on `world`'s mesh, with initial weights on this rank's device."""
+def shard(model: nn.Module, settings: StepSettings, mesh: DeviceMesh) -> nn.Module:
+    """The model, each block and itself an FSDP2 unit on the mesh, with initial weights on this rank's device."""
     assert isinstance(model, GPT)
-    mesh = _mesh(settings, world)
     policy = MixedPrecisionPolicy(
         param_dtype=None if settings.precision == "32-true" else torch.bfloat16,
         reduce_dtype=torch.float32,
@@ -65,17 +63,9 @@ def shard(model: nn.Module, settings: StepSettings, world: World) -> nn.Module:
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, reshard_after_forward=settings.reshards_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-    model.to_empty(device=world.accelerator)  # the current device: Fabric has set it
+    model.to_empty(device=mesh.device_type)  # the current device: Fabric has set it
     initialize(model, settings.seed)
     return model
-
-
-def _mesh(settings: ShardingSettings, world: World) -> DeviceMesh:
-    shards = settings.shards(world.devices, world.size)
-    if settings.has_copies:
-        shape = (world.size // shards, shards)  # neighbouring ranks shard one copy
-        return init_device_mesh(world.accelerator, shape, mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(world.accelerator, (shards,), mesh_dim_names=("shard",))
 
 
 def reduce_in_next_backward(module: nn.Module, settings: ShardingSettings, *, last: bool) -> None:

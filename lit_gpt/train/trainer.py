@@ -27,6 +27,7 @@ from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
 from lit_gpt.data.loader import StepLoader
 from lit_gpt.datapoints.run_folder import with_absolute_paths
 from lit_gpt.launch.meeting import StoppedBeforeMeeting
+from lit_gpt.launch.ranks import Ranks
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import Watchdog, how_ended
@@ -34,7 +35,6 @@ from lit_gpt.launch.world import (
     Fabric,
     any_rank,
     launch,
-    on_rank_zero,
     rank_name,
     record_collectives,
     starts_alone,
@@ -76,10 +76,15 @@ def train(
     if starts_alone(inputs.world) and stop.signal:
         return stop.log_early_stop()
     record_collectives(inputs.run_dir / "watchdog")
-    limit_s = settings.watchdog_long_s
+    world = inputs.world
     try:
         fabric = launch(
-            settings, inputs.world, lambda model: shard(model, settings, inputs.world), stop_flag, limit_s=limit_s
+            settings,
+            world,
+            lambda model, mesh: shard(model, settings, mesh),
+            stop_flag,
+            mesh_shape=settings.mesh_shape(world.devices, world.size),
+            limits=settings,
         )
     except StoppedBeforeMeeting:
         return stop.log_early_stop()
@@ -126,6 +131,7 @@ class Trainer:
         self.inputs, self.fabric, self.stop = inputs, fabric, stop
         self.rank, self.device = fabric.global_rank, fabric.device
         self.watchdog = Watchdog(inputs.run_dir / "watchdog", name, self.rank, inputs.world.size, asked)
+        self.ranks = Ranks(fabric, self.watchdog)
         self.settings = settings = resolve(asked, inputs.config, inputs.world, self.device)
         resolved = resolved_choices(settings)
         log.info("%s", in_words(resolved))
@@ -137,7 +143,7 @@ class Trainer:
         self.dataset = training_rows(inputs, settings, self.cache)
         validation = validation_rows(inputs, settings)
         parts = self.model, self.optimizer, self.train_step.guard
-        self.state = RunState(asked, resolved, repeated, inputs, fabric, self.dataset, *parts, flags)
+        self.state = RunState(asked, resolved, repeated, inputs, self.ranks, self.dataset, *parts, flags)
         self.state.start()
         self.report = RunReport(inputs.run_dir, enabled=settings.report and self.rank == 0)
         if self.rank == 0:
@@ -155,13 +161,14 @@ class Trainer:
             overlap=bool(settings.async_save),
             keep_last=settings.keep_last_checkpoints,
             keep_every_steps=settings.keep_every_steps,
+            timeout=settings.group_timeout,
         )
 
     def run(self) -> int:
         """Take all steps; returns the program's exit code."""
         last = self.state.length.steps
         if self.state.step < last:
-            on_rank_zero(self.fabric, self.stop.refuse_too_short_a_job)
+            self.ranks.on_zero("looking at the job's end", self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
             return self.stop.log_early_stop()
         self.stop.answer_while_training()

@@ -90,9 +90,10 @@ def test_hybrid_groups_inside_a_node(store: Path, alone: Path, tmp_path: Path) -
 @pytest.mark.parametrize(("group", "mesh"), [(1, (4, 1)), (2, (2, 2)), (4, (1, 4)), (None, (1, 4))])
 def test_mesh_of_hybrid_groups(group: int | None, mesh: tuple[int, int]) -> None:
     settings = ShardingSettings(sharding_strategy="HYBRID_SHARD", shard_group_size=group)
-    shards = settings.shards(devices=4, world_size=4)
-    assert (4 // shards, shards) == mesh
+    assert settings.mesh_shape(devices=4, world_size=4) == {"replicate": mesh[0], "shard": mesh[1]}
     assert settings.shards(devices=4, world_size=8) == (group or 4)
+    assert ShardingSettings(sharding_strategy="NO_SHARD").mesh_shape(4, 8) == {"replicate": 8, "shard": 1}
+    assert ShardingSettings().mesh_shape(4, 8) == {"shard": 8}
 
 
 def test_initial_weights_do_not_depend_on_the_number_of_processes(store: Path, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_limits() -> None:
     assert limit_s(settings, "update", steps_done=100, median_s=60.0) == 600
     assert limit_s(settings, "update", steps_done=1, median_s=60.0) == 1800
     assert limit_s(settings, "save", steps_done=100, median_s=2.0) == 1800
+    assert limit_s(settings, "rollback: waiting for rank 0", steps_done=100, median_s=2.0) == 1800
 
 
 def test_a_rank_that_is_stopped_within_a_heartbeat_leaves_a_whole_one(tmp_path: Path) -> None:
@@ -164,5 +165,9 @@ def test_find_fault() -> None:
     )
     assert find_fault([a, b], 30).startswith("at fault: rank 1 on n2, at 'data' of step 8")
     assert find_fault([a, b._replace(step=6)], 30).startswith("at fault: rank 1 on n2, at 'data' of step 7")
+    alone = [a._replace(place="set-up: reading a checkpoint"), b._replace(place="set-up: waiting for rank 0")]
+    assert find_fault(alone, 30) == (
+        "at fault: rank 0 on n1, at 'set-up: reading a checkpoint' of step 8, for which the others wait"
+    )
     everybody = [a._replace(place="update"), b._replace(place="update")]
     assert find_fault(everybody, 30).startswith("all ranks hang at the same place")
