@@ -54,6 +54,10 @@ class BadInput(ValueError):
     """A user's mistake; the message is one line: what is wrong, where, and what would be right."""
 
 
+class KnownBadInput(BadInput):
+    """One that every rank of the run has learned of, so that all end by themselves; rank 0 raises it."""
+
+
 @dataclass(frozen=True)
 class SettingsSlice:
     """Settings that one part of a program reads; a program's settings inherit from all slices that it needs.
@@ -190,6 +194,11 @@ class _Screen(logging.StreamHandler):
         return sys.stderr
 
 
+def print_bad_input(error: BadInput) -> None:
+    """The one line on stderr that a BadInput becomes."""
+    print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code (None is 0); a BadInput becomes one line on stderr and exit code 2."""
     form = "%(asctime)s %(levelname)s %(message)s"
@@ -198,7 +207,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except BadInput as error:
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_bad_input(error)
         sys.exit(EXIT_BAD_INPUT)
     except BrokenPipeError:  # the program that reads our output (head, less) has ended
         sys.stderr.close()

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import run_program, say_loading
+from lit_gpt.launch.refusal import refusals_told
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.site import is_first_process, site_settings
 from lit_gpt.settings_reader import given_flags, parse_settings
@@ -35,12 +36,13 @@ def main() -> int:
     stop_flag = StopFlag()  # first of all: a signal during the import of torch must not kill the program
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # what is said once is said by rank 0; `launch` decides again
-    recipes = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("corpus_")]
-    site = site_settings(CONFIGS)
-    settings, files = parse_settings(Settings, None, __doc__, common=COMMON, environment=site, recipes=recipes)
-    flags = given_flags()
-    settings = without_recipe_limits(settings, flags)
-    settings.check()
+    with refusals_told(stop_flag):
+        recipes = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("corpus_")]
+        site = site_settings(CONFIGS)
+        settings, files = parse_settings(Settings, None, __doc__, common=COMMON, environment=site, recipes=recipes)
+        flags = given_flags()
+        settings = without_recipe_limits(settings, flags)
+        settings.check()
     say_loading(f"model {settings.model_name}", "PyTorch")
     if settings.plan:
         from lit_gpt.train.run_plan import lines, plan

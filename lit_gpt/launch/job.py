@@ -13,6 +13,21 @@ from pathlib import Path
 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE
 
+PARENT = "LIT_GPT_PARENT"
+"""Variable with the number of the process that has started this one as a further rank."""
+_PARENT_ENDS_S = 10.0
+
+
+def end_after_parent() -> None:
+    """Return when the rank that has started this one, if any has, has ended, or after some seconds.
+
+    Lightning kills a rank as soon as it finds that one which it started has ended with another exit code than 0: the
+    exit code of the whole would be lost.
+    """
+    parent, began = os.environ.get(PARENT), time.monotonic()
+    while str(os.getppid()) == parent and time.monotonic() - began < _PARENT_ENDS_S:
+        time.sleep(0.1)
+
 
 def exit_code_after_stop() -> int:
     """Exit code of a run that saved and stopped early: inside a Slurm job, the one that asks for a requeue."""

@@ -28,6 +28,12 @@ def is_first_process() -> bool:
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher, or rank 0, has started other ranks too, as far as the environment says."""
+    in_step = "SLURM_STEP_ID" in os.environ
+    return any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", *(["SLURM_NTASKS"] if in_step else [])))
+
+
 def site_settings(recipes: Path) -> dict[str, Given]:
     """Setting -> what the environment says of it; recipes: the folder pretrain/configs.
 

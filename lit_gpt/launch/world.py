@@ -21,7 +21,7 @@ from torch import nn
 from torch._inductor import config as inductor_config
 from torch.distributed.device_mesh import DeviceMesh
 
-from lit_gpt.cli import EXIT_FAILURE, BadInput
+from lit_gpt.cli import BadInput
 from lit_gpt.launch.fabric import (
     ClusterEnvironment,
     Fabric,
@@ -30,15 +30,13 @@ from lit_gpt.launch.fabric import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lit_gpt.launch.job import host
+from lit_gpt.launch.job import PARENT, end_after_parent, host
 from lit_gpt.launch.meeting import MeetingStrategy, NotMet, StoppedBeforeMeeting
 from lit_gpt.launch.settings import LaunchSettings, WatchdogSettings
 from lit_gpt.launch.signals import StopFlag
 
 log = logging.getLogger(__name__)
 
-PARENT = "LIT_GPT_PARENT"
-"""Number of the process that has started this one as a further rank."""
 STRAY = (
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
     "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE",
@@ -142,6 +140,25 @@ def _launcher(settings: LaunchSettings) -> tuple[ClusterEnvironment, int, int | 
     return LightningEnvironment(), 1, None  # this program starts a rank for each device, also in a step of one task
 
 
+def place_among_ranks() -> ClusterEnvironment | None:
+    """How this process, one of several that a launcher or rank 0 has started, knows its rank and where the ranks meet;
+    None if it is alone, or the first."""
+    try:
+        environment, _, tasks = _launcher(LaunchSettings())
+        if isinstance(environment, TorchElasticEnvironment):
+            _require_torchrun("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        rank, size = _number("LOCAL_RANK", 0), _number("WORLD_SIZE", 1)
+    except BadInput:  # which this process has told, or another one
+        return None
+    if tasks is not None:
+        return environment if environment.world_size() > 1 else None
+    if PARENT not in os.environ or rank == 0:
+        return None
+    environment.set_global_rank(rank)
+    environment.set_world_size(size)
+    return environment
+
+
 def _refuse_stray() -> None:
     """Raise BadInput if another launcher has started this process, or has left its variables behind."""
     if PARENT in os.environ:
@@ -239,7 +256,8 @@ def launch(
         raise
     except NotMet as error:
         log.error("%s", error)
-        sys.exit(EXIT_FAILURE)
+        end_after_parent()
+        sys.exit(error.exit_code)
     logging.getLogger().setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     return fabric
 

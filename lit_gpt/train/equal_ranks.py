@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from lit_gpt.cli import EXIT_BAD_INPUT, BadInput
-from lit_gpt.launch.job import host
+from lit_gpt.cli import EXIT_BAD_INPUT, KnownBadInput
+from lit_gpt.launch.job import end_after_parent, host
 
 NODE_FOLDERS = ("train_data_dir", "val_data_dir", "tokenizer_path", "cache_dir")
 
 
 def require_equal_ranks(values: Mapping[str, Any]) -> None:
-    """Raise BadInput on rank 0, and end the other ranks with its exit code, if `values` are not the same everywhere.
+    """If `values` are not the same everywhere, raise KnownBadInput on rank 0, and end the others with its exit code.
 
     A collective over gloo: every rank calls it.
     """
@@ -38,8 +38,9 @@ def require_equal_ranks(values: Mapping[str, Any]) -> None:
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (host(), ours))
     if dist.get_rank():
+        end_after_parent()
         sys.exit(EXIT_BAD_INPUT)
-    raise BadInput(difference(everywhere))
+    raise KnownBadInput(difference(everywhere))
 
 
 def difference(ranks: list[tuple[str, dict[str, str]]]) -> str:

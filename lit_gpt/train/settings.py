@@ -158,7 +158,7 @@ class ShardingSettings(SettingsSlice):
         """Dimensions of the mesh: how many copies of the weights there are, where there may be several, and over how
         many neighbouring ranks each is sharded. Raises BadInput as `shards` does."""
         shards = self.shards(devices, world_size)
-        copies = {"replicate": world_size // shards} if self.sharding_strategy in ("HYBRID_SHARD", "NO_SHARD") else {}
+        copies = {"replicate": world_size // shards} if self.has_copies else {}
         return {**copies, "shard": shards}
 
     def check(self) -> None:

@@ -13,11 +13,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_gpt.config import Config
 from lit_gpt.launch.fabric import Fabric
+from lit_gpt.launch.signals import StopFlag
+from lit_gpt.launch.world import World, launch
 from lit_gpt.model.activation_checkpointing import checkpoint_activations
 from lit_gpt.model.float8 import use_float8
 from lit_gpt.model.gpt import GPT, initialize
 from lit_gpt.train.resolve import compute_dtype
-from lit_gpt.train.settings import StepSettings
+from lit_gpt.train.settings import Settings, ShardingSettings, StepSettings
 
 
 def build_model(fabric: Fabric, config: Config, settings: StepSettings) -> nn.Module:
@@ -66,6 +68,18 @@ def shard(model: nn.Module, settings: StepSettings, mesh: DeviceMesh) -> nn.Modu
     model.to_empty(device=mesh.device_type)  # the current device: Fabric has set it
     initialize(model, settings.seed)
     return model
+
+
+def launch_run(settings: Settings, world: World, stop_flag: StopFlag) -> Fabric:
+    """`launch`, with models sharded as the settings say."""
+    return launch(
+        settings,
+        world,
+        lambda model, mesh: shard(model, settings, mesh),
+        stop_flag,
+        mesh_shape=settings.mesh_shape(world.devices, world.size),
+        limits=settings,
+    )
 
 
 def reduce_in_next_backward(module: nn.Module, settings: ShardingSettings, *, last: bool) -> None:

@@ -28,13 +28,14 @@ from lit_gpt.data.loader import StepLoader
 from lit_gpt.datapoints.run_folder import with_absolute_paths
 from lit_gpt.launch.meeting import StoppedBeforeMeeting
 from lit_gpt.launch.ranks import Ranks
+from lit_gpt.launch.refusal import refusals_told
+from lit_gpt.launch.set_up import set_up
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import Watchdog, how_ended
 from lit_gpt.launch.world import (
     Fabric,
     any_rank,
-    launch,
     rank_name,
     record_collectives,
     starts_alone,
@@ -52,7 +53,7 @@ from lit_gpt.train.run_inputs import RunInputs, open_cache, open_inputs, trainin
 from lit_gpt.train.run_report import RunReport
 from lit_gpt.train.run_state import RunState
 from lit_gpt.train.settings import Settings
-from lit_gpt.train.sharding import build_model, shard
+from lit_gpt.train.sharding import build_model, launch_run
 from lit_gpt.train.speed_monitor import SpeedMonitor
 from lit_gpt.train.step_guard import SkippedStep
 from lit_gpt.train.train_step import TrainStep, Update
@@ -72,27 +73,21 @@ def train(
     """
     settings = replace(settings, **with_absolute_paths(asdict(settings)))
     stop = StopRequest(stop_flag, settings)
-    inputs = open_inputs(settings)
-    if starts_alone(inputs.world) and stop.signal:
-        return stop.log_early_stop()
-    record_collectives(inputs.run_dir / "watchdog")
-    world = inputs.world
     try:
-        fabric = launch(
-            settings,
-            world,
-            lambda model, mesh: shard(model, settings, mesh),
-            stop_flag,
-            mesh_shape=settings.mesh_shape(world.devices, world.size),
-            limits=settings,
-        )
+        with refusals_told(stop_flag):
+            inputs = open_inputs(settings)
+            if starts_alone(inputs.world) and stop.signal:
+                return stop.log_early_stop()
+            record_collectives(inputs.run_dir / "watchdog")
+            fabric = launch_run(settings, inputs.world, stop_flag)
     except StoppedBeforeMeeting:
         return stop.log_early_stop()
     name, trainer = rank_name(fabric.global_rank, fabric.device), None
     try:
         if any_rank(stop.signal is not None):
             return stop.log_early_stop()
-        trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name)
+        with set_up(fabric):
+            trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name)
         code = trainer.run()
         trainer.watchdog.at(how_ended(code, finished=trainer.state.step >= trainer.state.length.steps))
         return code

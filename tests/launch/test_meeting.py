@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -14,9 +15,10 @@ import pytest
 
 from lit_gpt.cli import BadInput
 from lit_gpt.launch.fabric import ClusterEnvironment, LightningEnvironment
-from lit_gpt.launch.meeting import NotMet, StoppedBeforeMeeting, meet
+from lit_gpt.launch.meeting import NotMet, OneRefused, StoppedBeforeMeeting, meet
 from lit_gpt.launch.settings import LaunchSettings
-from lit_gpt.launch.world import STRAY, find_world
+from lit_gpt.launch.site import is_one_of_several
+from lit_gpt.launch.world import STRAY, find_world, place_among_ranks
 from tests.support.programs import environment
 from tests.support.training import command
 
@@ -114,6 +116,32 @@ def test_ranks_meet_or_leave_together() -> None:
     assert [type(error) for error in got.values()] == [StoppedBeforeMeeting] * 2
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_refuses_its_input_ends_all(rank: int) -> None:
+    """Whether it holds the port or not, and though one of the others comes a second later."""
+    port = free_port()
+    got: dict[int, object] = {}
+
+    def take_part(number: int) -> None:
+        try:
+            meet(Place(number, 3, port), limit_s=60.0, refused="no such store" if number == rank else None)
+        except NotMet as error:
+            got[number] = error
+
+    threads = [threading.Thread(target=take_part, args=(number,)) for number in range(3)]
+    for thread in threads[1:]:
+        thread.start()
+        time.sleep(0.5)
+    threads[0].start()
+    for thread in threads:
+        thread.join(60)
+    assert {number: (type(error), str(error)) for number, error in got.items()} == dict.fromkeys(
+        range(3), (OneRefused, "no such store")
+    )
+    assert OneRefused.exit_code == 2
+    assert NotMet.exit_code == 1
+
+
 def test_a_started_rank_that_ends_is_named() -> None:
     ended = subprocess.Popen(["sh", "-c", "exit 7"])
     got = meet_all([Place(0, 2, free_port())], children=[ended])
@@ -165,6 +193,30 @@ def test_one_process_of_a_launcher_starts_the_ranks_itself(
     world = find_world(LaunchSettings(accelerator="cpu", devices=2))
     assert world.size == 2
     assert not world.environment.creates_processes_externally
+
+
+TORCHRUN = dict(TORCHELASTIC_RUN_ID="x", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({"LIT_GPT_PARENT": str(os.getppid()), "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1),
+        ({"LIT_GPT_PARENT": str(os.getpid()), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, None),
+        ({**TORCHRUN, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 1),
+        ({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, None),
+        ({**STEP, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, 1),
+        ({**STEP, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, None),  # nobody's
+        ({}, None),
+    ],
+)
+def test_who_is_one_of_several(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], rank: int | None) -> None:
+    """A rank of torchrun or of srun, or one that rank 0 has started; not rank 0 itself, and not a lone process."""
+    no_launcher(monkeypatch, {"SLURM_JOB_NAME": "train", **variables})
+    place = place_among_ranks()
+    assert (place.global_rank() if place else None) == rank
+    assert place is None or (place.world_size() == 2 and is_one_of_several())
 
 
 def no_launcher(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:

@@ -1,0 +1,53 @@
+"""A rank that refuses its input before the ranks have met: it says so where they meet, and all end with exit code 2.
+
+Without that the others would wait for it to the end of --watchdog_long_s. set_up.py does the same for the time from the
+meeting to the first step. No torch, until there is something to tell.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from lit_gpt.cli import EXIT_BAD_INPUT, BadInput, KnownBadInput, print_bad_input
+from lit_gpt.launch.job import end_after_parent, host
+from lit_gpt.launch.signals import StopFlag
+from lit_gpt.launch.site import is_one_of_several
+
+
+@contextmanager
+def refusals_told(stop_flag: StopFlag) -> Iterator[None]:
+    """Where one of several ranks raises BadInput in this context, all ranks end with exit code 2."""
+    try:
+        yield
+    except KnownBadInput:
+        raise
+    except BadInput as error:
+        if not is_one_of_several():
+            raise
+        print_bad_input(error)
+        _tell(error, stop_flag)
+        end_after_parent()
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def _tell(error: BadInput, stop_flag: StopFlag) -> None:
+    from lit_gpt.launch.meeting import REFUSAL_S, NotMet, meet
+    from lit_gpt.launch.world import place_among_ranks
+
+    place = place_among_ranks()
+    if place is None:
+        return
+    with suppress(NotMet):
+        meet(
+            place,
+            limit_s=REFUSAL_S,
+            stopped=lambda: stop_flag.received is not None,
+            refused=refusal(place.global_rank(), error),
+        )
+
+
+def refusal(rank: int, error: Exception) -> str:
+    """What the other ranks say of it."""
+    return f"all ranks end, since rank {rank} on {host()} does not start: {' '.join(str(error).split())}"
