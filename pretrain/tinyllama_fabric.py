@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import run_program, say_loading
+from lit_gpt.launch.job import end_after_parent
 from lit_gpt.launch.refusal import refusals_told
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.site import is_first_process, site_settings
@@ -34,6 +35,14 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 def main() -> int:
     stop_flag = StopFlag()  # first of all: a signal during the import of torch must not kill the program
+    try:
+        return pretrain(stop_flag)
+    finally:
+        end_after_parent()
+
+
+def pretrain(stop_flag: StopFlag) -> int:
+    """Train as asked for; returns the exit code."""
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # what is said once is said by rank 0; `launch` decides again
     with refusals_told(stop_flag):

@@ -15,14 +15,14 @@ from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE
 
 PARENT = "LIT_GPT_PARENT"
 """Variable with the number of the process that has started this one as a further rank."""
-_PARENT_ENDS_S = 10.0
+_PARENT_ENDS_S = 60.0
 
 
 def end_after_parent() -> None:
-    """Return when the rank that has started this one, if any has, has ended, or after some seconds.
+    """Return when the rank that has started this one, if any has, has ended, or after a minute.
 
-    Lightning kills a rank as soon as it finds that one which it started has ended with another exit code than 0: the
-    exit code of the whole would be lost.
+    Lightning kills a rank within 5 s of the end of one that it started, if that had another exit code than 0. The exit
+    code of the whole would be lost, and what rank 0 does last, such as sending metrics.
     """
     parent, began = os.environ.get(PARENT), time.monotonic()
     while str(os.getppid()) == parent and time.monotonic() - began < _PARENT_ENDS_S:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from lit_gpt.cli import EXIT_BAD_INPUT, BadInput, KnownBadInput
 from lit_gpt.launch.fabric import Fabric
-from lit_gpt.launch.job import end_after_parent, exit_code_after_stall
+from lit_gpt.launch.job import exit_code_after_stall
 from lit_gpt.launch.watchdog import FOR_RANK_ZERO, Watchdog
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,6 @@ class Ranks:
         if refused_anywhere is not None:
             if is_zero:
                 raise KnownBadInput(str(refused_anywhere))
-            end_after_parent()
             sys.exit(EXIT_BAD_INPUT)
         return self.fabric.broadcast(result) if share else result
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from lit_gpt.cli import EXIT_BAD_INPUT, BadInput, KnownBadInput, print_bad_input
-from lit_gpt.launch.job import end_after_parent, host
+from lit_gpt.launch.job import host
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.site import is_one_of_several
 
@@ -28,7 +28,6 @@ def refusals_told(stop_flag: StopFlag) -> Iterator[None]:
             raise
         print_bad_input(error)
         _tell(error, stop_flag)
-        end_after_parent()
         sys.exit(EXIT_BAD_INPUT)
 
 

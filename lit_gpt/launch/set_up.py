@@ -53,7 +53,6 @@ def set_up(fabric: Fabric) -> Iterator[None]:
     except BadInput as error:
         print_bad_input(error)
         watch.tell(EXIT_BAD_INPUT, error)
-        end_after_parent()
         raise SystemExit(EXIT_BAD_INPUT) from None
     except Exception as error:
         watch.tell(EXIT_FAILURE, error)

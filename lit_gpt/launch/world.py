@@ -30,7 +30,7 @@ from lit_gpt.launch.fabric import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lit_gpt.launch.job import PARENT, end_after_parent, host
+from lit_gpt.launch.job import PARENT, host
 from lit_gpt.launch.meeting import MeetingStrategy, NotMet, StoppedBeforeMeeting
 from lit_gpt.launch.settings import LaunchSettings, WatchdogSettings
 from lit_gpt.launch.signals import StopFlag
@@ -256,7 +256,6 @@ def launch(
         raise
     except NotMet as error:
         log.error("%s", error)
-        end_after_parent()
         sys.exit(error.exit_code)
     logging.getLogger().setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     return fabric

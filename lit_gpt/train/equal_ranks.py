@@ -17,7 +17,7 @@ import torch.distributed as dist
 import xxhash
 
 from lit_gpt.cli import EXIT_BAD_INPUT, KnownBadInput
-from lit_gpt.launch.job import end_after_parent, host
+from lit_gpt.launch.job import host
 
 NODE_FOLDERS = ("train_data_dir", "val_data_dir", "tokenizer_path", "cache_dir")
 
@@ -38,7 +38,6 @@ def require_equal_ranks(values: Mapping[str, Any]) -> None:
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (host(), ours))
     if dist.get_rank():
-        end_after_parent()
         sys.exit(EXIT_BAD_INPUT)
     raise KnownBadInput(difference(everywhere))
 

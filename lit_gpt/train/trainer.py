@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from lit_gpt.checkpoint.saver import CheckpointSaver
-from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
+from lit_gpt.cli import EXIT_FAILURE, EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
 from lit_gpt.data.loader import StepLoader
 from lit_gpt.datapoints.run_folder import with_absolute_paths
 from lit_gpt.launch.meeting import StoppedBeforeMeeting
@@ -33,13 +33,7 @@ from lit_gpt.launch.set_up import set_up
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import Watchdog, how_ended
-from lit_gpt.launch.world import (
-    Fabric,
-    any_rank,
-    rank_name,
-    record_collectives,
-    starts_alone,
-)
+from lit_gpt.launch.world import Fabric, any_rank, rank_name, record_collectives, starts_alone
 from lit_gpt.train.agreement import agree
 from lit_gpt.train.expectation import write_expectation
 from lit_gpt.train.garbage import manual_collection
@@ -47,6 +41,7 @@ from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.pauses import Pauses
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.progress import ProgressBar
+from lit_gpt.train.replicas import CopiesDiffer, require_equal_copies
 from lit_gpt.train.resolve import in_words, resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
 from lit_gpt.train.run_inputs import RunInputs, open_cache, open_inputs, training_rows, validation_rows
@@ -95,6 +90,12 @@ def train(
         if trainer is not None:
             trainer.watchdog.at("failed")
         raise
+    except CopiesDiffer as error:
+        if trainer is not None:
+            trainer.watchdog.at("failed")
+        if fabric.is_global_zero:
+            log.error("after step %d: %s", trainer.state.step if trainer else 0, error)
+        return EXIT_FAILURE
     except Exception as error:  # noqa: BLE001 - the process ends here, with the rank's name
         try:
             if trainer is not None:
@@ -158,6 +159,8 @@ class Trainer:
             keep_every_steps=settings.keep_every_steps,
             timeout=settings.group_timeout,
         )
+        self._copies = settings.mesh_shape(inputs.world.devices, inputs.world.size).get("replicate", 1)
+        self._name = name
 
     def run(self) -> int:
         """Take all steps; returns the program's exit code."""
@@ -166,6 +169,7 @@ class Trainer:
             self.ranks.on_zero("looking at the job's end", self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
             return self.stop.log_early_stop()
+        self._require_equal_copies()
         self.stop.answer_while_training()
         log.info("from step %d on in %s; in all %s", self.state.step, self.inputs.run_dir, self.state.length)
         self.saver.log_room()
@@ -319,8 +323,12 @@ class Trainer:
             self.state.trackers.log(row)
         return row
 
+    def _require_equal_copies(self) -> None:
+        require_equal_copies(self.optimizer, self._copies, self._name)
+
     def _save(self, *, wait: bool) -> None:
         self.watchdog.at("save")
+        self._require_equal_copies()
         began = time.monotonic()
         self.saver.save(self.state.checkpoint_facts(), wait=wait)
         seconds = time.monotonic() - began

@@ -69,6 +69,10 @@ def break_update(wanted: dict[Place, str]) -> None:
             return whole(self, step, batches, targets)
         finally:
             hook.remove()
+            if kind == "other_weight":
+                with torch.no_grad():
+                    row = next(iter(self._optimizer.param_groups[0]["params"])).to_local()[0]
+                    row[0] = torch.nextafter(row[0], row[0] + 1)
 
     TrainStep.update = update  # type: ignore[method-assign]
 
