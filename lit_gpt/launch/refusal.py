@@ -38,7 +38,7 @@ def _tell(error: BadInput, stop_flag: StopFlag) -> None:
     place = place_among_ranks()
     if place is None:
         return
-    with suppress(NotMet):
+    with suppress(NotMet, KeyError):  # KeyError: an environment that is not complete says not which rank this is
         meet(
             place,
             limit_s=REFUSAL_S,
