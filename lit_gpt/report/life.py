@@ -87,6 +87,8 @@ def life_of(
     seen = f"last sign of life {moment(last)}" if last is not None else "no sign of life yet"
     done = max_steps is not None and step >= max_steps and saved_at == step
     if last is None:
+        if step and not done:  # of a version whose lines have no time
+            return Life("stopped" if saved_at == step else "dead", "its files have no times", None)
         return Life("finished" if done else "empty", seen, None)
     ended = next((beat for beat in beats if beat.rank == 0 and beat.place in ENDS), None)
     if ended is not None and ended.time >= last - 2:  # lines have whole seconds

@@ -1,9 +1,9 @@
 """report.html of a running training, written by another process at each save.
 
-Invariants: the training starts a process and goes on; it waits for none, but at its end for the last one, at most
-LAST_WAIT_S. One process writes at a time, and none is started within PAUSE_S of the last, so saves in quick succession
-cost one report. Whatever fails is one warning. The process has a session of its own, so a Ctrl-C does not end it, and
-it publishes a whole file or none.
+Invariants: the training starts a process and goes on. It waits for none, but for the last one, at most LAST_WAIT_S, at
+the end of a run that was not stopped. One process writes at a time, and none is started within PAUSE_S of the last, so
+saves in quick succession cost one report. Whatever fails is one warning. The process has a session of its own, so a
+Ctrl-C does not end it, and it publishes a whole file or none.
 Costs: a fork of the training's process, some ms; then beside it 1 s of one core, 4 s and 0.9 GB for a million lines of
 metrics, with the lowest priority.
 """
@@ -43,14 +43,17 @@ class RunReport:
             return
         self._start()
 
-    def close(self) -> None:
-        """Write the last report, which says how the run ended."""
-        if self._process is not None:
+    def close(self, *, wait: bool) -> None:
+        """Write the last report, which says how the run ended; wait: for it, and for one that is being written.
+
+        A run that was stopped has few seconds left, in which its exit code must be told: it waits for none."""
+        if self._enabled and wait:
             self._wait(LAST_WAIT_S / 2)
         if self._enabled and self._ended():
             self._start()
-            self._wait(LAST_WAIT_S)
-            self._ended()
+            if wait:
+                self._wait(LAST_WAIT_S)
+                self._ended()
         self._enabled = False
 
     def _start(self) -> None:

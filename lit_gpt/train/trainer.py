@@ -345,4 +345,4 @@ class Trainer:
             log.info("shard cache: %s", self.cache.report())
             self.cache.close()
         self.state.close()
-        self.report.close()
+        self.report.close(wait=self.stop.agreed is None)

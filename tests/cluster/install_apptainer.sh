@@ -11,6 +11,7 @@ set -euo pipefail
 shopt -s inherit_errexit
 
 EXIT_CANNOT=3
+APT_LOCK=/tmp/tests-apt.lock # other tests install too, and apt does not wait
 SOURCES=/etc/apt/sources.list.d/debian.sources
 NEWER=/opt/newer-libc
 
@@ -38,7 +39,8 @@ install_apptainer() {
     [[ $EUID == 0 ]] || cannot "installing Apptainer needs root"
     [[ $(uname -m) == x86_64 && -f $SOURCES ]] || cannot "no Apptainer here, and no $SOURCES to install it from"
     type -P patchelf >/dev/null ||
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq patchelf; } >/dev/null 2>&1 ||
+        { flock "$APT_LOCK" apt-get update -qq &&
+            DEBIAN_FRONTEND=noninteractive flock "$APT_LOCK" apt-get install -qq patchelf; } >/dev/null 2>&1 ||
         cannot "apt-get could not install patchelf"
     mkdir -p "$work"/{sources,lists/partial,cache/archives/partial,packages}
     awk 'BEGIN {RS = ""} NR == 1' "$SOURCES" | sed -E 's/^Suites:.*/Suites: sid/' >"$work/sources/newest.sources"

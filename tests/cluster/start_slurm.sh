@@ -26,8 +26,8 @@ install_packages() {
     [[ -z $(type -P slurmctld slurmd munged sbatch | sed -n 4p) ]] || return 0
     type -P apt-get >/dev/null || cannot "no Slurm here, and no apt-get to install it with"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq || cannot "apt-get update failed"
-    apt-get install -qq --no-install-recommends slurm-wlm munge >/dev/null || cannot "apt-get could not install slurm-wlm"
+    flock /tmp/tests-apt.lock apt-get update -qq || cannot "apt-get update failed"
+    flock /tmp/tests-apt.lock apt-get install -qq --no-install-recommends slurm-wlm munge >/dev/null || cannot "apt-get could not install slurm-wlm"
 }
 
 free_port() {

@@ -34,6 +34,9 @@ def beat(rank: int, place: str, ago_s: float) -> Beat:
     ("beats", "step", "saved_at", "line_ages", "state"),
     [
         ([], 0, None, [], "empty"),
+        ([], 10, 10, [], "finished"),  # of a version whose lines have no time
+        ([], 7, 7, [], "stopped"),
+        ([], 7, 5, [], "dead"),
         ([beat(0, "update", 10)], 7, 5, [9.0], "running"),
         ([beat(0, "set-up", 10)], 7, 5, [9000.0], "running"),
         ([beat(0, "update", 9000)], 7, 5, [9005.0], "dead"),

@@ -18,6 +18,8 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL = (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "--no-install-recommends", "chromium"])
+APT_LOCK = "/tmp/tests-apt.lock"
+"""tests/cluster/start_slurm.sh, which another worker may run, installs under the same lock: apt does not wait."""
 TIMEOUT_S = 120.0
 
 
@@ -27,8 +29,8 @@ def find_chromium() -> tuple[str | None, str]:
     if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
         for command in INSTALL:
             done = subprocess.run(
-                command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True,
-                timeout=400,
+                ["flock", APT_LOCK, *command], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True, text=True, timeout=500,
             )  # fmt: skip
             if done.returncode:
                 return None, f"{' '.join(command)} failed: {done.stderr.strip()[-200:]}"

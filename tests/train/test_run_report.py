@@ -53,7 +53,7 @@ def test_a_report_that_fails_is_one_warning(
     monkeypatch.setattr(run_report, "LAST_WAIT_S", 300.0)
     report = RunReport(tmp_path / "gone", enabled=True)
     with caplog.at_level(logging.WARNING):
-        report.close()
+        report.close(wait=True)
     (warning,) = caplog.messages
     assert "no such folder" in warning
     assert warning.endswith("Training goes on")
@@ -74,10 +74,25 @@ def test_a_report_that_hangs_holds_nothing(
     report.write()
     assert report._process is first  # none beside it
     with caplog.at_level(logging.WARNING):
-        report.close()
+        report.close(wait=True)
     assert ["takes longer than the end of the run" in message for message in caplog.messages] == [True]
     pipe.open("w").close()
     assert first.wait(300) == 0
+    assert state_of(run / "report.html") == "finished"
+
+
+def test_a_run_that_is_stopped_waits_for_no_report(tmp_path: Path) -> None:
+    """The last one is started, and ends by itself."""
+    run = killed_and_resumed(tmp_path / "run")
+    pipe = run / "watchdog" / "rank-00001.json"
+    os.mkfifo(pipe)
+    report = RunReport(run, enabled=True)
+    report.close(wait=False)
+    process = report._process
+    assert process is not None
+    assert process.poll() is None
+    pipe.open("w").close()
+    assert process.wait(300) == 0
     assert state_of(run / "report.html") == "finished"
 
 
@@ -95,5 +110,5 @@ def test_saves_in_quick_succession_cost_one_report(tmp_path: Path) -> None:
 def test_off_and_other_ranks_write_none(tmp_path: Path) -> None:
     report = RunReport(tmp_path, enabled=False)
     report.write()
-    report.close()
+    report.close(wait=True)
     assert list(tmp_path.iterdir()) == []
