@@ -61,9 +61,9 @@ class Left(NamedTuple):
 
 
 def read_beats(folder: Path, world_size: int) -> list[Beat]:
-    """The heartbeats of a run's watchdog folder; without ranks of an earlier, larger world."""
+    """The heartbeats of a run's first `world_size` ranks, in its watchdog folder."""
     found = []
-    for path in sorted(folder.glob("rank-*.json")):
+    for path in [folder / "rank-00000.json"] if world_size == 1 else sorted(folder.glob("rank-*.json")):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             beat = Beat(said["rank"], str(said["who"]), said["step"], str(said["place"]), path.stat().st_mtime)

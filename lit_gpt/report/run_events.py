@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lit_gpt.report.blocks import Kind
 from lit_gpt.report.goodput import lost_steps
 from lit_gpt.report.run_view import RunView
+
+MINOR = ("skipped", "left out")
+"""Events of which a run may have thousands."""
 
 
 class Event(NamedTuple):
@@ -24,6 +27,19 @@ def events(view: RunView) -> list[Event]:
     """All of a run, in the order in which they were written."""
     found = [*_attempts(view), *_deviations(view)]
     return sorted(found, key=lambda event: (event.attempt, event.step))
+
+
+def marked(found: Sequence[Event], most: int) -> list[Event]:
+    """At most `most` of the events: starts, rollbacks and branches first; then evenly of the others."""
+    if len(found) <= most:
+        return list(found)
+    major = _spread([event for event in found if event.what not in MINOR], most)
+    return [*major, *_spread([event for event in found if event.what in MINOR], most - len(major))]
+
+
+def _spread(found: Sequence[Event], most: int) -> list[Event]:
+    count = min(most, len(found))
+    return [found[number * len(found) // count] for number in range(count)]
 
 
 def _attempts(view: RunView) -> Iterator[Event]:

@@ -22,7 +22,7 @@ from lit_gpt.report.numbers import about, duration, moment, short, size
 from lit_gpt.report.page import Page
 from lit_gpt.report.plots import Line, Mark, Plot
 from lit_gpt.report.run_data import data_blocks
-from lit_gpt.report.run_events import Event, events
+from lit_gpt.report.run_events import Event, events, marked
 from lit_gpt.report.run_settings import settings_blocks
 from lit_gpt.report.run_view import RunView, number, read_run
 
@@ -32,6 +32,8 @@ KINDS: dict[State, Kind] = {
 }  # fmt: skip
 POINTS = 2000
 """Points of a line; of several runs they share some of them, so that the page stays small."""
+MARKS = 200
+"""Most events that a plot marks; the table below the losses counts all."""
 SHOWN_EVENTS, SHOWN_SAMPLES, SHOWN_RANKS = 12, 6, 16
 Which: TypeAlias = NDArray[np.bool_]
 _KNOWN = {
@@ -137,7 +139,10 @@ class _Plots:
     def __init__(self, views: Sequence[RunView]) -> None:
         self._views = views
         self._points = max(300, POINTS // len(views))
-        self._marks = [mark for view in views for mark in self._marks_of(view)]
+        found = [(view, events(view)) for view in views]
+        self._marks = [mark for view, all_ in found for mark in self._marks_of(view, marked(all_, MARKS // len(views)))]
+        happened = sum(len(all_) for _, all_ in found)
+        self._note = f"{len(self._marks)} of {happened:,} events are marked" if len(self._marks) < happened else ""
 
     def _axes(self, view: RunView) -> dict[str, Numbers]:
         metrics = view.metrics
@@ -149,10 +154,10 @@ class _Plots:
             axes["hours"] = (metrics.times - began) / 3600
         return axes
 
-    def _marks_of(self, view: RunView) -> Iterator[Mark]:
+    def _marks_of(self, view: RunView, chosen: Sequence[Event]) -> Iterator[Mark]:
         axes, steps = self._axes(view), view.metrics.of("step")
         prefix = f"{view.name}: " if len(self._views) > 1 else ""
-        for event in events(view):
+        for event in chosen:
             if len(steps):
                 x = {name: float(np.interp(event.step, steps, values)) for name, values in axes.items()}
                 yield Mark(x, f"{prefix}{event.what}, {event.said}", event.kind)
@@ -179,7 +184,8 @@ class _Plots:
     def _plot(self, title: str, lines: Sequence[Line], **options: object) -> list[Block]:
         if not lines:
             return []
-        return [Plot(title, lines, marks=self._marks, points=self._points, **options)]  # type: ignore[arg-type]
+        fixed = {"marks": self._marks, "points": self._points, "note": self._note}
+        return [Plot(title, lines, **{**fixed, **options})]  # type: ignore[arg-type]
 
     def losses(self) -> list[Block]:
         train = self._lines("loss", "training")

@@ -1,7 +1,7 @@
 """A line for each run: what scripts/runs.py shows, and looks at again and again.
 
 A run's step is that of its last line of metrics, or of the heartbeat that is younger.
-Costs: for each run its settings, its heartbeats, the end of metrics.csv and a listing of the folder; no log is read.
+Costs: for each run its settings, rank 0's heartbeat, the end of metrics.csv and a listing of the folder; no log.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def run_line(folder: Path, now: float | None = None) -> RunLine:
     """The line of a run folder, whatever it lacks."""
     settings, resolved = read_mappings(folder)
     tail = metrics.read(folder / "metrics.csv", TAIL_BYTES)
-    beats = read_beats(folder / "watchdog", world_size=1 << 20)
+    beats = read_beats(folder / "watchdog", world_size=1)  # of thousands, one tells
     steps = [int(name[1]) for path in folder.glob("iter-*") if (name := NAME.fullmatch(path.name)) and _whole(path)]
     limit = resolved.get("max_steps", settings.get("max_steps"))
     max_steps = limit if isinstance(limit, int) else None
     times = tail.times[np.isfinite(tail.times)][-2:].tolist()
-    since = [beat.step for beat in beats if beat.rank == 0 and beat.time > max(times, default=0.0)]
+    since = [beat.step for beat in beats if beat.time > max(times, default=0.0)]
     step = int(max([tail.last("step") or 0, *since]))
     life = life_of(beats, step, max_steps, max(steps, default=None), times, settings.get("watchdog_floor_s"), now)
     return RunLine(

@@ -142,7 +142,8 @@ def read_run(folder: Path) -> RunView:
     if view.attempts:
         part.found(lambda: _read_record(view), None)
     exports = _exports(folder)
-    view.saved = [_saved(path, view.attempts, exports) for path in sorted(folder.glob("iter-*-ckpt.pth"))]
+    found = [(path, _saved(path, view.attempts, exports)) for path in sorted(folder.glob("iter-*-ckpt.pth"))]
+    view.saved = [saved for path, saved in found if path.exists()]  # retention may have removed one meanwhile
     view.problems += [saved.damage for saved in view.saved if saved.damage]
     view.samples = part.found(lambda: _samples(folder / "samples.jsonl"), [])
     view.beats = read_beats(folder / "watchdog", view.world_size)
@@ -204,7 +205,7 @@ def _saved(path: Path, attempts: list[Attempt], exports: Mapping[str, list[str]]
         mark = found.facts.get("datapoint_log")
         left = bool(attempts and mark and not is_in_lineage(Mark(**mark), attempts))
         state = found.state_xxh3
-    except (DamagedCheckpoint, OSError) as error:  # also one that is pruned at this moment
+    except (DamagedCheckpoint, OSError) as error:
         name = path.name if NAME.fullmatch(path.name) else "iter-00000000-ckpt.pth"
         return Saved(None, name, 0, "", False, (), " ".join(str(error).split()))
     return Saved(found, path.name, size, state, left, tuple(exports.get(state, ())))

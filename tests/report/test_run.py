@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
 from lit_gpt.datapoints.attempts import Attempt, Mark
 from lit_gpt.datapoints.run_record import StepRecord
+from lit_gpt.report import run_view
 from lit_gpt.report.goodput import goodput, lost_steps
 from lit_gpt.report.life import Beat, life_of, time_left
 from lit_gpt.report.metrics import Metrics
 from lit_gpt.report.run_events import events
 from lit_gpt.report.run_page import overview, run_page
-from lit_gpt.report.run_view import RunView, read_run
+from lit_gpt.report.run_view import Deviation, RunView, read_run
 from scripts import report
 from tests.report.test_page import data_of
 from tests.support.run_folder import RecordedRun, killed_and_resumed, rolled_back
@@ -233,6 +235,38 @@ def test_a_million_steps_stay_small_and_keep_the_spike(tmp_path: Path) -> None:
     text = run_page([RunView(tmp_path, Metrics(columns, NOW + steps, 0), life)]).html()
     assert len(text) < 5e6
     assert max(data_of(text)[0]["series"][0]["y"]) == 14
+
+
+def test_thousands_of_skipped_updates_stay_small(tmp_path: Path) -> None:
+    """All are counted; the restart is marked whatever else is, and the rest evenly."""
+    folder = killed_and_resumed(tmp_path / "run")
+    view = read_run(folder)
+    fields = {"deviation": "skipped", "reason": "spike", "grad_norm": "193.5"}
+    view.deviations = [Deviation(0, {**fields, "step": 1 + number % 40}) for number in range(20_000)]
+    text = run_page([view]).html()
+    assert len(text) < 1e6
+    assert "skipped: 20,000, restart: 1" in text
+    assert "200 of 20,001 events are marked" in text
+    marks = data_of(text)[0]["marks"]
+    assert len(marks) == 200
+    assert sum(mark["label"].startswith("restart") for mark in marks) == 1
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed_and_resumed(tmp_path / "run")
+    whole = run_view.described
+
+    def described(path: Path) -> Checkpoint:
+        if path.name == checkpoint_name(20):
+            shutil.rmtree(path)
+        return whole(path)
+
+    monkeypatch.setattr(run_view, "described", described)
+    view = read_run(folder)
+    assert [saved.step for saved in view.saved] == [10, 40]
+    assert view.problems == []
 
 
 def test_bad_input(tmp_path: Path, resumed: Path) -> None:
