@@ -74,6 +74,37 @@ def test_a_classification_head_takes_batches(folder: Path) -> None:
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_lora_adapter_is_trained_and_merged(folder: Path, tmp_path: Path) -> None:
+    """The merged weight is W + B A alpha / r, by hand; the merged folder computes what model and adapter did."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = loaded(folder)
+    name = "model.layers.1.self_attn.v_proj"
+    before = model.get_submodule(name).weight.detach().clone()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = adapted(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    layer = model.get_submodule(name)
+    change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 8 / 4
+    adapted.eval()
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        found = merged(**batch).logits
+    torch.testing.assert_close(merged.get_submodule(name).weight, before + change, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def bits_per_byte(folder: Path, text: str, *, prefix: int) -> float:
     """From the definition: each id once, after all ids before it that fit with it into the model, the first after
     `prefix`; windows of 256 ids, the last one filled up from the left."""
