@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 import lit_gpt
+from lit_gpt.train.settings import Settings
+from tests.support.resumed_settings import CASES
 from tests.test_layering import SOURCES, imports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,3 +163,15 @@ def test_the_citation_names_this_version_and_the_paper() -> None:
     (paper,) = citation["references"]
     assert [author["family-names"] for author in paper["authors"]] == ["Pfister", "Wunderle", "Hotho"]
     assert "10.48550/arXiv.2411.11171" in [identifier["value"] for identifier in paper["identifiers"]]
+
+
+def test_every_setting_has_a_case_of_its_change_at_a_resume() -> None:
+    """A new setting needs one: what is seen where it takes effect, or that it is refused."""
+    assert sorted(CASES) == sorted(field.name for field in dataclasses.fields(Settings))
+    without = [name for name, case in CASES.items() if case.seen is None and case.refused is None]
+    of_a_plan, of_one_start = (
+        ["plan", "plan_gpu_gib", "plan_tokens_per_s"],
+        ["resume", "allow_changed_data", "new_data"],
+    )
+    assert without == [*of_a_plan, *of_one_start]
+    assert all(name in case.change for name, case in CASES.items() if case.change)

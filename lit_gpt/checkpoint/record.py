@@ -81,6 +81,7 @@ class Facts(_Needed, total=False):
     dataset_id: Paths
     train_data_dir: Paths
     val_data_dir: str | None
+    val_dataset_id: str | None
     tokenizer_path: str | None
     tokenizer_fingerprint: str
     world_size: Positive

@@ -90,6 +90,7 @@ def open_datapoint_log(
         "world_size": inputs.world.size,
         "micro_batch_size": settings.micro_batch_size,
         "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
+        "val_dataset_id": inputs.val.dataset_id if inputs.val else None,
         "tokenizer_path": settings.tokenizer_path,
         "left_out": left_out,
         "resumed_from": str(start.path.resolve()) if start else None,

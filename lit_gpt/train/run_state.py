@@ -158,7 +158,10 @@ class RunState:
         )
         self.trackers = self._ranks.on_zero("opening logs and trackers", lambda: self._open_run_folder(goes_back))
 
-    def _tell_other_bos(self, start: Checkpoint) -> None:
+    def _tell_other_texts(self, start: Checkpoint) -> None:
+        val = self._inputs.val.dataset_id if self._inputs.val else None
+        if start.facts.get("val_dataset_id", val) != val:
+            log.warning("validation data other than the checkpoint's: val_loss from here on is of other texts")
         now = self._inputs.train[0].add_bos
         if start.facts.get("add_bos", now) != now:
             how = "begin with BOS" if now else "do not begin with BOS"
@@ -181,7 +184,7 @@ class RunState:
         if "step_guard" in start.facts:  # an imported model has none
             self._guard.load(start.facts["step_guard"])
         log.info("resumed from %s: step %d, %s rows of the data done", start.path, self.step, f"{self.slot:,}")
-        self._tell_other_bos(start)
+        self._tell_other_texts(start)
         if data.changed:
             log.warning(
                 "%s: %s", "new data from its start on" if data.anew else "the data has changed", told(data.changed)
@@ -253,6 +256,7 @@ class RunState:
             "dataset_id": [store.dataset_id for store in inputs.train],
             "train_data_dir": [str(store.path.resolve()) for store in inputs.train],
             "val_data_dir": str(inputs.val.path.resolve()) if inputs.val else None,
+            "val_dataset_id": inputs.val.dataset_id if inputs.val else None,
             "tokenizer_path": str(Path(tokenizer).resolve()) if tokenizer else None,
             "tokenizer_fingerprint": inputs.train[0].tokenizer_fingerprint,
             "add_bos": inputs.train[0].add_bos,

@@ -86,7 +86,7 @@ def sample(
     before_token may raise, on every rank.
     next_logits(tokens (B, T) int64, cu_seqlens, at (B,)) gives the logits (B, V) of the token after position `at`.
     """
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    generator = torch.Generator().manual_seed(((seed << 32) + step) % (1 << 64))
     cu_seqlens = full_rows(rows, block_size).to(device)
     samples: list[Sample] = []
     for start in range(0, len(prompts.ids), rows):

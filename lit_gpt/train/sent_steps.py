@@ -3,11 +3,13 @@
     the run's id there
     the last step that was sent, rewritten in place before each line goes
     its branch: a hash of what determines the numbers of a step
+    the project that it lies in
 
-Files of earlier versions hold the id alone: sent is then what metrics.csv has.
+Files of earlier versions hold the id alone (sent is then what metrics.csv has), or no project (then it is the same).
 Invariants: Weights & Biases shows what metrics.csv shows, and no step twice. A start before the last sent step that
-computes the same numbers again (a resume after a crash) sends none of them; one that goes another way begins a new run
-there, which is filled from the lines of metrics.csv that stay. So do starts with --wandb off, for the next with it.
+computes the same numbers again (a resume after a crash) sends none of them; one that goes another way, or to another
+project, begins a new run there, which is filled from the lines of metrics.csv that stay. So do starts with --wandb off,
+for the next with it.
 Costs: one write of 20 bytes a line.
 """
 
@@ -32,38 +34,47 @@ from lit_gpt.train.settings import LIMITS, OptimizerSettings, Settings, SpikeSet
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb-id"
-_FORM = re.compile(rb"(?P<id>[\w-]{1,64})\n?|(?P<run>[\w-]{1,64})\n(?P<step>\d{20})\n(?P<branch>[0-9a-f]{16})\n")
+_FORM = re.compile(
+    rb"(?P<id>[\w-]{1,64})\n?|"
+    rb"(?P<run>[\w-]{1,64})\n(?P<step>\d{20})\n(?P<branch>[0-9a-f]{16})\n(?:(?P<project>[^\n]+)\n)?"
+)
 _LOGGED = ("log_interval_steps", "eval_interval_steps", "eval_max_rows")
 
 
 class SentSteps:
     """The run at Weights & Biases that the present start goes on with."""
 
-    def __init__(self, path: Path, run_id: str, step: int, branch: str | None) -> None:
-        self.run_id, self.step, self.branch = run_id, step, branch
+    def __init__(self, path: Path, run_id: str, step: int, branch: str | None, project: str | None) -> None:
+        self.run_id, self.step, self.branch, self.project = run_id, step, branch, project
         self._path, self._broken = path, False
 
     @classmethod
     def begin(
-        cls, run_dir: Path, resume_step: int, branch: str, *, goes_back: bool, last_line: int, wanted: bool
+        cls, run_dir: Path, resume_step: int, branch: str, *, goes_back: bool, last_line: int, project: str | None
     ) -> SentSteps | None:
-        """What was sent, for a start that goes on after `resume_step`; None if nothing ever was, unless `wanted`.
+        """What was sent, for a start that goes on after `resume_step`; None if nothing ever was and nothing shall be.
 
-        branch: its branch_hash; goes_back: a user said to leave later steps; last_line: of metrics.csv, as found.
+        branch: its branch_hash; goes_back: a user said to leave later steps; last_line: of metrics.csv, as found;
+        project: at Weights & Biases, None where it is off.
         """
         found = cls._read(run_dir / ID_FILE, last_line)
-        if found is None and not wanted:
+        if found is None and project is None:
             return None
-        if found is None:
-            found = cls(run_dir / ID_FILE, secrets.token_hex(4), 0, branch)
-        elif found.step > resume_step and (goes_back or found.branch not in (None, branch)):
-            left, found = found, cls(run_dir / ID_FILE, secrets.token_hex(4), 0, branch)
-            log.warning(
-                "Weights & Biases: run %s was sent steps up to %d, and this start goes another way after step %d: "
-                "run %s takes its place, filled from metrics.csv",
-                left.run_id, left.step, resume_step, found.run_id,
-            )  # fmt: skip
-        text = f"{found.run_id}\n{found.step:020d}\n{branch}\n"
+        reason = None
+        if found is not None and project is not None and found.project not in (None, project):
+            reason = f"the project is {project} now, no longer {found.project}"
+        elif found is not None and found.step > resume_step and (goes_back or found.branch not in (None, branch)):
+            reason = f"this start goes another way after step {resume_step}"
+        if found is None or reason is not None:
+            left, found = found, cls(run_dir / ID_FILE, secrets.token_hex(4), 0, branch, project)
+            if left is not None:
+                log.warning(
+                    "Weights & Biases: run %s was sent steps up to %d, and %s: run %s takes its place, filled from "
+                    "metrics.csv",
+                    left.run_id, left.step, reason, found.run_id,
+                )  # fmt: skip
+        where = project or found.project
+        text = f"{found.run_id}\n{found.step:020d}\n{branch}\n" + (f"{where}\n" if where else "")
         or_alarm(found._path, lambda: publish(found._path, [text.encode()]))
         return found
 
@@ -76,8 +87,9 @@ class SentSteps:
             log.warning("%s is damaged: Weights & Biases gets a new run, filled from metrics.csv", path)
             return None
         if match["id"]:
-            return cls(path, match["id"].decode(), last_line, None)
-        return cls(path, match["run"].decode(), int(match["step"]), match["branch"].decode())
+            return cls(path, match["id"].decode(), last_line, None, None)
+        project = match["project"].decode(errors="replace") if match["project"] else None
+        return cls(path, match["run"].decode(), int(match["step"]), match["branch"].decode(), project)
 
     def note(self, step: int) -> None:
         """`step` is being sent."""

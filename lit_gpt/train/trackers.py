@@ -75,7 +75,8 @@ class Trackers:
         lines = read_metrics(path)
         kept = [row for row in lines if int(row["step"]) <= resume_step]
         sent = SentSteps.begin(  # before metrics.csv loses lines
-            run_dir, resume_step, branch, goes_back=goes_back, wanted=settings.wandb != "off",
+            run_dir, resume_step, branch, goes_back=goes_back,
+            project=settings.wandb_project if settings.wandb != "off" else None,
             last_line=max((int(row["step"]) for row in lines), default=0),
         )  # fmt: skip
         self._samples = run_dir / "samples.jsonl"

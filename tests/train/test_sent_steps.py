@@ -21,7 +21,7 @@ A, B = "a" * 16, "b" * 16
 
 
 def begin(run_dir: Path, resume_step: int, branch: str = A, **changes: object) -> SentSteps:
-    options = dict(goes_back=False, last_line=0, wanted=True) | changes
+    options = dict(goes_back=False, last_line=0, project="one") | changes
     sent = SentSteps.begin(run_dir, resume_step, branch, **options)  # type: ignore[arg-type]
     assert sent is not None
     return sent
@@ -35,7 +35,7 @@ def test_a_resume_after_a_crash_goes_on_with_its_run(tmp_path: Path) -> None:
         assert (again.run_id, again.step) == (first.run_id, 9)
 
 
-@pytest.mark.parametrize("change", [dict(goes_back=True), dict(branch=B), dict(branch=B, wanted=False)])
+@pytest.mark.parametrize("change", [dict(goes_back=True), dict(branch=B), dict(branch=B, project=None)])
 def test_a_start_that_goes_another_way_gets_a_new_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, object]
 ) -> None:
@@ -59,9 +59,24 @@ def test_a_change_from_the_last_sent_step_on_keeps_the_run(tmp_path: Path) -> No
     assert begin(tmp_path, 16, branch=A).run_id != first.run_id
 
 
+def test_another_project_gets_the_whole_series(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also after a clean stop; not from a file that says no project, nor while Weights & Biases is off."""
+    first = begin(tmp_path, 0, project="eins zwei/3")
+    first.note(4)
+    assert begin(tmp_path, 4, project="eins zwei/3").run_id == first.run_id
+    assert begin(tmp_path, 4, project=None).run_id == first.run_id
+    second = begin(tmp_path, 4, project="other")
+    assert second.run_id != first.run_id
+    assert second.step == 0
+    assert "the project is other now, no longer eins zwei/3" in caplog.text
+    (tmp_path / ID_FILE).write_text(f"0badc0de\n{4:020d}\n{A}\n")
+    assert begin(tmp_path, 4, project="third").run_id == "0badc0de"
+    assert begin(tmp_path, 4, project="fourth").run_id != "0badc0de"
+
+
 def test_files_of_an_earlier_version_and_damaged_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / ID_FILE
-    assert SentSteps.begin(tmp_path, 4, A, goes_back=True, last_line=9, wanted=False) is None
+    assert SentSteps.begin(tmp_path, 4, A, goes_back=True, last_line=9, project=None) is None
     path.write_text("0badc0de")
     kept = begin(tmp_path, 4, last_line=9)
     assert (kept.run_id, kept.step) == ("0badc0de", 9)
