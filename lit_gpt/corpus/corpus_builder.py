@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 from lit_gpt.cli import NO_ROOM, BadInput
 from lit_gpt.corpus.corpus import fields as corpus_fields
+from lit_gpt.corpus.decontamination import Ngrams, make_ngrams, write_ngrams
 from lit_gpt.corpus.executors import LocalExecutor
 from lit_gpt.corpus.finish import MANIFEST, check_rejects
 from lit_gpt.corpus.paragraph_groups import partitions
 from lit_gpt.corpus.parts import Layout, divide
 from lit_gpt.corpus.passes import Job, jobs_of, passes_of
 from lit_gpt.corpus.read_step import bytes_read
+from lit_gpt.corpus.review import AnotherRound
 from lit_gpt.corpus.settings import CorpusSettings, ExecutorSettings
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.files import discard, publish, read_json, sweep
@@ -62,7 +64,9 @@ class CorpusProgress(NamedTuple):
 Report = Callable[[CorpusProgress], None]
 
 
-def make_request(settings: CorpusSettings, sources: list[SourceFile]) -> dict[str, Any]:
+def make_request(
+    settings: CorpusSettings, sources: list[SourceFile], evaluations: Ngrams | None = None
+) -> dict[str, Any]:
     """Everything that the bytes of the corpus depend on, as JSON types."""
     free = {*_FREE, *(field.name for field in dataclasses.fields(ExecutorSettings))}
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
@@ -71,6 +75,7 @@ def make_request(settings: CorpusSettings, sources: list[SourceFile]) -> dict[st
         "builder": BUILDER_VERSION,
         "pieces": PIECES_VERSION,
         "tokenizer": Tokenizer.from_folder(str(settings.tokenizer_path)).fingerprint if used else None,
+        "evaluations": evaluations.digest if evaluations else None,
         "settings": values,
         "sources": [
             [str(one.path.absolute()), one.name, one.bytes, one.mtime_ns, one.format, one.compression]
@@ -88,7 +93,9 @@ def build(settings: CorpusSettings, report: Report) -> dict[str, Any]:
     sources = open_sources(
         settings.source, fields, outside=layout.root, allow_damaged_files=settings.allow_damaged_files
     )
-    request = make_request(settings, sources)
+    decontaminates = "decontaminate" in settings.stages
+    ngrams = make_ngrams(settings.evaluation_texts, settings.decontamination_ngrams) if decontaminates else None
+    request = make_request(settings, sources, ngrams)
     if (layout.root / SWEPT).is_dir() and os.access(layout.root, os.W_OK):
         discard(layout.root / SWEPT)
     if (layout.root / MANIFEST).exists() and not layout.work.exists():
@@ -101,6 +108,8 @@ def build(settings: CorpusSettings, report: Report) -> dict[str, Any]:
     jobs = jobs_of(settings, parts, fields, layout)
     lock = _claim(layout, request, len(passes_of(settings)))
     try:
+        if ngrams is not None:
+            write_ngrams(layout.work, ngrams)
         _run(jobs, layout, settings, sum(source.bytes for source in sources), len(parts), report)
         layout.work.rename(layout.root / SWEPT)
     except OSError as error:
@@ -160,18 +169,28 @@ def _flat(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report) -> None:
+    while not _is_over(jobs, layout, settings, total, parts, report):
+        pass
+
+
+def _is_over(jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report) -> bool:
+    """Run the jobs that are not done; False if one of them asks for another round."""
     workers = settings.workers or usable_cores()
     for job in jobs:
         tasks = min(job.tasks, partitions(layout, parts)) if job.name == "group" else job.tasks
         executor = LocalExecutor(job.pipeline, tasks, workers, logging_dir=str(layout.logs(job.name)))
         if not job.reads:
-            executor.run()
+            try:
+                executor.run()
+            except AnotherRound:
+                return False
             continue
         number = int(job.name.removeprefix("pass-"))
         with _Watch(layout, number, job.name, total, report):
             executor.run()
         if number == 0:
             check_rejects(layout, parts, settings.max_reject_fraction)
+    return True
 
 
 class _Watch:

@@ -6,6 +6,7 @@ inside one; both are named in the source's own coordinates, so that the ledger a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -50,11 +51,13 @@ class Draft(Document):
 
     def cut(self, paragraphs: Iterable[int]) -> None:
         """Remove paragraphs, by their numbers in the source text."""
-        gone = set(paragraphs)
-        numbers = range(self.source_text.count("\n") + 1) if self.kept is None else self.kept
         lines = self.text.split("\n")
-        self.kept = [number for number in numbers if number not in gone]
-        self.text = "\n".join(line for number, line in zip(numbers, lines, strict=True) if number not in gone)
+        numbers = list(range(len(lines)) if self.kept is None else self.kept)
+        for number in sorted(set(paragraphs), reverse=True):
+            at = number if self.kept is None else bisect_left(numbers, number)
+            if at < len(numbers) and numbers[at] == number:
+                del numbers[at], lines[at]
+        self.kept, self.text = numbers, "\n".join(lines)
 
     def mask(self, masks: Mapping[int, Sequence[Mask]]) -> None:
         """Replace stretches of paragraphs; a paragraph that has masks may get more."""
@@ -81,7 +84,7 @@ class Draft(Document):
 
 def line_starts(text: str) -> list[int]:
     """Where each paragraph begins, in bytes of UTF-8."""
-    sizes = [len(line.encode()) + 1 for line in text.split("\n")]
+    sizes = [len(line) + 1 for line in text.encode().split(b"\n")]
     return list(accumulate(sizes[:-1], initial=0))
 
 

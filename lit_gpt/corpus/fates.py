@@ -21,6 +21,7 @@ from lit_gpt.files import publish, publishing
 KEPT = 0
 """The number of no rule."""
 SPOT_BITS = 32
+_PARAGRAPH = (1 << SPOT_BITS) - 1
 CUT = np.dtype([("spot", "<u8"), ("rule", "u1"), ("first_part", "<i4"), ("first_spot", "<u8"), ("copies", "<u4")])
 """A cut paragraph. spot: document in the part << SPOT_BITS | paragraph; first_...: the occurrence that stays, or -1."""
 FATE = np.dtype([("rule", "u1"), ("value", "<f8"), ("of_part", "<i4"), ("of_document", "<u4")])
@@ -80,21 +81,18 @@ class Fates:
 
     def _cut(self, draft: Draft, task: Task, begin: int, end: int) -> None:
         spans = paragraph_spans(draft)
-        gone = []
-        for number, cut in enumerate(self._cuts[begin:end].tolist(), begin):
-            spot, code, first_part, first_spot, copies = cut
-            paragraph = spot & (1 << SPOT_BITS) - 1
+        rows = []
+        for (spot, code, first_part, first_spot, copies), of in zip(
+            self._cuts[begin:end].tolist(), self._cut_ids[begin:end], strict=True
+        ):
+            paragraph = spot & _PARAGRAPH
             rule = self._rules[code]
             assert rule is not None
             known = first_part >= 0
-            start, length = spans[paragraph]
-            task.cut(
-                draft, rule.stage, rule.rule, paragraph, start, length, value=float(copies) if known else None,
-                threshold=rule.threshold, duplicate_of_document=self._cut_ids[number],
-                duplicate_of_paragraph=first_spot & (1 << SPOT_BITS) - 1 if known else None,
-            )  # fmt: skip
-            gone.append(paragraph)
-        draft.cut(gone)
+            rows.append((*rule, paragraph, *spans[paragraph], copies if known else None, of,
+                         first_spot & _PARAGRAPH if known else None))  # fmt: skip
+        task.cut(draft, rows)
+        draft.cut(row[3] for row in rows)
 
 
 class _Ids:

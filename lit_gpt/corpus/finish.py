@@ -90,7 +90,8 @@ def statistics(layout: Layout, parts: int) -> dict[str, Any]:
     first, last = passes[0], passes[-1]
     tokens = sum(one["counts"]["tokens"] for one in passes)
     token_bytes = sum(one["counts"]["token_text_bytes"] for one in passes)
-    dedup = layout.work / "dedup.json"
+    found = [layout.work / name for name in ("dedup.json", "review.json")]
+    dedup = {name: value for path in found if path.exists() for name, value in json.loads(path.read_bytes()).items()}
     return {
         "lines": first["counts"]["lines"],
         "rejects": dict(sorted(Counter(reject[2] for reject in first["rejects"]).items())),
@@ -100,7 +101,7 @@ def statistics(layout: Layout, parts: int) -> dict[str, Any]:
         "kept_text_bytes": last["counts"]["kept_bytes"],
         "tokens_per_byte": tokens / token_bytes if token_bytes else None,
         "rules": rules(layout),
-        "paragraph_dedup": json.loads(dedup.read_bytes()) if dedup.exists() else None,
+        "paragraph_dedup": dedup or None,
         "histograms": {name: one for found in passes for name, one in found["histograms"].items()},
         "samples": {
             rule: [{"document_id": id, "value": value, "text": text} for _, id, value, text in held]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 from datatrove.data import Document
-from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 
@@ -22,8 +22,10 @@ from lit_gpt.corpus.parts import Layout
 from lit_gpt.corpus.ratio import MOST
 from lit_gpt.corpus.survivors import KIND, NOT_MEASURED, write_survivors
 from lit_gpt.corpus.task import Task
-from lit_gpt.files import discard, fsync, publish, publishing, rename
-from lit_gpt.locks import temporary_path
+from lit_gpt.files import discard, publish, publishing
+
+KEPT_PLACES = "kept.npy"
+"""Of the last pass: the places of the documents that stay."""
 
 
 class HandOnStep(PipelineStep):
@@ -42,10 +44,10 @@ class HandOnStep(PipelineStep):
             places.append(draft.place)
             ids.append(draft.id)
             ratios.append(draft.metadata.get("ratio", NOT_MEASURED))
+            yield draft
         write_survivors(self._layout.of_pass(self._number, KIND, rank), places, ids, ratios)
         write_rows(self._layout.of_pass(self._number, "rows.parquet", rank), self._task.rows.table())
         write_counts(self._layout, self._number, rank, self._task)
-        yield from ()
 
 
 def write_counts(layout: Layout, number: int, part: int, task: Task) -> None:
@@ -66,7 +68,7 @@ class WriteStep(JsonlWriter):
     name = "write"
 
     def __init__(self, layout: Layout, source_names: list[str]) -> None:
-        super().__init__(str(layout.work), "${rank}.jsonl", compression="zstd")
+        super().__init__(str(layout.work), "${rank}.jsonl.zst", compression=None)
         self._layout, self._names = layout, source_names
         self.adapter = self._record
 
@@ -84,21 +86,14 @@ class WriteStep(JsonlWriter):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Draft]:
         final = self._layout.documents(rank)
-        folder = temporary_path(self._layout.work / f"documents-{rank:05d}")
-        discard(folder)
-        folder.mkdir()
-        self.output_folder = get_datafolder(str(folder))
-        self.output_mg = self.output_folder.get_output_file_manager(mode="wb", compression="zstd")
-        try:
-            with naming(final):
-                yield from super().run(data, rank, world_size)
-            written = folder / f"{rank:05d}.jsonl.zst"
-            final.unlink(missing_ok=True)
-            if written.exists():
-                fsync(written)
-                rename(written, final)
-        finally:
-            discard(folder)
+        documents = 0
+        with publishing(final) as partial, pa.CompressedOutputStream(str(partial), "zstd") as file, naming(final):
+            for draft in data:
+                documents += 1
+                self._write(self._record(draft), file, final.name)
+                yield draft
+        if not documents:
+            discard(final)
 
 
 @contextmanager
@@ -130,10 +125,14 @@ class FinishPartStep(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Draft]:
         counts = self._task.counts
+        places = []
         for draft in data:
+            places.append(draft.place)
             counts["kept_documents"] += 1
             counts["kept_bytes"] += len(draft.text.encode())
         rows = [read_rows(self._layout.of_pass(number, "rows.parquet", rank)) for number in range(self._number)]
+        with publishing(self._layout.of_pass(self._number, KEPT_PLACES, rank)) as partial, open(partial, "wb") as file:
+            np.save(file, np.array(places, np.int64))
         write_ledger(self._layout.removed(rank), [*rows, self._task.rows.table()])
         write_counts(self._layout, self._number, rank, self._task)
         yield from ()

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lit_gpt.corpus.line_words import mark
+
 Array = npt.NDArray[Any]
 TOP, DUPLICATE = (2, 3, 4), (5, 6, 7, 8, 9, 10)
 """Words of the n-grams of which the most frequent, and those that occur before, are measured."""
@@ -27,10 +29,12 @@ _BASE, _WORD_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 @functools.cache
 def _kinds() -> Array:
     """What each character is, as bits."""
-    kinds = np.zeros(sys.maxunicode + 1, np.uint8)
-    for code in range(sys.maxunicode + 1):
-        letter = chr(code)
-        kinds[code] = _WORD * letter.isalnum() | _ALPHA * letter.isalpha() | _SPACE * letter.isspace()
+    word, alpha, space = (np.zeros(sys.maxunicode + 1, np.uint8) for _ in range(3))
+    mark(word, r"[^\W_]+", _WORD)
+    mark(space, r"\s+", _SPACE)
+    for code in np.flatnonzero(word).tolist():
+        alpha[code] = _ALPHA * chr(code).isalpha()
+    kinds = word | alpha | space
     for letter, bit in (("\n", _NEWLINE), ("#", _HASH), ("…", _ELLIPSIS), (".", _DOT), ("•", _BULLET), ("-", _BULLET)):
         kinds[ord(letter)] |= bit
     return kinds
@@ -56,7 +60,8 @@ def _mixed(values: Array) -> Array:
 class Batch:
     """Texts that are measured together."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], *, only_letters: bool = False) -> None:
+        """only_letters: words are runs of letters and digits, and marks are none."""
         self.size = np.array([len(text) for text in texts])
         joined = "\n" + "\n".join(texts) + "\n"
         self._codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
@@ -65,8 +70,8 @@ class Batch:
         self._edges = np.append(self._begin, len(self._codes))
         bits = self._bits
         space = bits & _SPACE > 0
-        inside = _joined(bits & _WORD > 0, space)
-        begins = ~space
+        inside = bits & _WORD > 0 if only_letters else _joined(bits & _WORD > 0, space)
+        begins = inside.copy() if only_letters else ~space
         begins[1:] &= ~(inside[1:] & inside[:-1])
         self._starts = np.flatnonzero(begins)
         ends_inside = np.append(inside[1:], False)

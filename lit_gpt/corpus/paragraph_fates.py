@@ -17,6 +17,7 @@ import numpy.typing as npt
 from datatrove.pipeline.base import PipelineStep
 
 from lit_gpt.corpus.fates import CUT, FATE, KEPT, SPOT_BITS, Rule, write_fates, write_rules
+from lit_gpt.corpus.later import read_later
 from lit_gpt.corpus.paragraph_groups import partitions
 from lit_gpt.corpus.paragraph_keys import BLANK
 from lit_gpt.corpus.parts import Layout
@@ -116,9 +117,10 @@ class _Rounds:
         sizes = [len(starts) - 1 for starts in self._starts]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._partitions = partitions(layout, parts)
-        self._outside = np.zeros(self._offsets[-1], bool)  # removed by an earlier stage
+        self._outside = np.zeros(self._offsets[-1], bool)  # removed by another stage: holds no first occurrence
         if ratio is not None:
             self._outside[:] = np.concatenate(ratio.dropped)
+        self._outside |= np.concatenate(read_later(layout, sizes))
         self._dead = self._outside.copy()
         self._vanished = self._rounds = 0
 

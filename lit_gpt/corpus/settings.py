@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from lit_gpt.cli import BadInput, SettingsSlice
 from lit_gpt.values import PathText, did_you_mean
 
-STAGES = ("repetition", "quality", "token_to_word", "paragraph_dedup", "pii")
+STAGES = ("repetition", "quality", "token_to_word", "paragraph_dedup", "minhash", "pii", "decontaminate")
+DEFAULT_STAGES = tuple(stage for stage in STAGES if stage not in ("minhash", "decontaminate"))
 GERMAN_STOP_WORDS = [
     "der",
     "und",
@@ -139,7 +140,7 @@ class RatioSettings(SettingsSlice):
 
 @dataclass(frozen=True)
 class DedupSettings(SettingsSlice):
-    """paragraph_dedup: of equal paragraphs (lines) the earliest stays."""
+    """paragraph_dedup: of equal paragraphs (lines) the earliest stays. minhash: of near-equal documents one stays."""
 
     min_words: int = 4
     """Paragraphs with fewer words are never removed alone, only between removed ones."""
@@ -151,10 +152,17 @@ class DedupSettings(SettingsSlice):
     """Where a document with a paragraph's first occurrence is removed, the next document that is not keeps it."""
     fold_case: bool = False
     """Paragraphs that differ in case alone are equal."""
+    minhash_ngrams: int = 5
+    """minhash: words of a shingle."""
+    minhash_buckets: int = 14
+    """minhash: buckets; documents with equal hashes in one bucket are near-duplicates."""
+    minhash_hashes: int = 8
+    """minhash: hashes of a bucket."""
 
     def check(self) -> None:
         super().check()
         self.require_at_least(0, "min_words", "min_kept_words")
+        self.require_at_least(1, "minhash_ngrams", "minhash_buckets", "minhash_hashes")
         if not 0 <= self.min_kept_fraction <= 1:
             raise BadInput(f"--min_kept_fraction {self.min_kept_fraction}: must be from 0 to 1")
 
@@ -176,11 +184,27 @@ class MaskSettings(SettingsSlice):
 
 
 @dataclass(frozen=True)
+class DecontaminationSettings(SettingsSlice):
+    """decontaminate: documents that share an n-gram of words with texts of evaluations are removed."""
+
+    evaluation_texts: list[PathText] = field(default_factory=list)
+    """Files and folders of evaluation texts: plain text; records, of which every text is taken; YAML files of lm-eval's
+    tasks, which name such files."""
+    decontamination_ngrams: int = 13
+    """Words of an n-gram. A shorter text, from 8 words on, is looked for as a whole."""
+
+    def check(self) -> None:
+        super().check()
+        self.require_at_least(8, "decontamination_ngrams")
+
+
+@dataclass(frozen=True)
 class StageSettings(SettingsSlice):
     """Which stages there are, and their order."""
 
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Between reading and writing, in this order: repetition, quality, token_to_word, paragraph_dedup, pii."""
+    stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
+    """Between reading and writing, in this order: repetition, quality, token_to_word, paragraph_dedup, minhash, pii,
+    decontaminate."""
 
     def check(self) -> None:
         super().check()
@@ -193,7 +217,7 @@ class StageSettings(SettingsSlice):
 
 @dataclass(frozen=True)
 class CorpusSettings(
-    MaskSettings, DedupSettings, RatioSettings, FilterSettings, StageSettings,
+    DecontaminationSettings, MaskSettings, DedupSettings, RatioSettings, FilterSettings, StageSettings,
     ExecutorSettings, InputSettings,
 ):  # fmt: skip
     """The settings of build_corpus."""
@@ -202,6 +226,10 @@ class CorpusSettings(
         super().check()
         if "token_to_word" in self.stages and self.tokenizer_path is None:
             raise BadInput("the stage token_to_word needs --tokenizer_path (or leave it out of --stages)")
+        if "decontaminate" in self.stages and not self.evaluation_texts:
+            raise BadInput("the stage decontaminate needs --evaluation_texts")
+        if self.evaluation_texts and "decontaminate" not in self.stages:
+            raise BadInput("--evaluation_texts are given, but --stages does not name decontaminate")
 
 
 COMMON = ("source", "tokenizer_path", "destination_path", "stages", "workers")

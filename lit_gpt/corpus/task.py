@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from lit_gpt.corpus.draft import Draft, Mask, line_starts
+from lit_gpt.corpus.draft import Draft, Mask
 from lit_gpt.corpus.ledger import Row, Rows
 
 BINS = 60
@@ -39,11 +39,16 @@ class Task:
         self.rows.add(row)
         self._sample(row, draft.text)
 
-    def cut(self, draft: Draft, stage: str, rule: str, paragraph: int, start: int, length: int, **more: Any) -> None:
-        """Record that a paragraph is removed."""
-        row = self._row(draft, stage, rule, paragraph=paragraph, start=start, length=length, **more)
-        self.rows.add(row)
-        self._sample(row, draft.source_text, paragraph)
+    def cut(self, draft: Draft, cuts: list[tuple[Any, ...]]) -> None:
+        """Record that paragraphs are removed: stage, rule, threshold, paragraph, start, length, value, and of which
+        document's which paragraph each is a copy."""
+        file, line, name = draft.file, draft.line, self._names[draft.file]
+        for stage, rule, threshold, paragraph, start, length, value, of, of_paragraph in cuts:
+            row = Row(
+                file, draft.id, name, line, stage, rule, value, threshold, paragraph, start, length, of, of_paragraph
+            )
+            self.rows.add(row)
+            self._sample(row, draft.source_text, paragraph)
 
     def mask(self, draft: Draft, stage: str, rule: str, masks: list[tuple[int, Mask]]) -> None:
         """Record that stretches are masked."""
@@ -65,7 +70,8 @@ class Task:
     def _sample(self, row: Row, text: str, paragraph: int | None = None) -> None:
         """Keep the text if it is among the SAMPLES of its rule with the smallest hashes, in any order."""
         held = self.samples.setdefault(f"{row.stage}: {row.rule}", [])
-        rank = xxhash.xxh3_64_intdigest(f"{row.document_id} {paragraph}".encode())
+        place = row.line << 24 ^ row.file << 12 ^ (paragraph or 0)
+        rank = (place * 0x9E3779B97F4A7C15 & (1 << 64) - 1) * 0xD6E8FEB86659FD93 & (1 << 64) - 1
         if len(held) == SAMPLES and rank > held[-1][0]:
             return
         if paragraph is not None:
@@ -97,6 +103,6 @@ class Histogram:
 
 def paragraph_spans(draft: Draft) -> list[tuple[int, int]]:
     """Start and length in bytes of each paragraph of the source text."""
-    starts = line_starts(draft.source_text)
-    ends = [*[start - 1 for start in starts[1:]], len(draft.source_text.encode())]
-    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
+    sizes = [len(line) for line in draft.source_text.encode().split(b"\n")]
+    starts = accumulate((size + 1 for size in sizes[:-1]), initial=0)
+    return list(zip(starts, sizes, strict=True))

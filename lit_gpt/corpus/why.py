@@ -56,6 +56,8 @@ def removed_text(row: dict[str, Any], text: str) -> str:
 def because(row: dict[str, Any]) -> str:
     """A row's rule, value and threshold in words."""
     said = f"{row['stage']}, {row['rule']}"
+    if row["stage"] == "decontaminate":
+        return f"{said}: {int(row['value'])} n-grams of evaluations, the first in {row['duplicate_of_document']}"
     if row["duplicate_of_document"] is not None:
         copies = f", {int(row['value'])} copies in all" if row["value"] is not None else ""
         paragraph = row["duplicate_of_paragraph"]

@@ -175,12 +175,14 @@ def _from_line(number: int, line: bytes, fields: Fields) -> Document | Reject | 
 
 
 def _without(record: dict[str, Any], path: str) -> dict[str, Any]:
-    """The record without the field that field_of finds."""
+    """The record, from which the field that field_of finds is taken away."""
     if path in record:
-        return {name: value for name, value in record.items() if name != path}
+        del record[path]
+        return record
     for at, letter in enumerate(path):
         if letter == "." and isinstance(inner := record.get(path[:at]), dict):
-            return record | {path[:at]: _without(inner, path[at + 1 :])}
+            _without(inner, path[at + 1 :])
+            break
     return record
 
 

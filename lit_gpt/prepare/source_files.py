@@ -110,6 +110,16 @@ def _given(path: Path) -> SourceFile:
     return _source_file(path, path.name, kind, None)
 
 
+def given_file(path: Path) -> SourceFile | None:
+    """A file to read, by its name; None if the name is of no known kind. The file need not be there."""
+    kind = _kind(path)
+    if kind is None:
+        return None
+    if not path.is_file():
+        return SourceFile(path, path.name, 0, 0, *kind, None)
+    return _source_file(path, path.name, kind, None)
+
+
 def _kind(path: Path) -> tuple[str, str] | None:
     """Format and compression by the name; None for other names."""
     name = path.name.lower()
