@@ -64,7 +64,8 @@ def test_a_report_that_hangs_holds_nothing(
 ) -> None:
     monkeypatch.setattr(run_report, "LAST_WAIT_S", 0.2)
     run = killed_and_resumed(tmp_path / "run")
-    pipe = run / "watchdog" / "rank-00001.json"
+    pipe = run / "watchdog" / "rank-00000.json"
+    pipe.unlink()
     os.mkfifo(pipe)  # who reads it waits for a writer
     report = RunReport(run, enabled=True)
     report.write()
@@ -84,7 +85,8 @@ def test_a_report_that_hangs_holds_nothing(
 def test_a_run_that_is_stopped_waits_for_no_report(tmp_path: Path) -> None:
     """The last one is started, and ends by itself."""
     run = killed_and_resumed(tmp_path / "run")
-    pipe = run / "watchdog" / "rank-00001.json"
+    pipe = run / "watchdog" / "rank-00000.json"
+    pipe.unlink()
     os.mkfifo(pipe)
     report = RunReport(run, enabled=True)
     report.close(wait=False)
