@@ -3,17 +3,20 @@
 Publish: write under a temporary name in the same folder, fsync, rename, fsync the folder. Even after a crash of the
 machine, a file or folder is either whole or absent (or as it was before). The temporary name tells its writer
 (locks.py), so no two processes write the same one; `sweep` removes those that killed writers left. It is created
-exclusively, so a link that was planted under it is removed.
+exclusively, so a link that was planted under it is removed. What is written in place goes through `open_own`.
 
 Costs: publishing a file takes two fsyncs, some ms; hashing reads 5 to 10 GB/s from the page cache.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,6 +176,37 @@ def _create(partial: Path, *, folder: bool = False) -> None:
     """Make an empty file or folder; what has its name, left by a killed process or planted, goes first."""
     discard(partial)
     partial.mkdir() if folder else partial.touch(exist_ok=False)  # O_EXCL: neither follows a link
+
+
+def open_own(path: Path, flags: int) -> int:
+    """os.open for a file of ours that is written in place, under a name that anybody can know.
+
+    Never through a symbolic link that was planted there, whose target would be emptied or grow; never waits for the
+    reader of a pipe. Raises OSError for both.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(error.errno, "it is a symbolic link", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return descriptor
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Make the file `path` hold `content`, in place and without syncing it. Raises as open_own does."""
+    with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+        file.write(content)
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure of matplotlib in the form that the ending of `path` names. Raises as open_own and savefig do."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format=path.suffix[1:])
+    rewrite(path, content.getvalue())
 
 
 # Hashing and reading

@@ -17,6 +17,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.query import difference
 from lit_gpt.datapoints.run_folder import read_metrics, read_resolved
 from lit_gpt.datapoints.run_record import RunRecord
+from lit_gpt.files import save_figure
 
 PICTURES = (".png", ".svg", ".pdf")
 _PLACES = ("out_dir", "resume")
@@ -133,6 +134,6 @@ def draw(runs: Sequence[ComparedRun], path: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
     try:
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path, dpi=150)
     except OSError as error:
         raise BadInput(f"--plot {path} cannot be written: {error.strerror}") from None

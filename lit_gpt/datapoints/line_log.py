@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from lit_gpt.files import open_own
+
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ class LineLog:
         pending, alarmed = b"".join(self._waiting), len(self._waiting) > 1
         try:
             if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                self._descriptor = open_own(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             size = os.fstat(self._descriptor).st_size
             if pending and (written := os.write(self._descriptor, pending)) < len(pending):
                 os.ftruncate(self._descriptor, size)

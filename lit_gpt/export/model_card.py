@@ -15,6 +15,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.datapoints.run_folder import read_metrics
 from lit_gpt.export.parity import Parity
+from lit_gpt.files import rewrite, save_figure
 
 PICTURE = "loss.png"
 RECORD = "training_record"
@@ -39,7 +40,7 @@ def write_card(folder: Path, checkpoint: Checkpoint, card: Card) -> None:
     if metrics:
         _draw(metrics, folder / PICTURE)
     lines = _lines(checkpoint, card, metrics, record=(folder / RECORD).is_dir())
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rewrite(folder / "README.md", ("\n".join(lines) + "\n").encode())
 
 
 def tells_of(folder: Path, checkpoint: Checkpoint) -> bool:
@@ -156,4 +157,4 @@ def _draw(metrics: list[dict[str, str]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_GAVE_UP, EXIT_NOT_SAVED, EXIT_REQUEUE
+from lit_gpt.files import open_own, rewrite
 from lit_gpt.launch.job import ask_for_requeue, exit_code_after_stall
 from lit_gpt.launch.settings import WatchdogSettings
 from lit_gpt.launch.world import dump_collectives
@@ -152,7 +153,7 @@ class Watchdog:
         path = self._folder / f"rank-{self._rank:05d}.json"
         written = path.with_suffix(".new")
         try:
-            written.write_text(line + "\n")
+            rewrite(written, line.encode() + b"\n")
             os.replace(written, path)  # so that a rank that is stopped in between leaves a whole heartbeat
         except OSError as error:
             if warn:
@@ -169,7 +170,7 @@ class Watchdog:
         )  # fmt: skip
         code = EXIT_FAILURE
         try:
-            with stacks.open("a") as file:
+            with os.fdopen(open_own(stacks, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
                 file.write(f"\n{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {self._rank_name}, step {self._step + 1}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -192,7 +193,7 @@ class Watchdog:
         record = self._folder / f"stalled-rank-{self._rank:05d}.txt"
         started_from = str(self._step - self._steps_done)
         again = record.exists() and record.read_text() == started_from
-        record.write_text(started_from)
+        rewrite(record, started_from.encode())
         if again or not self._steps_done:
             log.error("watchdog: no requeue: no step since the start, or the second stall from step %s", started_from)
         return self._steps_done > 0 and not again

@@ -22,6 +22,7 @@ from torch._inductor import config as inductor_config
 from torch.distributed.device_mesh import DeviceMesh
 
 from lit_gpt.cli import BadInput
+from lit_gpt.files import rewrite
 from lit_gpt.launch.fabric import (
     ClusterEnvironment,
     Fabric,
@@ -291,7 +292,7 @@ def dump_collectives(folder: Path, rank: int) -> None:
     """Write the flight recorder's buffer now, in `torchfrtrace`'s format; does nothing without NCCL."""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None and dist.is_initialized() and "nccl" in dist.get_backend_config():
-        (folder / f"nccl-rank-{rank}").write_bytes(dump())
+        rewrite(folder / f"nccl-rank-{rank}", dump())
 
 
 def rank_name(rank: int, device: torch.device) -> str:

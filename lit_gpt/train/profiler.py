@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lit_gpt.datapoints.line_log import or_alarm
-from lit_gpt.files import publish
+from lit_gpt.files import discard, publish
 from lit_gpt.train.settings import step_range
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class StepProfiler:
     def _write(self, running: profile) -> None:
         self._folder.mkdir(exist_ok=True)
         stem = str(self._folder / f"steps-{self._first}-{self._end}")
+        for ending in ("trace.json.gz", "memory.pickle"):  # torch would write through a link there
+            discard(Path(f"{stem}.{ending}"))
         running.export_chrome_trace(f"{stem}.trace.json.gz")
         order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)

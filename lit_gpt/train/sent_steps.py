@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from typing import Any
 import xxhash
 
 from lit_gpt.datapoints.line_log import or_alarm
-from lit_gpt.files import publish
+from lit_gpt.files import open_own, publish
 from lit_gpt.model.settings import ModelSettings
 from lit_gpt.train.settings import LIMITS, OptimizerSettings, Settings, SpikeSettings
 
@@ -99,7 +100,7 @@ class SentSteps:
         self._broken = not or_alarm(self._path, self._rewrite)
 
     def _rewrite(self) -> None:
-        with self._path.open("r+b", buffering=0) as file:
+        with os.fdopen(open_own(self._path, os.O_RDWR), "r+b", buffering=0) as file:
             file.seek(len(self.run_id) + 1)
             file.write(b"%020d" % self.step)
 

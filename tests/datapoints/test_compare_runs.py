@@ -127,3 +127,7 @@ def test_plot(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     compare(capsys, *runs, "--plot", tmp_path / "losses.svg")
     assert "step" in (tmp_path / "losses.svg").read_text()
+    (tmp_path / "link.png").symlink_to(tmp_path / "losses.svg")
+    with pytest.raises(BadInput, match=r"--plot .*/link.png cannot be written: it is a symbolic link"):
+        main([*map(str, runs), "--plot", str(tmp_path / "link.png")])
+    assert "step" in (tmp_path / "losses.svg").read_text()
