@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.data.token_store import write_store
 from lit_gpt.export import legacy
 from lit_gpt.model.gpt import GPT
 from scripts import convert_hf_checkpoint
+from tests.support.training import EOS, documents, metrics, train
 
 CONFIG = Config.from_name("debug")  # 4 query heads in 2 groups
 
@@ -86,6 +88,36 @@ def test_an_iter_pth_gives_the_logits_of_transformers(
     with torch.no_grad():
         expected, found = model(tokens).logits, ours(tokens)
     assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_it(tmp_path: Path) -> None:
+    """AdamW's first step moves each weight by the learning rate, where there is a gradient, and decays it."""
+    model = hf_model()
+    torch.save(published(model, swiglu=True), tmp_path / "iter-00034000-ckpt.pth")
+    run, source = tmp_path / "run", tmp_path / "iter-00034000-ckpt.pth"
+    destination = str(run / "iter-00000000-ckpt.pth")
+    convert_hf_checkpoint.main(["--checkpoint_dir", str(source), "--destination_path", destination])
+    write_store(
+        tmp_path / "train", documents(120, 1), tokenizer_fingerprint="test", vocab_size=4096, bos_id=1, eos_id=EOS,
+        shard_tokens=6000,
+    )  # fmt: skip
+    changes = dict(val_data_dir=None, block_size=256, max_steps=4, weight_decay=0.25, save_interval_steps=1)
+    train(tmp_path, run, resume="auto", keep_last_checkpoints=4, **changes)
+    line = metrics(run)[0]
+    rate = float(line["learning_rate"])
+    assert line["step"] == "1"
+    assert rate == 1e-3  # a third of the warm-up
+    after = dict(model_tensors(verified(run / "iter-00000001-ckpt.pth")))
+    theirs = model.state_dict()
+    for name, before, decay in (
+        ("lm_head.weight", theirs["lm_head.weight"], 0.25),
+        ("transformer.wte.weight", theirs["model.embed_tokens.weight"], 0.25),
+        ("transformer.ln_f.weight", theirs["model.norm.weight"], 0.0),
+    ):
+        moved = (after[name] - before * (1 - rate * decay)).abs()
+        assert moved.max() <= rate * 1.001, name
+        assert moved[moved > rate / 2].median() == pytest.approx(rate, rel=1e-3), name
 
 
 @pytest.mark.slow
