@@ -15,12 +15,14 @@ import numpy.typing as npt
 from lit_gpt.corpus.draft import Draft
 from lit_gpt.corpus.parts import Layout
 from lit_gpt.corpus.survivors import Survivors
-from lit_gpt.corpus.task import Task, paragraph_spans
+from lit_gpt.corpus.task import SAMPLE_CHARACTERS, Task, paragraph_spans
 from lit_gpt.files import publish, publishing
 
+MOST_REPEATED = "most.json"
 KEPT = 0
 """The number of no rule."""
 SPOT_BITS = 32
+_DEDUP = "paragraph_dedup"
 _PARAGRAPH = (1 << SPOT_BITS) - 1
 CUT = np.dtype([("spot", "<u8"), ("rule", "u1"), ("first_part", "<i4"), ("first_spot", "<u8"), ("copies", "<u4")])
 """A cut paragraph. spot: document in the part << SPOT_BITS | paragraph; first_...: the occurrence that stays, or -1."""
@@ -49,7 +51,14 @@ def write_fates(layout: Layout, number: int, part: int, fates: npt.NDArray[Any],
 class Fates:
     """The decisions about one part, to be applied to its documents one after the other."""
 
-    def __init__(self, rules: list[Rule], fates: npt.NDArray[Any], cuts: npt.NDArray[Any], ids: _Ids) -> None:
+    def __init__(
+        self, rules: list[Rule], fates: npt.NDArray[Any], cuts: npt.NDArray[Any], ids: _Ids,
+        most: list[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        """most: copies and spot of paragraphs of this part that have many."""
+        self._most: dict[int, list[tuple[int, int]]] = {}
+        for copies, spot in most:
+            self._most.setdefault(spot >> SPOT_BITS, []).append((copies, spot & _PARAGRAPH))
         self._rules, self._fates, self._cuts = [None, *rules], fates, cuts
         documents = (cuts["spot"] >> np.uint64(SPOT_BITS)).astype(np.int64)
         self._ends = np.searchsorted(documents, np.arange(len(fates)), side="right").tolist()
@@ -58,12 +67,15 @@ class Fates:
 
     @staticmethod
     def read(layout: Layout, number: int, part: int, documents: int) -> Fates:
-        rules = json.loads((layout.work / f"pass-{number}" / "rules.json").read_bytes())
+        rules = [Rule(*rule) for rule in json.loads((layout.work / f"pass-{number}" / "rules.json").read_bytes())]
         with np.load(layout.of_pass(number, "fates.npz", part)) as arrays:
             fates, cuts = arrays["fates"], arrays["cuts"]
         if len(fates) != documents:
             raise RuntimeError(f"part {part}: {len(fates)} fates of {documents} documents")
-        return Fates([Rule(*rule) for rule in rules], fates, cuts, _Ids(layout, number))
+        path = layout.work / MOST_REPEATED
+        listed = json.loads(path.read_bytes()) if path.exists() and any(rule.stage == _DEDUP for rule in rules) else []
+        most = [(copies, spot) for copies, of_part, spot in listed if of_part == part]
+        return Fates(rules, fates, cuts, _Ids(layout, number), most)
 
     def apply(self, index: int, draft: Draft, task: Task) -> bool:
         """Cut the document with that number in the part; returns whether it is kept."""
@@ -74,6 +86,9 @@ class Fates:
                 draft, rule.stage, rule.rule, value, rule.threshold, duplicate_of_document=self._fate_ids[index]
             )
             return False
+        for copies, paragraph in self._most.get(index, []):
+            text = draft.source_text.split("\n")[paragraph][:SAMPLE_CHARACTERS]
+            task.most.append({"copies": copies, "document_id": draft.id, "paragraph": paragraph, "text": text})
         begin, end = self._ends[index - 1] if index else 0, self._ends[index]
         if begin < end:
             self._cut(draft, task, begin, end)

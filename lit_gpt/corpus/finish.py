@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from lit_gpt.corpus.ledger import ledger_files
 from lit_gpt.corpus.parts import Layout
+from lit_gpt.corpus.report_page import write_page
 from lit_gpt.corpus.task import SAMPLES
 from lit_gpt.files import publish, write_json, xxh3
 from lit_gpt.prepare.reject_guard import ListedReject, refuse_rejects
@@ -37,6 +39,9 @@ class FinishStep(PipelineStep):
         stats = statistics(layout, self._parts)
         write_json(layout.root / "stats.json", stats)
         request = json.loads((layout.work / "request.json").read_bytes())
+        elapsed_s = time.time() - (layout.work / "request.json").stat().st_mtime
+        sources = [(name, size) for _, name, size, *_ in request["sources"]]
+        write_page(layout.root / "report.html", stats, sources, elapsed_s)
         paths = [
             path for folder in ("documents", "removed", "ids") for path in sorted((layout.root / folder).iterdir())
         ]
@@ -57,16 +62,18 @@ def counts_of(layout: Layout, parts: int) -> list[dict[str, Any]]:
         histograms: dict[str, Any] = {}
         samples: dict[str, list[Any]] = {}
         rejects: list[Any] = []
+        most: list[Any] = []
         for part in range(parts):
             one = json.loads(layout.of_pass(number, "counts.json", part).read_bytes())
             counts.update(one["counts"])
             rejects += one["rejects"]
+            most += one["most"]
             for name, histogram in one["histograms"].items():
                 held = histograms.setdefault(name, {**histogram, "counts": [0] * len(histogram["counts"])})
                 held["counts"] = [a + b for a, b in zip(held["counts"], histogram["counts"], strict=True)]
             for rule, held in one["samples"].items():
                 samples[rule] = sorted([*samples.get(rule, []), *held])[:SAMPLES]
-        found.append({"counts": counts, "histograms": histograms, "samples": samples, "rejects": rejects})
+        found.append({"counts": counts, "histograms": histograms, "samples": samples, "rejects": rejects, "most": most})
     return found
 
 
@@ -92,6 +99,8 @@ def statistics(layout: Layout, parts: int) -> dict[str, Any]:
     token_bytes = sum(one["counts"]["token_text_bytes"] for one in passes)
     found = [layout.work / name for name in ("dedup.json", "review.json")]
     dedup = {name: value for path in found if path.exists() for name, value in json.loads(path.read_bytes()).items()}
+    if most := [one for held in passes for one in held["most"]]:
+        dedup["most_repeated"] = sorted(most, key=lambda one: (-one["copies"], one["document_id"], one["paragraph"]))
     return {
         "lines": first["counts"]["lines"],
         "rejects": dict(sorted(Counter(reject[2] for reject in first["rejects"]).items())),

@@ -56,6 +56,7 @@ def write_counts(layout: Layout, number: int, part: int, task: Task) -> None:
     counts = {
         "counts": dict(task.counts),
         "rejects": task.rejects,
+        "most": task.most,
         "samples": dict(sorted(task.samples.items())),
         "histograms": {name: histogram.as_json() for name, histogram in sorted(task.histograms.items())},
     }

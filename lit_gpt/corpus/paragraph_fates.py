@@ -8,6 +8,7 @@ Costs: a byte and a half of memory a document in all; each round reads the group
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,20 +17,23 @@ import numpy as np
 import numpy.typing as npt
 from datatrove.pipeline.base import PipelineStep
 
-from lit_gpt.corpus.fates import CUT, FATE, KEPT, SPOT_BITS, Rule, write_fates, write_rules
+from lit_gpt.corpus.fates import CUT, FATE, KEPT, MOST_REPEATED, SPOT_BITS, Rule, write_fates, write_rules
 from lit_gpt.corpus.later import read_later
 from lit_gpt.corpus.paragraph_groups import partitions
 from lit_gpt.corpus.paragraph_keys import BLANK
 from lit_gpt.corpus.parts import Layout
 from lit_gpt.corpus.ratio import TooHigh, dropped_by_ratio
 from lit_gpt.corpus.settings import DedupSettings
-from lit_gpt.files import write_json
+from lit_gpt.files import publish, write_json
 
 STAGE = "paragraph_dedup"
 RATIO, FRACTION, WORDS, REPEATED, LEFT_OVER = range(1, 6)
 """Numbers of the rules of rules_of."""
 _SPOT = np.uint64(SPOT_BITS)
 _PARAGRAPH = np.uint64((1 << SPOT_BITS) - 1)
+
+MOST = 20
+"""Paragraphs of the report's list of those with most copies."""
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,7 @@ class SettleStep(PipelineStep):
         for part in range(self._parts):
             write_fates(self._layout, self._number, part, *rounds.result(part))
         write_json(self._layout.work / "dedup.json", rounds.facts())
+        publish(self._layout.work / MOST_REPEATED, [json.dumps(rounds.most_repeated()).encode()])
         yield from ()
 
 
@@ -216,6 +221,19 @@ class _Rounds:
         for name in ("first_part", "first_spot", "copies"):
             cuts[name][known] = repeats[name][at[known]]
         return fates, cuts
+
+    def most_repeated(self) -> list[tuple[int, ...]]:
+        """Copies, and part and spot of the occurrence that stays, of the paragraphs with most copies."""
+        found: list[tuple[int, ...]] = []
+        for partition in range(self._partitions):
+            members, bounds = self._members(partition)
+            if len(bounds) > 1:
+                _, first, _ = self._firsts(members, bounds)
+                copies = np.diff(bounds)
+                most = np.argsort(-copies, kind="stable")[:MOST]
+                most = most[first[most] < members.shape[1]]
+                found += [(int(copies[at]), *map(int, members[:, first[at]])) for at in most.tolist()]
+        return sorted(found, key=lambda one: (-one[0], one[1:]))[:MOST]
 
     def facts(self) -> dict[str, Any]:
         return {"rounds": self._rounds, "vanished_texts": self._vanished, "partitions": self._partitions}

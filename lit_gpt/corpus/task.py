@@ -30,6 +30,9 @@ class Task:
         self.samples: dict[str, list[tuple[int, str, str, str]]] = {}
         """Stage and rule -> rank by a hash, id, why, and text of some that were removed."""
 
+        self.most: list[dict[str, Any]] = []
+        """Paragraphs with many copies."""
+
     def remove(
         self, draft: Draft, stage: str, rule: str, value: float | None, threshold: float | None, **more: Any
     ) -> None:

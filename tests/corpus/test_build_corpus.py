@@ -64,6 +64,9 @@ def test_the_program_writes_a_corpus_that_verify_and_why_read(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "75 lines in, 75 documents; rejected: none" in done.stdout
     assert "pii: email: 3 masks" in done.stdout
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(word in page for word in ("repeated_paragraph", "Most repeated paragraphs", "duplicate_line_fraction"))
+    assert "mail1@firma.de" not in page.split("Removed text")[0]
     checked = run("verify", out)
     assert (checked.returncode, checked.stdout.endswith("checked; whole\n")) == (0, True), checked.stdout
     (answer,) = map(json.loads, run("why", "1-d3", "--corpus", out, "--json").stdout.splitlines())
