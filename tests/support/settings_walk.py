@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,7 +147,7 @@ def outcome_of(name: str, root: Path, rank: int) -> int | str:
     if asked["out_dir"] != str(run):
         asked["resume"] = str(run / "iter-00000004-ckpt.pth")
     flag = object.__new__(StopFlag)  # without its thread and the block on signals
-    flag.received, flag.began = None, 0.0
+    flag.received, flag.began = None, time.monotonic()
     try:
         settings = Settings(**filled(asked, root))
         settings.check()
