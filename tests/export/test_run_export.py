@@ -38,6 +38,12 @@ def test_revision_names() -> None:
     assert revision_name(12, 1_234_567) == "step-00000012-tokens-1.23M"
 
 
+@pytest.fixture(autouse=True)
+def own_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program lowers its priority: called in this process, it would slow down all tests that come after."""
+    monkeypatch.setattr(os, "nice", lambda increment: increment)
+
+
 @pytest.fixture(scope="module")
 def names(german_run: Path) -> list[str]:
     """The names of the run's revisions, oldest first."""
