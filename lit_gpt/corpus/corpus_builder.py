@@ -9,7 +9,6 @@ Costs: a pass reads and parses all sources; until the end, 24 bytes of disk a pa
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import threading
@@ -17,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_gpt.cli import NO_ROOM, BadInput
+from lit_gpt.cli import NO_ROOM
 from lit_gpt.corpus.corpus import fields as corpus_fields
 from lit_gpt.corpus.decontamination import Ngrams, make_ngrams, write_ngrams
 from lit_gpt.corpus.executors import LocalExecutor
-from lit_gpt.corpus.finish import MANIFEST, check_rejects
+from lit_gpt.corpus.finish import MANIFEST, REJECTS, check_rejects
 from lit_gpt.corpus.paragraph_groups import partitions
 from lit_gpt.corpus.parts import Layout, divide
 from lit_gpt.corpus.passes import Job, jobs_of, passes_of
@@ -29,8 +28,9 @@ from lit_gpt.corpus.read_step import bytes_read
 from lit_gpt.corpus.review import AnotherRound
 from lit_gpt.corpus.settings import CorpusSettings, ExecutorSettings
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.files import discard, publish, read_json, sweep
-from lit_gpt.locks import Lock, LockHeld
+from lit_gpt.files import discard, read_json
+from lit_gpt.locks import Lock
+from lit_gpt.prepare.build_request import claim_folder, refuse_other
 from lit_gpt.prepare.document_source import PIECES_VERSION
 from lit_gpt.prepare.records import SourceFile
 from lit_gpt.prepare.source_files import open_sources
@@ -99,9 +99,8 @@ def build(settings: CorpusSettings, report: Report) -> dict[str, Any]:
     if (layout.root / SWEPT).is_dir() and os.access(layout.root, os.W_OK):
         discard(layout.root / SWEPT)
     if (layout.root / MANIFEST).exists() and not layout.work.exists():
-        _refuse_other(
-            layout.root, "a finished corpus", layout.root, read_json(layout.root / MANIFEST)["request"], request
-        )
+        finished = read_json(layout.root / MANIFEST)["request"]
+        refuse_other(layout.root, "a finished corpus", layout.root, finished, request)
         log.info("%s already holds this corpus, finished", layout.root)
         return read_json(layout.root / "stats.json")
     parts = divide(sources, settings.part_bytes)
@@ -124,48 +123,10 @@ def build(settings: CorpusSettings, report: Report) -> dict[str, Any]:
 
 
 def _claim(layout: Layout, request: dict[str, Any], passes: int) -> Lock:
-    """Make or find the build folder of `request`; the returned lock keeps other builds out."""
     folders = [layout.work / "progress", layout.work / "dedup"]
     folders += [layout.work / f"pass-{number}" for number in range(passes)]
     folders += [layout.root / name for name in ("documents", "removed", "ids")]
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(layout.work / "lock")
-    except LockHeld:
-        raise BadInput(f"another build is running in {layout.root}") from None
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise
-        raise BadInput(f"cannot write to --destination_path {layout.root}: {error.strerror}") from None
-    try:
-        for folder in (*folders, layout.work, layout.root):
-            sweep(folder, alone=True)
-        stored = layout.work / "request.json"
-        if stored.exists():
-            _refuse_other(layout.root, "an unfinished build", layout.work, json.loads(stored.read_bytes()), request)
-            log.info("continuing the unfinished build in %s", layout.root)
-        else:
-            publish(stored, [json.dumps(request).encode()])
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-def _refuse_other(root: Path, what: str, leftover: Path, old: dict[str, Any], request: dict[str, Any]) -> None:
-    one, other = _flat(old), _flat(request)
-    for name in sorted({*one, *other}):
-        if one.get(name) != other.get(name):
-            values = "" if name == "sources" else f" ({one.get(name)} there, {other.get(name)} asked for)"
-            raise BadInput(
-                f"{root} holds {what} made with other {name}{values}: choose another --destination_path, or delete "
-                f"{leftover}"
-            )
-
-
-def _flat(request: dict[str, Any]) -> dict[str, Any]:
-    return {**{name: value for name, value in request.items() if name != "settings"}, **request.get("settings", {})}
+    return claim_folder(layout.root, folders, (REJECTS, "stats.json", "report.html", MANIFEST), request)
 
 
 def _run(jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report) -> None:

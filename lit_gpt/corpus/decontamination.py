@@ -20,8 +20,7 @@ import yaml
 from datatrove.pipeline.base import PipelineStep
 
 from lit_gpt.cli import BadInput
-from lit_gpt.corpus.draft import Draft
-from lit_gpt.corpus.filter_step import BATCH_CHARACTERS
+from lit_gpt.corpus.draft import Draft, in_batches
 from lit_gpt.corpus.measures import Batch
 from lit_gpt.corpus.task import Task
 from lit_gpt.files import publishing
@@ -98,16 +97,8 @@ class DecontaminateStep(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Draft]:
         ngrams = read_ngrams(self._folder)
-        held: list[Draft] = []
-        size = 0
-        for draft in data:
-            held.append(draft)
-            size += len(draft.text)
-            if size >= BATCH_CHARACTERS:
-                yield from self._clean(held, ngrams)
-                held, size = [], 0
-        if held:
-            yield from self._clean(held, ngrams)
+        for drafts in in_batches(data):
+            yield from self._clean(drafts, ngrams)
 
     def _clean(self, drafts: list[Draft], ngrams: Ngrams) -> Iterator[Draft]:
         words = _Words([draft.text for draft in drafts])

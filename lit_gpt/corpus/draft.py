@@ -7,7 +7,7 @@ inside one; both are named in the source's own coordinates, so that the ledger a
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from datatrove.data import Document
 
 LINE_BITS = 40
+BATCH_CHARACTERS = 1 << 18
+"""Of texts that are measured at once."""
 
 
 class Mask(NamedTuple):
@@ -100,3 +102,17 @@ def apply_edits(source_text: str, kept: set[int] | None, masks: Mapping[int, Seq
                 line = line[:at] + mask.replacement.encode() + line[at + mask.length :]
             lines[number] = line.decode()
     return "\n".join(line for number, line in enumerate(lines) if kept is None or number in kept)
+
+
+def in_batches(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
+    """The drafts in lists of BATCH_CHARACTERS or more together; the last may have fewer."""
+    held: list[Draft] = []
+    size = 0
+    for draft in drafts:
+        held.append(draft)
+        size += len(draft.text)
+        if size >= BATCH_CHARACTERS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 from datatrove.pipeline.base import PipelineStep
 
-from lit_gpt.corpus.draft import Draft
+from lit_gpt.corpus.draft import Draft, in_batches
 from lit_gpt.corpus.measures import DUPLICATE, TOP, Batch
 from lit_gpt.corpus.settings import FilterSettings
 from lit_gpt.corpus.task import Task
 
 STAGES = ("repetition", "quality")
-BATCH_CHARACTERS = 1 << 18
 
 
 class Limit(NamedTuple):
@@ -71,16 +70,8 @@ class FilterStep(PipelineStep):
         self._stop_words = settings.stop_words
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Draft]:
-        held: list[Draft] = []
-        size = 0
-        for draft in data:
-            held.append(draft)
-            size += len(draft.text)
-            if size >= BATCH_CHARACTERS:
-                yield from self._filtered(held)
-                held, size = [], 0
-        if held:
-            yield from self._filtered(held)
+        for drafts in in_batches(data):
+            yield from self._filtered(drafts)
 
     def _filtered(self, drafts: list[Draft]) -> Iterator[Draft]:
         batch = Batch([draft.text for draft in drafts])

@@ -8,6 +8,8 @@ Costs: about 25 bytes a row on disk.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,16 +97,8 @@ def write_ledger(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
 
 def by_document(table: pa.Table) -> Iterator[tuple[tuple[int, int], list[dict[str, Any]]]]:
     """((file, line), its rows) for each document, in the table's order."""
-    held: list[dict[str, Any]] = []
-    key = (-1, -1)
-    for row in dictionaries(table):
-        if held and (row["file"], row["line"]) != key:
-            yield key, held
-            held = []
-        key = (row["file"], row["line"])
-        held.append(row)
-    if held:
-        yield key, held
+    for key, rows in groupby(dictionaries(table), key=itemgetter("file", "line")):
+        yield key, list(rows)
 
 
 def dictionaries(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -16,13 +16,12 @@ import numpy.typing as npt
 import xxhash
 from datatrove.pipeline.base import PipelineStep
 
-from lit_gpt.corpus.draft import Draft
+from lit_gpt.corpus.draft import BATCH_CHARACTERS, Draft
 from lit_gpt.corpus.fates import SPOT_BITS
 from lit_gpt.corpus.line_words import count_lines
 from lit_gpt.corpus.parts import Layout
 from lit_gpt.files import publishing
 
-BATCH_CHARACTERS = 1 << 18
 BLANK = 0xFFFFFFFF
 """Stands for the number of words of a blank paragraph."""
 

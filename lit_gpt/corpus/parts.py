@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_gpt.prepare.build_request import WORK
 from lit_gpt.prepare.records import SourceFile
-
-WORK = "build"
 
 
 class Part(NamedTuple):

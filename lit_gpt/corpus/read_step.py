@@ -14,6 +14,7 @@ from lit_gpt.corpus.ledger import by_document, read_rows
 from lit_gpt.corpus.parts import Layout, Part
 from lit_gpt.corpus.survivors import Survivors
 from lit_gpt.corpus.task import Task
+from lit_gpt.files import open_own
 from lit_gpt.prepare.document_source import read_pieces
 from lit_gpt.prepare.records import Document, Fields, parse_piece
 from lit_gpt.prepare.reject_guard import RejectGuard
@@ -105,15 +106,12 @@ class Progress:
     def __init__(self, layout: Layout, number: int, rank: int) -> None:
         folder = layout.work / "progress"
         folder.mkdir(exist_ok=True)
-        self._descriptor = os.open(folder / f"{number}-{rank:05d}", os.O_WRONLY | os.O_CREAT, 0o644)
+        self._file = os.fdopen(open_own(folder / f"{number}-{rank:05d}", os.O_WRONLY | os.O_CREAT), "wb", buffering=0)
         self._bytes = 0
 
     def add(self, bytes: int) -> None:
         self._bytes += bytes
-        os.pwrite(self._descriptor, self._bytes.to_bytes(8, "little"), 0)
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+        os.pwrite(self._file.fileno(), self._bytes.to_bytes(8, "little"), 0)
 
 
 def bytes_read(layout: Layout, number: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
@@ -145,15 +147,7 @@ def _output(corpus: Corpus, part: Part) -> Iterator[Document]:
 
 def _ledger(corpus: Corpus, part: Part) -> Iterator[tuple[tuple[str, int], list[dict[str, Any]]]]:
     """File and line of each document of the part's ledger, with its rows."""
-    held: list[dict[str, Any]] = []
-    key = ("", 0)
     with open(corpus.layout.removed(part.number), "rb") as raw:
-        for batch in pq.ParquetFile(raw).iter_batches(1 << 12):
-            for row in batch.to_pylist():
-                if held and (row["source_file"], row["line"]) != key:
-                    yield key, held
-                    held = []
-                key = (row["source_file"], row["line"])
-                held.append(row)
-    if held:
-        yield key, held
+        rows = (row for batch in pq.ParquetFile(raw).iter_batches(1 << 12) for row in batch.to_pylist())
+        for key, own in groupby(rows, key=itemgetter("source_file", "line")):
+            yield key, list(own)

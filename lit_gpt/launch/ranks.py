@@ -16,6 +16,7 @@ from typing import TypeVar
 from lit_gpt.cli import EXIT_BAD_INPUT, BadInput, KnownBadInput
 from lit_gpt.launch.fabric import Fabric
 from lit_gpt.launch.job import exit_code_after_stall
+from lit_gpt.launch.meeting import speaks
 from lit_gpt.launch.watchdog import FOR_RANK_ZERO, Watchdog
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Ranks:
     def _told(self, what: str) -> Iterator[None]:
         """While this context lasts, this rank says what it waits for, if it speaks for its node."""
         fabric, limit_s = self.fabric, self._watchdog.longest_s
-        if fabric.is_global_zero or (fabric.local_rank > 0 and fabric.global_rank > 1):
+        if fabric.is_global_zero or not speaks(fabric.global_rank, fabric.local_rank):
             yield
             return
         over, began = threading.Event(), time.monotonic()

@@ -92,11 +92,54 @@ def find_finished(destination: Path, request: dict[str, Any]) -> dict[str, Any] 
     if (destination / WORK).exists() or not (destination / "train" / MANIFEST).exists():
         return None
     summary = read_json(destination / SUMMARY) if (destination / SUMMARY).exists() else {}
-    _refuse_other(destination, "a finished data set", destination, summary.get("request", {}), request)
+    refuse_other(destination, "a finished data set", destination, summary.get("request", {}), request)
     return summary
 
 
-def _refuse_other(destination: Path, what: str, leftover: Path, old: dict[str, Any], request: dict[str, Any]) -> None:
+def claim(destination: Path, request: dict[str, Any]) -> Lock:
+    """Make or find the build folder of the data set that `request` names. Raises as claim_folder does."""
+    folders = [destination / WORK / name for name in ("runs", "pieces", "shards")]
+    return claim_folder(destination, folders, (SUMMARY, REJECTS), {**request, "pieces": PIECES_VERSION})
+
+
+def claim_folder(destination: Path, folders: Sequence[Path], names: Sequence[str], request: dict[str, Any]) -> Lock:
+    """Make the folders of a build, and its request.json in destination/WORK, or find those of an unfinished one.
+
+    The returned lock keeps other builds out. What killed builds left is swept: in the folders, and of the files `names`
+    in `destination`. Raises BadInput if another build is running there or of another request, or if a folder cannot be
+    written.
+    """
+    work = destination / WORK
+    try:
+        for folder in (work, *folders):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(work / "lock")
+    except LockHeld:
+        raise BadInput(f"another build is running in {destination}") from None
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        raise BadInput(f"cannot write to --destination_path {destination}: {error.strerror}") from None
+    try:
+        for folder in (work, *folders):
+            sweep(folder, alone=True)
+        for name in names:
+            sweep(destination, name, alone=True)
+        stored = work / "request.json"
+        if stored.exists():
+            refuse_other(destination, "an unfinished build", work, read_json(stored), request)
+            log.info("continuing the unfinished build in %s", destination)
+        else:
+            publish(stored, [json.dumps(request).encode()])
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def refuse_other(destination: Path, what: str, leftover: Path, old: dict[str, Any], request: dict[str, Any]) -> None:
+    """Raise BadInput where the request differs from `old`, naming the first value that does."""
+    old, request = _flat(old), _flat(request)
     differing = [name for name in request if old.get(name) != request[name]]
     if differing:
         name = differing[0]
@@ -107,36 +150,7 @@ def _refuse_other(destination: Path, what: str, leftover: Path, old: dict[str, A
         )
 
 
-def claim(destination: Path, request: dict[str, Any]) -> Lock:
-    """Make or find the build folder of `request`; the returned lock keeps other builds out.
-
-    Raises BadInput if another build is running there or of another request, or if the folder cannot be written.
-    """
-    folder = destination / WORK
-    parts = [folder / name for name in ("runs", "pieces", "shards")]
-    try:
-        for part in parts:
-            part.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder / "lock")
-    except LockHeld:
-        raise BadInput(f"another build is running in {destination}") from None
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise
-        raise BadInput(f"cannot write to --destination_path {destination}: {error.strerror}") from None
-    try:
-        for part in (*parts, folder):
-            sweep(part, alone=True)
-        for name in (SUMMARY, REJECTS):
-            sweep(destination, name, alone=True)
-        stored = folder / "request.json"
-        request = {**request, "pieces": PIECES_VERSION}
-        if stored.exists():
-            _refuse_other(destination, "an unfinished build", folder, read_json(stored), request)
-            log.info("continuing the unfinished build in %s", destination)
-        else:
-            publish(stored, [json.dumps(request).encode()])
-    except BaseException:
-        lock.close()
-        raise
-    return lock
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    """With the items of a value that is a dictionary in its place."""
+    pairs = [value.items() if isinstance(value, dict) else [(name, value)] for name, value in request.items()]
+    return {name: value for items in pairs for name, value in items}
