@@ -65,6 +65,7 @@ setup(
             "xllamacpp>=2026.9.11063",
             "torchao>=0.14,<0.19",
             "lm-eval[hf]>=0.4.9,<0.5",
+            "sentence-transformers>=6,<7",  # as a user of exports
         ],
     },
 )
