@@ -7,6 +7,8 @@ moment, the same command continues. The number of workers does not change the by
     build_corpus.py why ID --corpus DIR     what was cut from a document and why
     build_corpus.py verify DIR              every source document is its output plus its rows of the ledger
 
+With --executor slurm, called on a login node, the work is done by job arrays (docs/corpus.md).
+
 Settings: defaults < YAML files (--config, such as pretrain/configs/corpus_german_web.yaml) < flags.
 
 Example: python scripts/build_corpus.py --source raw/ --tokenizer_path tokenizer --destination_path corpus --workers 16
@@ -39,19 +41,43 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] in (["why"], ["verify"]):
-        return {"why": why, "verify": verify}[arguments[0]](arguments[1:])
+    others = {"why": why, "verify": verify, "slurm-step": slurm_step, "slurm-task": slurm_task}
+    if arguments[:1] and arguments[0] in others:
+        return others[arguments[0]](arguments[1:])
     recipes = sorted(CONFIGS.glob("corpus_*.yaml"))
     settings, _ = parse_settings(CorpusSettings, arguments, __doc__, common=COMMON, recipes=recipes)
     settings.check()
     from lit_gpt.corpus.corpus_builder import build  # imports datatrove, for which --help need not wait
 
-    stats = build(settings, Meter().show)
+    finish(settings, build(settings, Meter().show))
+    return None
+
+
+def finish(settings: CorpusSettings, stats: dict[str, Any] | None) -> None:
+    """Say what there is now, and what to do next."""
+    if stats is None:
+        log.info("the same command tells how far it is; what the jobs say: %s/logs", settings.destination_path)
+        return
     print(describe(stats, str(settings.destination_path)))
     if stats["kept_documents"] and settings.tokenizer_path:
         words = ["--source", f"{settings.destination_path}/documents", "--tokenizer_path", settings.tokenizer_path]
         log.info("next: %s", command_line("scripts/prepare_data.py", *words, "--destination_path", "data"))
-    return None
+
+
+def slurm_step(argv: Sequence[str]) -> None:
+    """What a job between two arrays runs (lit_gpt/corpus/slurm.py)."""
+    from lit_gpt.corpus.corpus_builder import build
+    from lit_gpt.corpus.slurm import step_settings
+
+    settings = step_settings(Path(argv[0]))
+    finish(settings, build(settings, Meter().show, is_step=True))
+
+
+def slurm_task(argv: Sequence[str]) -> None:
+    """What an element of an array runs."""
+    from lit_gpt.corpus.corpus_builder import run_element
+
+    run_element(Path(argv[1]), argv[0])
 
 
 def why(argv: Sequence[str]) -> None:

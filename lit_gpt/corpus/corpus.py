@@ -31,10 +31,7 @@ class Corpus:
         self.layout = Layout(folder)
         self.files: dict[str, dict[str, Any]] = manifest["files"]
         request = manifest["request"]
-        self.sources = [
-            SourceFile(Path(path), name, size, mtime_ns, format, compression, None)
-            for path, name, size, mtime_ns, format, compression in request["sources"]
-        ]
+        self.sources = requested_sources(request)
         self.parts: list[Part] = divide(self.sources, request["settings"]["part_bytes"])
         self.fields = fields(request["settings"]["text_field"], request["settings"]["id_field"])
 
@@ -74,6 +71,14 @@ def _may_hold(group: Any, columns: dict[str, int], name: str, line: int) -> bool
     if files is None or not files.has_min_max or lines is None or not lines.has_min_max:
         return True
     return bool(files.min <= name <= files.max and lines.min <= line <= lines.max)
+
+
+def requested_sources(request: dict[str, Any]) -> list[SourceFile]:
+    """The source files that a request names."""
+    return [
+        SourceFile(Path(path), name, size, mtime_ns, format, compression, None)
+        for path, name, size, mtime_ns, format, compression in request["sources"]
+    ]
 
 
 def fields(text_field: str, id_field: str | None) -> Fields:

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_gpt.cli import NO_ROOM
+from lit_gpt.cli import NO_ROOM, BadInput
 from lit_gpt.corpus.corpus import fields as corpus_fields
+from lit_gpt.corpus.corpus import requested_sources
 from lit_gpt.corpus.decontamination import Ngrams, make_ngrams, write_ngrams
 from lit_gpt.corpus.executors import LocalExecutor
 from lit_gpt.corpus.finish import MANIFEST, REJECTS, check_rejects
@@ -27,6 +28,7 @@ from lit_gpt.corpus.passes import Job, jobs_of, passes_of
 from lit_gpt.corpus.read_step import bytes_read
 from lit_gpt.corpus.review import AnotherRound
 from lit_gpt.corpus.settings import CorpusSettings, ExecutorSettings
+from lit_gpt.corpus.slurm import SlurmRoute, Submitted, ranks_of_element, step_settings
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.files import discard, read_json
 from lit_gpt.locks import Lock
@@ -84,8 +86,9 @@ def make_request(
     }
 
 
-def build(settings: CorpusSettings, report: Report) -> dict[str, Any]:
-    """Build what `settings` ask for, continue that build, or find it finished; returns stats.json.
+def build(settings: CorpusSettings, report: Report, *, is_step: bool = False) -> dict[str, Any] | None:
+    """Build what `settings` ask for, continue that build, or find it finished; returns stats.json, or None if the rest
+    is in Slurm's queue. is_step: this process is a step (slurm.py).
     Raises BadInput if sources, tokenizer or destination do not allow it, or if too many lines are
     rejected."""
     layout = Layout(Path(str(settings.destination_path)))
@@ -103,14 +106,28 @@ def build(settings: CorpusSettings, report: Report) -> dict[str, Any]:
         refuse_other(layout.root, "a finished corpus", layout.root, finished, request)
         log.info("%s already holds this corpus, finished", layout.root)
         return read_json(layout.root / "stats.json")
+    route = SlurmRoute(layout, settings)
+    if (queued := route.waiting(is_step=is_step)) is not None:
+        if settings.executor == "local":
+            raise BadInput(f"{layout.root} is {queued}: wait for it, or scancel these jobs")
+        if is_step:
+            route.wait_for()
+        log.info("%s is %s", layout.root, queued)
+        return None
     parts = divide(sources, settings.part_bytes)
     jobs = jobs_of(settings, parts, fields, layout)
     lock = _claim(layout, request, len(passes_of(settings)))
     try:
         if ngrams is not None:
             write_ngrams(layout.work, ngrams)
-        _run(jobs, layout, settings, sum(source.bytes for source in sources), len(parts), report)
+        if settings.executor == "slurm" and not is_step:
+            log.info("%s is in Slurm's queue as %s", layout.root, route.start())
+            return None
+        total = sum(source.bytes for source in sources)
+        _run(jobs, layout, settings, total, len(parts), report, route if is_step else None)
         layout.work.rename(layout.root / SWEPT)
+    except Submitted:
+        return None
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -129,17 +146,23 @@ def _claim(layout: Layout, request: dict[str, Any], passes: int) -> Lock:
     return claim_folder(layout.root, folders, (REJECTS, "stats.json", "report.html", MANIFEST), request)
 
 
-def _run(jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report) -> None:
-    while not _is_over(jobs, layout, settings, total, parts, report):
+def _run(
+    jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report,
+    route: SlurmRoute | None,
+) -> None:  # fmt: skip
+    while not _is_over(jobs, layout, settings, total, parts, report, route):
         pass
 
 
-def _is_over(jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report) -> bool:
+def _is_over(
+    jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report,
+    route: SlurmRoute | None,
+) -> bool:  # fmt: skip
     """Run the jobs that are not done; False if one of them asks for another round."""
-    workers = settings.workers or usable_cores()
     for job in jobs:
-        tasks = min(job.tasks, partitions(layout, parts)) if job.name == "group" else job.tasks
-        executor = LocalExecutor(job.pipeline, tasks, workers, logging_dir=str(layout.logs(job.name)))
+        executor = executor_of(job, layout, parts, 1 if route else settings.workers or usable_cores())
+        if route is not None and (job.reads or executor.tasks > 1):
+            route.run(job.name, executor)
         if not job.reads:
             try:
                 executor.run()
@@ -152,6 +175,20 @@ def _is_over(jobs: list[Job], layout: Layout, settings: CorpusSettings, total: i
         if number == 0:
             check_rejects(layout, parts, settings.max_reject_fraction)
     return True
+
+
+def executor_of(job: Job, layout: Layout, parts: int, workers: int) -> LocalExecutor:
+    tasks = min(job.tasks, partitions(layout, parts)) if job.name == "group" else job.tasks
+    return LocalExecutor(job.pipeline, tasks, workers, logging_dir=str(layout.logs(job.name)))
+
+
+def run_element(folder: Path, name: str) -> None:
+    """Run the tasks of the array's element that this process is (slurm.py)."""
+    settings, layout = step_settings(folder), Layout(folder)
+    parts = divide(requested_sources(read_json(layout.work / "request.json")), settings.part_bytes)
+    fields = corpus_fields(settings.text_field, settings.id_field)
+    (job,) = [one for one in jobs_of(settings, parts, fields, layout) if one.name == name]
+    executor_of(job, layout, len(parts), 1).run_ranks(ranks_of_element(layout, name))
 
 
 class _Watch:

@@ -26,6 +26,12 @@ class LocalExecutor(LocalPipelineExecutor):
             for _ in run_pool(min(self.workers, len(ranks)), _RankWork, (self,), ranks):
                 pass
 
+    def run_ranks(self, ranks: list[int]) -> None:
+        """Run these tasks here, but those that are done."""
+        work = _RankWork(self)
+        for rank in ranks:
+            work(rank)
+
 
 class _RankWork:
     def __init__(self, executor: LocalExecutor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lit_gpt.cli import BadInput, SettingsSlice
 from lit_gpt.values import PathText, did_you_mean
@@ -64,11 +65,23 @@ class ExecutorSettings(SettingsSlice):
     """Where the work is done. None of this changes a byte of the corpus."""
 
     workers: int | None = None
-    """Processes at a time, one core each. Default: the cores that this process may use."""
+    """Processes at a time, one core each. Default: the cores that this process may use; on Slurm no limit."""
+    executor: Literal["local", "slurm"] = "local"
+    """slurm: submit job arrays and end; the same command tells how far they are."""
+    tasks: int | None = None
+    """slurm: elements of an array, which share its parts. Default: one a part, at most 1000."""
+    slurm_partition: str | None = None
+    """slurm: partition of the jobs. Default: the cluster's own."""
+    slurm_time: str = "12:00:00"
+    """slurm: time limit of each job."""
+    slurm_memory_gb: int = 4
+    """slurm: memory of each job."""
+    slurm_options: list[str] = field(default_factory=list)
+    """slurm: further options of sbatch, as --account=NAME without its dashes: account=NAME."""
 
     def check(self) -> None:
         super().check()
-        self.require_at_least(1, "workers")
+        self.require_at_least(1, "workers", "tasks", "slurm_memory_gb")
 
 
 @dataclass(frozen=True)
@@ -232,4 +245,4 @@ class CorpusSettings(
             raise BadInput("--evaluation_texts are given, but --stages does not name decontaminate")
 
 
-COMMON = ("source", "tokenizer_path", "destination_path", "stages", "workers")
+COMMON = ("source", "tokenizer_path", "destination_path", "stages", "workers", "executor")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.programs import ROOT, environment
+from tests.support.programs import ROOT, environment, executable
 
 TRAIN = ROOT / "cluster/exec/train_fabric.sh"
 CHAIN = ROOT / "cluster/exec/submit_chain.sh"
@@ -29,13 +29,6 @@ def bash(script: Path, *arguments: str, cwd: Path, **variables: str) -> subproce
     """The script in a clean environment: a site's variables of whoever runs the tests must not show."""
     env = {"PATH": os.environ["PATH"], "HOME": str(cwd), **variables}
     return subprocess.run(["bash", script, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
-
-
-def executable(path: Path, text: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def without_engines(tmp_path: Path) -> str:

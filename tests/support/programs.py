@@ -104,3 +104,11 @@ class _ForkServer:
 def _server() -> _ForkServer:
     """The server for all tests of this process."""
     return _ForkServer()
+
+
+def executable(path: Path, text: str) -> Path:
+    """A bash script at `path`."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
