@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus.conftest import Build, build_corpus, made_up, write_documents  # noqa: F401 (a fixture)
+from tests.corpus.conftest import built, made_up, write_documents
 from tests.corpus.test_paragraph_dedup import bytes_of
 from tests.support.programs import ROOT, environment, run_program
 
@@ -27,7 +27,6 @@ if "slurm-task" in sys.orig_argv and os.environ["SLURM_ARRAY_TASK_ID"] == "1" an
 
 def test_arrays_make_the_corpus_though_a_task_is_killed(
     slurm: Path,
-    build_corpus: Build,
     tmp_path: Path,
 ) -> None:
     source, out, killed = tmp_path / "in", tmp_path / "out", tmp_path / "killed"
@@ -36,7 +35,7 @@ def test_arrays_make_the_corpus_though_a_task_is_killed(
     source.mkdir()
     for number in range(3):
         write_documents(source / f"{number}.jsonl", made_up(20, number))
-    build_corpus(source, tmp_path / "whole", stages=["paragraph_dedup", "pii"], part_bytes=1)
+    built(source, tmp_path / "whole", stages=["paragraph_dedup", "pii"], part_bytes=1)
     python_path = f"{tmp_path}/site{os.pathsep}{ROOT}"
     env = environment(SLURM_CONF=str(slurm), KILLED_ONCE=str(killed), PYTHONPATH=python_path)
     command = [

@@ -44,14 +44,16 @@ def made_up(documents: int, seed: int = 3407) -> list[dict[str, Any]]:
     return found
 
 
+def built(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """Build a corpus of paragraph deduplication alone, unless other stages are given; returns stats.json."""
+    values = {"stages": ["paragraph_dedup"], "workers": 1, **settings}
+    made = CorpusSettings(source=[str(source)], destination_path=str(out), **values)
+    made.check()
+    stats = build(made, lambda progress: None)
+    assert stats is not None
+    return stats
+
+
 @pytest.fixture
-def build_corpus(tmp_path: Path) -> Build:
-    """Builds a corpus of paragraph deduplication alone, unless other stages are given, and returns stats.json."""
-
-    def built(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
-        values = {"stages": ["paragraph_dedup"], "workers": 1, **settings}
-        made = CorpusSettings(source=[str(source)], destination_path=str(out), **values)
-        made.check()
-        return build(made, lambda progress: None)
-
+def build_corpus() -> Build:
     return built

@@ -134,9 +134,7 @@ def test_what_fails_again_and_again_ends_the_build(
     step(out)
     *_, (number, _, _) = arrays_of(queue)
     (out / LOGS / f"pass-0-{number}_0.log").write_text("started\nslurmstepd: error: Detected 1 oom-kill event\n")
-    with pytest.raises(
-        BadInput, match=r"pass-0: 2 tasks fail again and again, .*_0\.log \(slurmstepd: error: Detected"
-    ):
+    with pytest.raises(BadInput, match=r"2 tasks fail again and again, .*_0\.log \(slurmstepd: error: Detected"):
         step(out)
     assert build(settings, lambda progress: None) is None, "the same command goes on"
     assert step(out) is None
