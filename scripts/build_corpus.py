@@ -4,6 +4,7 @@ Reads JSON, CSV, text, Parquet and Arrow files, and folders of them (docs/data.m
 prepare_data.py), removed/ (the ledger), stats.json and, last, MANIFEST.json (docs/corpus.md). After a kill at any
 moment, the same command continues. The number of workers does not change the bytes.
 
+    build_corpus.py plan --source ...       core-hours, tasks, memory and disk that a build will take, from a sample
     build_corpus.py why ID --corpus DIR     what was cut from a document and why
     build_corpus.py verify DIR              every source document is its output plus its rows of the ledger
 
@@ -16,6 +17,7 @@ Example: python scripts/build_corpus.py --source raw/ --tokenizer_path tokenizer
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -41,7 +43,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    others = {"why": why, "verify": verify, "slurm-step": slurm_step, "slurm-task": slurm_task}
+    others = {"why": why, "verify": verify, "plan": plan, "slurm-step": slurm_step, "slurm-task": slurm_task}
     if arguments[:1] and arguments[0] in others:
         return others[arguments[0]](arguments[1:])
     recipes = sorted(CONFIGS.glob("corpus_*.yaml"))
@@ -78,6 +80,28 @@ def slurm_task(argv: Sequence[str]) -> None:
     from lit_gpt.corpus.corpus_builder import run_element
 
     run_element(Path(argv[1]), argv[0])
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Say what a build with these settings will take, from builds of samples of its sources."""
+    recipes = sorted(CONFIGS.glob("corpus_*.yaml"))
+    settings, _ = parse_settings(CorpusSettings, argv, plan.__doc__, common=COMMON, recipes=recipes)
+    dataclasses.replace(settings, destination_path=settings.destination_path or "corpus").check()
+    from lit_gpt.corpus.plan import plan as planned
+
+    logging.getLogger("lit_gpt.corpus").setLevel(logging.WARNING)  # builds of samples are no news
+    found = planned(settings)
+    workers = settings.workers or found.tasks
+    print(
+        f"sources: {found.files:,} files, {found.stored_bytes / 1e9:,.3g} GB as stored, some "
+        f"{found.text_bytes / 1e9:,.3g} GB of text, {found.documents:,.0f} documents\n"
+        f"work: {found.passes} passes over the sources, {found.tasks:,} tasks each\n"
+        f"time: {found.core_hours:,.3g} core-hours; {found.core_hours / min(workers, found.tasks):,.3g} hours with "
+        f"{min(workers, found.tasks):,} workers\n"
+        f"memory: {found.worker_bytes / 1e9:.2g} GB a worker\n"
+        f"disk: {found.build_bytes / 1e9:,.3g} GB until the end, {found.corpus_bytes / 1e9:,.3g} GB for the corpus\n"
+        f"kept: at most {found.kept_fraction:.1%} of the text (of the sample; repeats are rarer there)"
+    )
 
 
 def why(argv: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +96,7 @@ def build(settings: CorpusSettings, report: Report, *, is_step: bool = False) ->
     sources = open_sources(
         settings.source, fields, outside=layout.root, allow_damaged_files=settings.allow_damaged_files
     )
-    decontaminates = "decontaminate" in settings.stages
-    ngrams = make_ngrams(settings.evaluation_texts, settings.decontamination_ngrams) if decontaminates else None
+    ngrams = used_ngrams(settings)
     request = make_request(settings, sources, ngrams)
     if (layout.root / SWEPT).is_dir() and os.access(layout.root, os.W_OK):
         discard(layout.root / SWEPT)
@@ -114,17 +113,14 @@ def build(settings: CorpusSettings, report: Report, *, is_step: bool = False) ->
             route.wait_for()
         log.info("%s is %s", layout.root, queued)
         return None
-    parts = divide(sources, settings.part_bytes)
-    jobs = jobs_of(settings, parts, fields, layout)
-    lock = _claim(layout, request, len(passes_of(settings)))
+    lock = claim(layout, request, len(passes_of(settings)))
     try:
         if ngrams is not None:
             write_ngrams(layout.work, ngrams)
         if settings.executor == "slurm" and not is_step:
             log.info("%s is in Slurm's queue as %s", layout.root, route.start())
             return None
-        total = sum(source.bytes for source in sources)
-        _run(jobs, layout, settings, total, len(parts), report, route if is_step else None)
+        run_jobs(layout, settings, sources, report, route if is_step else None)
         layout.work.rename(layout.root / SWEPT)
     except Submitted:
         return None
@@ -139,18 +135,30 @@ def build(settings: CorpusSettings, report: Report, *, is_step: bool = False) ->
     return read_json(layout.root / "stats.json")
 
 
-def _claim(layout: Layout, request: dict[str, Any], passes: int) -> Lock:
+def used_ngrams(settings: CorpusSettings) -> Ngrams | None:
+    """What decontaminate looks for, if it is a stage."""
+    if "decontaminate" not in settings.stages:
+        return None
+    return make_ngrams(settings.evaluation_texts, settings.decontamination_ngrams)
+
+
+def claim(layout: Layout, request: dict[str, Any], passes: int) -> Lock:
+    """Make or find the folders of a build. Raises as claim_folder does."""
     folders = [layout.work / "progress", layout.work / "dedup"]
     folders += [layout.work / f"pass-{number}" for number in range(passes)]
     folders += [layout.root / name for name in ("documents", "removed", "ids")]
     return claim_folder(layout.root, folders, (REJECTS, "stats.json", "report.html", MANIFEST), request)
 
 
-def _run(
-    jobs: list[Job], layout: Layout, settings: CorpusSettings, total: int, parts: int, report: Report,
-    route: SlurmRoute | None,
+def run_jobs(
+    layout: Layout, settings: CorpusSettings, sources: Sequence[SourceFile], report: Report,
+    route: SlurmRoute | None = None,
 ) -> None:  # fmt: skip
-    while not _is_over(jobs, layout, settings, total, parts, report, route):
+    """Run the jobs of a build that are not done, in a folder that `claim` made."""
+    parts = divide(sources, settings.part_bytes)
+    jobs = jobs_of(settings, parts, corpus_fields(settings.text_field, settings.id_field), layout)
+    total = sum(source.bytes for source in sources)
+    while not _is_over(jobs, layout, settings, total, len(parts), report, route):
         pass
 
 
