@@ -121,8 +121,8 @@ class ShardingSettings(SettingsSlice):
     """How weights, gradients and optimizer state are sharded over ranks."""
 
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
-    """FSDP's strategies: SHARD_GRAD_OP keeps gathered weights between forward and backward, HYBRID_SHARD shards inside
-    groups of ranks, NO_SHARD replicates."""
+    """FSDP's strategies: SHARD_GRAD_OP gathers weights once a step and keeps them until its last backward,
+    HYBRID_SHARD shards inside groups of ranks, NO_SHARD replicates."""
     gradient_sync: Literal["step", "micro_batch"] = "step"
     """When ranks add up gradients: once a step, each rank holding whole fp32 gradients until then; or in each
     micro-batch, each rank holding its shard of them. For one rank, or one micro-batch a step, it is the same."""

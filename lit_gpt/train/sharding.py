@@ -82,11 +82,12 @@ def launch_run(settings: Settings, world: World, stop_flag: StopFlag) -> Fabric:
     )
 
 
-def reduce_in_next_backward(module: nn.Module, settings: ShardingSettings, *, last: bool) -> None:
-    """Say whether the next backward pass reduces gradients over ranks; last: it is the step's last.
+def prepare_next_backward(module: nn.Module, settings: ShardingSettings, *, last: bool) -> None:
+    """Say what the next backward pass reduces over ranks, and whether it frees gathered weights; last: of its step.
 
-    In each micro-batch, gradients are reduce-scattered within a copy of the weights; all-reduced over copies they are
-    only in the last.
+    With --gradient_sync micro_batch, gradients are reduce-scattered within a copy of the weights in each micro-batch;
+    all-reduced over copies they are only in the last. Weights that stay gathered between forward and backward stay so
+    until the step's last backward: they do not change before.
     """
     inner = getattr(module, "module", module)
     if isinstance(inner, FSDPModule):
@@ -94,6 +95,7 @@ def reduce_in_next_backward(module: nn.Module, settings: ShardingSettings, *, la
         inner.set_requires_gradient_sync(reduces)
         inner.set_requires_all_reduce(last)
         inner.set_is_last_backward(reduces)
+        inner.set_reshard_after_backward(last or settings.reshards_after_forward)
 
 
 def sum_shards_in_fp32(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from lit_gpt.data.loader import Batch
 from lit_gpt.launch.fabric import Fabric
 from lit_gpt.train.optimizer import AdamW, gradient_norm, learning_rate
 from lit_gpt.train.settings import StepSettings
-from lit_gpt.train.sharding import reduce_in_next_backward, sum_shards_in_fp32
+from lit_gpt.train.sharding import prepare_next_backward, sum_shards_in_fp32
 from lit_gpt.train.step_guard import StepGuard
 
 
@@ -53,7 +53,7 @@ class TrainStep:
         loss_sum = torch.zeros((), device=self._fabric.device)
         for batch in batches:
             last = batch is batches[-1]
-            reduce_in_next_backward(self._model, self.settings, last=last)
+            prepare_next_backward(self._model, self.settings, last=last)
             loss_sum += self._backward(batch, scale)
             if not last and self.settings.gradient_sync == "micro_batch":
                 sum_shards_in_fp32(self._model)

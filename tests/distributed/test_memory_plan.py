@@ -1,5 +1,5 @@
 """The memory plan for several processes equals what FSDP2 holds on each rank, to the byte (gloo, CPU); and how
-often a step reduces its gradients.
+often a step reduces its gradients and gathers weights.
 
 The sizes of weights, gradients and moments do not depend on the device. What a GPU adds is not tested here: the
 prefetched block and its all-gather buffer.
@@ -52,7 +52,9 @@ def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
     settings = resolve_for_plan(StepSettings(**values))
     forward, _, update = step_memory(settings.config, settings, 2, settings.shards(2, 2))
     block = settings.config.block_parameters * (4 if settings.precision == "32-true" else 2)
-    in_a_step = 1 if settings.gradient_sync == "step" else settings.global_batch_size // (2 * settings.micro_batch_size)
+    micro_batches, blocks = settings.global_batch_size // (2 * settings.micro_batch_size), settings.config.n_layer
+    reductions = 1 if settings.gradient_sync == "step" else micro_batches
+    gathers = {"SHARD_GRAD_OP": blocks + 1, "NO_SHARD": 0}
     on_a_gpu = (2 if settings.reshards_after_forward else 1) * block  # the buffer; and the block fetched ahead
     planned = {
         "weights": update.weights,
@@ -60,6 +62,7 @@ def test_what_a_rank_holds(changed: dict[str, Any]) -> None:
         "optimizer": update.optimizer,
         "accumulated": forward.gradients,
         "whole": forward.compute_weights - on_a_gpu,
-        "reductions": (settings.config.n_layer + 1) * in_a_step,  # of each unit
+        "reductions": (blocks + 1) * reductions,  # of each unit
+        "gathers": gathers.get(settings.sharding_strategy, micro_batches * (2 * blocks + 1)),
     }
     assert json.loads(done.stdout.splitlines()[-1]) == [planned, planned]  # before it: what gloo says in torch 2.10

@@ -1,5 +1,5 @@
-"""Prints a JSON list with, for each rank, the bytes that FSDP2 holds in a training step and the number of its gradient
-reductions.
+"""Prints a JSON list with, for each rank, the bytes that FSDP2 holds in a training step and the numbers of its gradient
+reductions and all-gathers.
 
 python tests/support/fsdp_memory.py '{"devices": 2, "sharding_strategy": "FULL_SHARD", ...}'    (values of StepSettings)
 """
@@ -49,14 +49,19 @@ def main() -> None:
     settings = StepSettings(**json.loads(sys.argv[1]))
     bench = StepBench(settings)
     model, optimizer = bench.model, bench.optimizer
-    found: dict[str, int] = {"whole": 0, "accumulated": 0, "reductions": 0}
-    reduce = _fsdp_param_group.foreach_reduce
+    found: dict[str, int] = {"whole": 0, "accumulated": 0, "reductions": 0, "gathers": 0}
 
-    def counted(*arguments: Any, **more: Any) -> Any:
-        found["reductions"] += 1
-        return reduce(*arguments, **more)
+    def count(what: str, name: str) -> None:
+        whole = getattr(_fsdp_param_group, name)
 
-    _fsdp_param_group.foreach_reduce = counted
+        def counted(*arguments: Any, **more: Any) -> Any:
+            found[what] += 1
+            return whole(*arguments, **more)
+
+        setattr(_fsdp_param_group, name, counted)
+
+    count("reductions", "foreach_reduce")
+    count("gathers", "foreach_all_gather")
 
     def before_the_last_block(*_: object) -> None:
         parameters = list(fsdp_parameters(model))
