@@ -42,7 +42,7 @@ PACKAGES = {
     "fa4": ("flash_attn.cute", "FlashAttention 4: pip install flash-attn-4"),
     # not the bare flash_attn: FlashAttention 4 makes a namespace package of that name
     "fa2": ("flash_attn.flash_attn_interface", "FlashAttention 2: pip install flash-attn"),
-    "xformers": ("xformers.ops", "pip install xformers"),
+    "xformers": ("xformers.ops", "xformers: pip install xformers"),
 }
 BACKENDS = (*PACKAGES, "torch")
 HALF = (torch.bfloat16, torch.float16)

@@ -18,6 +18,7 @@ from lit_gpt.launch.world import World, launch
 from lit_gpt.model.activation_checkpointing import checkpoint_activations
 from lit_gpt.model.float8 import use_float8
 from lit_gpt.model.gpt import GPT, initialize
+from lit_gpt.train.copy_engines import gather_by_copy_engines
 from lit_gpt.train.resolve import compute_dtype
 from lit_gpt.train.settings import Settings, ShardingSettings, StepSettings
 
@@ -65,6 +66,7 @@ def shard(model: nn.Module, settings: StepSettings, mesh: DeviceMesh) -> nn.Modu
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, reshard_after_forward=settings.reshards_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    gather_by_copy_engines(model, mesh)
     model.to_empty(device=mesh.device_type)  # the current device: Fabric has set it
     initialize(model, settings.seed)
     return model
