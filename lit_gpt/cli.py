@@ -169,8 +169,8 @@ def say_loading(what: object, *packages: str) -> None:
     logging.getLogger(__name__).info("%s: loading %s", what, " and ".join(packages))
 
 
-def end_failed(where: str, error: Exception) -> NoReturn:
-    """End this process at once with EXIT_FAILURE, after the traceback and a last line that says what failed.
+def end_failed(where: str, error: Exception, then: Callable[[], None]) -> NoReturn:
+    """End this process with EXIT_FAILURE, after the traceback, a last line that says what failed, and `then`.
 
     For one process of several: an orderly end would wait for the others, which wait for this one.
     """
@@ -179,6 +179,7 @@ def end_failed(where: str, error: Exception) -> NoReturn:
         logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
         logging.shutdown()
         sys.stdout.flush()
+        then()
     finally:  # also where the screen is a file on a full disk
         os._exit(EXIT_FAILURE)
 

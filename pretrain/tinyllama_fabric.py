@@ -59,7 +59,7 @@ def pretrain(stop_flag: StopFlag) -> int:
         print("\n".join(lines(plan(settings, flags))))
         return 0
     from lit_gpt.datapoints.run_folder import read_resolved
-    from lit_gpt.train.trainer import train  # imports torch, for which --help and bad input need not wait
+    from lit_gpt.train.attempt import train  # imports torch, for which --help and bad input need not wait
 
     repeated = [found for file in files if (found := read_resolved(file.parent)) is not None]
     return train(settings, stop_flag, repeated[-1] if repeated else None, flags)

@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
@@ -130,6 +131,11 @@ class CheckpointSaver:
     def broken(self) -> bool:
         """Whether `wait` is going to raise; needs no other rank."""
         return self._running is not None and self._running.done() and self._running.exception() is not None
+
+    def settle(self) -> None:
+        """Return when no save is being written any more. Any thread may call it."""
+        if (running := self._running) is not None:
+            futures.wait([running])
 
     def close(self) -> None:
         """Wait for a running save; its error is logged, so as not to hide the one that may be ending the run."""

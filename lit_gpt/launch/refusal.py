@@ -1,7 +1,7 @@
 """A rank that refuses its input before the ranks have met: it says so where they meet, and all end with exit code 2.
 
-Without that the others would wait for it to the end of --watchdog_long_s. set_up.py does the same for the time from the
-meeting to the first step. No torch, until there is something to tell.
+Without that the others would wait for it to the end of --watchdog_long_s. failures.py does the same from the meeting
+on. No torch, until there is something to tell.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _tell(error: BadInput, stop_flag: StopFlag) -> None:
             place,
             limit_s=REFUSAL_S,
             stopped=lambda: stop_flag.received is not None,
-            refused=refusal(place.global_rank(), error),
+            refused=said_by_others(place.global_rank(), str(error)),
         )
 
 
-def refusal(rank: int, error: Exception) -> str:
-    """What the other ranks say of it."""
-    return f"all ranks end, since rank {rank} on {host()} does not start: {' '.join(str(error).split())}"
+def said_by_others(rank: int, why: str) -> str:
+    """What the other ranks say of a rank that ends."""
+    return f"all ranks end, since rank {rank} on {host()} cannot go on: {' '.join(why.split())}"

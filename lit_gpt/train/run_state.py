@@ -78,6 +78,7 @@ class RunState:
         self._asked, self._resolved, self._repeated, self._flags = asked, resolved, repeated, flags
         self._slot_facts = slot_facts(dataset, asked)
         self._data_from_step = 0
+        self._ended_by: Path | None = None
         self._inputs, self._ranks, self._dataset = inputs, ranks, dataset
         self._model, self._optimizer, self._guard = model, optimizer, guard
 
@@ -94,8 +95,12 @@ class RunState:
             }
         )
         start = self._find_start()
+        self._begin(start)
+        if start is not None and self.ended:  # nothing will be trained, so the records stay as they are
+            self._ended_by = start.path
+            return
         resume = self._asked.resume
-        self._begin(start, goes_back=bool(start and resume and history.goes_back(resume, start, inputs.run_dir)))
+        self._open_records(start, goes_back=bool(start and resume and history.goes_back(resume, start, inputs.run_dir)))
 
     def _find_start(self) -> Checkpoint | None:
         """The checkpoint that --resume names, found and verified by rank 0; None for a fresh start."""
@@ -127,8 +132,8 @@ class RunState:
     def _data_start(self, start: Checkpoint) -> DataStart:
         return data_start(start, self._slot_facts, self._inputs.train[0].tokenizer_fingerprint, self._asked)
 
-    def _begin(self, start: Checkpoint | None, *, goes_back: bool = False) -> None:
-        """Load a checkpoint, if there is one, and open the records of the steps after it; goes_back: of history."""
+    def _begin(self, start: Checkpoint | None) -> None:
+        """Take the numbers of a checkpoint, if there is one, and load it."""
         if start is not None:
             data, facts = self._data_start(start), start.facts
             self.step, self.slot, self.total_targets = start.step, data.slot, facts["tokens"]
@@ -137,6 +142,9 @@ class RunState:
         self._set_length()
         if start is not None:
             self._load(start, data)
+
+    def _open_records(self, start: Checkpoint | None, *, goes_back: bool = False) -> None:
+        """Open the records of the steps after `start`; goes_back: of history."""
         changed = run_folder.changed_settings(start.facts["settings"], asdict(self._asked)) if start else {}
         for name, (was, now) in changed.items():
             log.warning("--%s was %r when the checkpoint was saved, and is %r now", name, was, now)
@@ -229,12 +237,22 @@ class RunState:
             self.datapoints.append(self.step, data.first_slot, data.rows, targets, digest)
         self.slot = data.first_slot + data.rows
 
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.length.steps
+
     def log_finish(self) -> None:
         """Log that the run has reached its end, and the command that exports it."""
-        tokens, run_dir = f"{self.total_targets:,}", self._inputs.run_dir
-        log.info("finished at step %d (%s): %s tokens trained", self.step, self.length.limit, tokens)
+        if self._ended_by is None:
+            end = self._inputs.run_dir / checkpoint_name(self.step)
+            done = f"finished at step {self.step} ({self.length.limit})"
+        else:
+            end = self._ended_by
+            done = f"nothing to train, nothing was written: {end} finished at step {self.step} ({self.length.limit})"
+        log.info("%s: %s tokens trained", done, f"{self.total_targets:,}")
         tokenizer = "" if self._asked.tokenizer_path else "TOKENIZER_PATH=... "
-        log.info("next: %s%s", tokenizer, command_line("scripts/create.sh", run_dir / checkpoint_name(self.step)))
+        log.info("next: %s%s", tokenizer, command_line("scripts/create.sh", end))
 
     def checkpoint_facts(self) -> dict[str, Any]:
         """What a checkpoint's run.json holds, paths absolute; the records that it names are on disk on return."""
@@ -292,6 +310,7 @@ class RunState:
         self.close()
         self.rollbacks.add([(rollback.first_slot, rollback.end_slot)])
         self._begin(rollback.to)
+        self._open_records(rollback.to)
 
     def close(self) -> None:
         """Close the records."""

@@ -1,7 +1,6 @@
-"""The training loop: settings in, a trained checkpoint out.
+"""The training loop of one rank: model, optimizer and checkpoint (`Trainer`), then the steps (`Trainer.run`).
 
-Order of a run: whatever can be refused is refused before any process starts (`open_inputs`); then come processes,
-model, optimizer and checkpoint (`Trainer`), then the steps (`Trainer.run`). The state of a run is its step and its slot
+The state of a run is its step and its slot
 (run_state.py). All else is a function of these and the settings, so a resumed run repeats an uninterrupted one. A
 rollback after a spike (rollback.py) leaves the loop over steps and enters it again, as a resume does.
 
@@ -16,24 +15,19 @@ import gc
 import logging
 import time
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lit_gpt.checkpoint.saver import CheckpointSaver
-from lit_gpt.cli import EXIT_FAILURE, EXIT_GAVE_UP, EXIT_NOT_SAVED, BadInput, end_failed
+from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED
 from lit_gpt.data.loader import StepLoader
-from lit_gpt.datapoints.run_folder import with_absolute_paths
-from lit_gpt.launch.meeting import StoppedBeforeMeeting
 from lit_gpt.launch.ranks import Ranks
-from lit_gpt.launch.refusal import refusals_told
-from lit_gpt.launch.set_up import set_up
-from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
-from lit_gpt.launch.watchdog import Watchdog, how_ended
-from lit_gpt.launch.world import Fabric, any_rank, rank_name, record_collectives, starts_alone
+from lit_gpt.launch.watchdog import Watchdog
+from lit_gpt.launch.world import Fabric, any_rank
 from lit_gpt.train.agreement import agree
 from lit_gpt.train.expectation import write_expectation
 from lit_gpt.train.garbage import manual_collection
@@ -41,73 +35,20 @@ from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.pauses import Pauses
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.progress import ProgressBar
-from lit_gpt.train.replicas import CopiesDiffer, require_equal_copies
+from lit_gpt.train.replicas import require_equal_copies
 from lit_gpt.train.resolve import in_words, resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
-from lit_gpt.train.run_inputs import RunInputs, open_cache, open_inputs, training_rows, validation_rows
+from lit_gpt.train.run_inputs import RunInputs, open_cache, training_rows, validation_rows
 from lit_gpt.train.run_report import RunReport
 from lit_gpt.train.run_state import RunState
 from lit_gpt.train.settings import Settings
-from lit_gpt.train.sharding import build_model, launch_run
+from lit_gpt.train.sharding import build_model
 from lit_gpt.train.speed_monitor import SpeedMonitor
 from lit_gpt.train.step_guard import SkippedStep
 from lit_gpt.train.train_step import TrainStep, Update
 from lit_gpt.train.validation import compile_without_gradients
 
 log = logging.getLogger(__name__)
-
-
-def train(
-    settings: Settings, stop_flag: StopFlag, repeated: dict[str, Any] | None = None, flags: Collection[str] = ()
-) -> int:
-    """Train to the end that run_length.py gives, a stop signal or the job's end; returns the program's exit code.
-
-    settings: as asked for; they have passed `check`. repeated: resolved.json of the run whose settings.yaml this run
-    repeats, or None (run_folder.read_resolved). flags: names of the settings that the command line gave. Raises
-    BadInput; any other exception ends the process.
-    """
-    settings = replace(settings, **with_absolute_paths(asdict(settings)))
-    stop = StopRequest(stop_flag, settings)
-    try:
-        with refusals_told(stop_flag):
-            inputs = open_inputs(settings)
-            if starts_alone(inputs.world) and stop.signal:
-                return stop.log_early_stop()
-            record_collectives(inputs.run_dir / "watchdog")
-            fabric = launch_run(settings, inputs.world, stop_flag)
-    except StoppedBeforeMeeting:
-        return stop.log_early_stop()
-    name, trainer = rank_name(fabric.global_rank, fabric.device), None
-    try:
-        if any_rank(stop.signal is not None):
-            return stop.log_early_stop()
-        with set_up(fabric):
-            trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name)
-        code = trainer.run()
-        trainer.watchdog.at(how_ended(code, finished=trainer.state.step >= trainer.state.length.steps))
-        return code
-    except BadInput:
-        if trainer is not None:
-            trainer.watchdog.at("failed")
-        raise
-    except CopiesDiffer as error:
-        if trainer is not None:
-            trainer.watchdog.at("failed")
-        if fabric.is_global_zero:
-            log.error("after step %d: %s", trainer.state.step if trainer else 0, error)
-        return EXIT_FAILURE
-    except Exception as error:  # noqa: BLE001 - the process ends here, with the rank's name
-        try:
-            if trainer is not None:
-                trainer.watchdog.at("failed")
-                trainer.close()  # does not return if the failure follows from a stall, which the watchdog reports
-        finally:  # a second failure must not hide the first
-            end_failed(f"{name} failed at step {trainer.state.step + 1 if trainer else 0}", error)
-    finally:
-        if trainer is not None:
-            trainer.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Trainer:
@@ -141,8 +82,9 @@ class Trainer:
         parts = self.model, self.optimizer, self.train_step.guard
         self.state = RunState(asked, resolved, repeated, inputs, self.ranks, self.dataset, *parts, flags)
         self.state.start()
-        self.report = RunReport(inputs.run_dir, enabled=settings.report and self.rank == 0)
-        if self.rank == 0:
+        writes = self.rank == 0 and not self.state.ended
+        self.report = RunReport(inputs.run_dir, enabled=settings.report and writes)
+        if writes:
             write_expectation(inputs.run_dir, settings, inputs.config, inputs.world.size, self.state.length)
         self._follow_length()
         stop.note_save(self.state.load_s)
@@ -165,8 +107,10 @@ class Trainer:
     def run(self) -> int:
         """Take all steps; returns the program's exit code."""
         last = self.state.length.steps
-        if self.state.step < last:
-            self.ranks.on_zero("looking at the job's end", self.stop.refuse_too_short_a_job)
+        if self.state.ended:
+            self.state.log_finish()
+            return 0
+        self.ranks.on_zero("looking at the job's end", self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
             return self.stop.log_early_stop()
         self._require_equal_copies()
@@ -338,11 +282,17 @@ class Trainer:
         self._saved_at = self.state.step
         self.monitor.restart()
 
+    def settle(self) -> None:
+        """Finish the checkpoint that is being written, if one is: another rank has failed. Any thread may call it."""
+        self.watchdog.at("failed")
+        self.saver.settle()
+
     def close(self) -> None:
         self.watchdog.close()
         self.saver.close()
         if self.cache is not None:
             log.info("shard cache: %s", self.cache.report())
             self.cache.close()
+            self.cache = None
         self.state.close()
         self.report.close(wait=self.stop.agreed is None)

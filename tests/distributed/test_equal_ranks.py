@@ -80,7 +80,7 @@ def test_one_rank_that_does_not_start_ends_both(
     (own,) = [line for line in ended[rank][1].splitlines() if "error: " in line]
     (heard,) = [line for line in ended[1 - rank][1].splitlines() if "ERROR " in line]
     assert f"error: {reason}" in own
-    assert f"all ranks end, since rank {rank} on {socket.gethostname()} does not start: {reason}" in heard
+    assert f"all ranks end, since rank {rank} on {socket.gethostname()} cannot go on: {reason}" in heard
     assert not [line for _, text in ended for line in text.splitlines() if "Traceback" in line or "frame #" in line]
 
 

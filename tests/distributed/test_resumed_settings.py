@@ -162,8 +162,11 @@ def rate(step: int, s: Settings, last: int) -> float:
     return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(angle)) / 2
 
 
-def by_pytorch(root: Path, settings: Settings, last: int) -> dict[str, torch.Tensor]:
-    """The weights after step `last`, from the state of step 4, by PyTorch's AdamW and clipping on one process."""
+def by_pytorch(root: Path, settings: Settings, last: int, end: int) -> dict[str, torch.Tensor]:
+    """The weights after step `last`, from the state of step 4, by PyTorch's AdamW and clipping on one process.
+
+    end: the schedule's last step.
+    """
     state = torch.load(root / "step-4" / "state.pth", weights_only=True)
     model = GPT(Config.from_name("debug", block_size=64, vocab_size=300))
     model.load_state_dict(state["model"])
@@ -183,7 +186,7 @@ def by_pytorch(root: Path, settings: Settings, last: int) -> dict[str, torch.Ten
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, settings, last)
+            group["lr"] = rate(step, settings, end)
         optimizer.step()
         optimizer.zero_grad()
     data.close()
@@ -199,12 +202,12 @@ def check_weights(root: Path, names: list[str]) -> None:
             continue
         last = 7 if name in ("max_steps", "max_tokens") else 8
         got = full_state(root / name / "run", last)
-        far = distance(got, by_pytorch(root, Settings(**filled(BASE | change, root)), last))
+        far = distance(got, by_pytorch(root, Settings(**filled(BASE | change, root)), last, last))
         assert far < 1e-4, name
         for left in change:
             if left not in ("lr_schedule", "decay_steps"):  # which go together
                 others = {setting: value for setting, value in change.items() if setting != left}
-                far = distance(got, by_pytorch(root, Settings(**filled(BASE | others, root)), last))
+                far = distance(got, by_pytorch(root, Settings(**filled(BASE | others, root)), last, 8))
                 assert far > 1e-3, (name, left)
 
 

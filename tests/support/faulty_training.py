@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from lit_gpt.cli import run_program  # noqa: E402
+from lit_gpt.cli import BadInput, run_program  # noqa: E402
 from lit_gpt.data.loader import Batch  # noqa: E402
 from lit_gpt.train.train_step import TrainStep, Update  # noqa: E402
 from pretrain.tinyllama_fabric import main  # noqa: E402
@@ -53,6 +53,10 @@ def break_update(wanted: dict[Place, str]) -> None:
         kind = next((wanted[place] for place in [(step + 1, rank), *slots] if place in wanted), None)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "bad_input":
+            raise BadInput("a shard has gone: put it back")
+        if kind == "error":
+            raise OSError(5, "Input/output error")
 
         def after_block(module: torch.nn.Module, inputs: Any, out: Tensor) -> Tensor:
             if kind == "nan_activation":

@@ -8,6 +8,7 @@ The first is `base`, which the others resume from step 4. Each rank writes what 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.watchdog import limit_s
 from lit_gpt.model import gpt
-from lit_gpt.train import sampling, trainer, validation
+from lit_gpt.train import attempt, sampling, trainer, validation
 from lit_gpt.train.adamw import AdamW, RoundingAdamW
 from lit_gpt.train.settings import Settings
 from lit_gpt.train.train_step import TrainStep
@@ -151,11 +153,13 @@ def outcome_of(name: str, root: Path, rank: int) -> int | str:
     try:
         settings = Settings(**filled(asked, root))
         settings.check()
-        return trainer.train(settings, flag)
+        with redirect_stderr(io.StringIO()) as screen:
+            return attempt.train(settings, flag)
     except BadInput as error:
         return f"refused: {error}"
     except SystemExit as ended:
-        return f"ended: {ended.code}"
+        own = [line for line in screen.getvalue().splitlines() if " error: " in line]
+        return f"refused: {own[0]}" if ended.code == 2 and len(own) == 1 else f"ended: {ended.code}"
 
 
 def look(self: Any) -> dict[str, Any]:
