@@ -1,4 +1,4 @@
-"""Signals: answered at once, obeyed within a validation; a second Ctrl-C; a lost terminal; nohup."""
+"""Signals: answered at once, obeyed within a validation and samples; a second Ctrl-C; a lost terminal; nohup."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt.data.token_store import write_store
+from lit_gpt.data.tokenizer import Tokenizer
 from tests.support.programs import ROOT, environment, run_program
+from tests.support.small_tokenizer import write_byte_level
 from tests.support.training import command, metrics
 
-SLOW_VALIDATION = ROOT / "tests/support/slow_validation.py"
-ALONE = dict(program=SLOW_VALIDATION, micro_batch_size=1, eval_interval_steps=2, save_interval_steps=100, max_steps=40)
+SLOW_PAUSES = ROOT / "tests/support/slow_pauses.py"
+ALONE = dict(program=SLOW_PAUSES, micro_batch_size=1, eval_interval_steps=2, save_interval_steps=100, max_steps=40)
 """A validation of at least 12 batches after every second step; it is the first thing to save."""
 
 
-def start_validating(flags: list[str], log: Path, *, slow_s: float) -> subprocess.Popen[bytes]:
-    """Start the program; returns it in its first validation. Standard error goes to the log."""
+def start_pausing(flags: list[str], log: Path, *, slow_s: float, until: str = "validates") -> subprocess.Popen[bytes]:
+    """Start the program; returns it in its first validation or sample. Standard error goes to the log."""
     with log.open("w") as file:
         process = subprocess.Popen(flags, env=environment(SLOW_S=str(slow_s)), stderr=file)
     deadline = time.monotonic() + 240
-    while "validates" not in log.read_text():
+    while until not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -37,7 +40,7 @@ def start_validating(flags: list[str], log: Path, *, slow_s: float) -> subproces
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_within_a_validation_saves_at_once(store: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Each batch takes 1 s; the signal comes within the first one. No step is done after it."""
-    process = start_validating(command(store, tmp_path / "run", **ALONE), tmp_path / "log", slow_s=1)
+    process = start_pausing(command(store, tmp_path / "run", **ALONE), tmp_path / "log", slow_s=1)
     process.send_signal(number)
     assert process.wait(timeout=240) == 0
     log = (tmp_path / "log").read_text()
@@ -48,6 +51,30 @@ def test_a_signal_within_a_validation_saves_at_once(store: Path, tmp_path: Path,
     assert [path.name for path in (tmp_path / "run").glob("iter-*")] == ["iter-00000002-ckpt.pth"]
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["1", "2"]
     assert "val_loss" not in metrics(tmp_path / "run")[-1] or not metrics(tmp_path / "run")[-1]["val_loss"]
+
+
+@pytest.mark.slow
+def test_a_signal_within_a_sample_saves_at_once(tmp_path: Path) -> None:
+    """Each of 60 tokens takes 1 s; the signal comes within the first one."""
+    tokenizer = write_byte_level(tmp_path / "tokenizer", [])
+    write_store(
+        tmp_path / "train", [(str(number), [*range(3, 250), 1]) for number in range(40)], shard_tokens=10_000,
+        tokenizer_fingerprint=Tokenizer.from_folder(tokenizer).fingerprint, vocab_size=300, bos_id=None, eos_id=1,
+    )  # fmt: skip
+    settings = dict(
+        program=SLOW_PAUSES, tokenizer_path=tokenizer, sample_interval_steps=2, sample_tokens=60,
+        sample_prompts='["a"]', save_interval_steps=100, val_data_dir=None,
+    )  # fmt: skip
+    flags = command(tmp_path, tmp_path / "run", **settings)
+    process = start_pausing(flags, tmp_path / "log", slow_s=1, until="draws a token")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=240) == 0
+    log = (tmp_path / "log").read_text()
+    assert 1 <= log.count("draws a token") <= 2
+    assert "step 2: left out, to save at once: sample" in log
+    assert "stopped by a signal (SIGTERM) after step 2, saved" in log
+    assert [path.name for path in (tmp_path / "run").glob("iter-*")] == ["iter-00000002-ckpt.pth"]
+    assert not (tmp_path / "run/samples.jsonl").exists(), "no text that was cut short"
 
 
 @pytest.mark.slow
@@ -73,11 +100,11 @@ def test_the_time_limit_within_a_validation_saves_in_time(store: Path, tmp_path:
 @pytest.mark.distributed
 def test_a_second_ctrl_c_ends_at_once(store: Path, tmp_path: Path) -> None:
     """Two ranks in a batch that takes 10 minutes; the interrupts go to the first alone, which takes the other along."""
-    process = start_validating(command(store, tmp_path / "run", **ALONE, devices=2), tmp_path / "log", slow_s=600)
+    process = start_pausing(command(store, tmp_path / "run", **ALONE, devices=2), tmp_path / "log", slow_s=600)
     (child,) = (
         int(pid)
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if b"slow_validation.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"slow_pauses.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 60
