@@ -6,10 +6,9 @@ inside one; both are named in the source's own coordinates, so that the ledger a
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
 from datatrove.data import Document
@@ -53,13 +52,11 @@ class Draft(Document):
 
     def cut(self, paragraphs: Iterable[int]) -> None:
         """Remove paragraphs, by their numbers in the source text."""
+        gone = set(paragraphs)
         lines = self.text.split("\n")
-        numbers = list(range(len(lines)) if self.kept is None else self.kept)
-        for number in sorted(set(paragraphs), reverse=True):
-            at = number if self.kept is None else bisect_left(numbers, number)
-            if at < len(numbers) and numbers[at] == number:
-                del numbers[at], lines[at]
-        self.kept, self.text = numbers, "\n".join(lines)
+        numbers = range(len(lines)) if self.kept is None else self.kept
+        stays = [number not in gone for number in numbers]
+        self.kept, self.text = list(compress(numbers, stays)), "\n".join(compress(lines, stays))
 
     def mask(self, masks: Mapping[int, Sequence[Mask]]) -> None:
         """Replace stretches of paragraphs; a paragraph that has masks may get more."""

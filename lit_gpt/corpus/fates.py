@@ -95,7 +95,7 @@ class Fates:
         return True
 
     def _cut(self, draft: Draft, task: Task, begin: int, end: int) -> None:
-        spans = paragraph_spans(draft)
+        starts, sizes = paragraph_spans(draft)
         rows = []
         for (spot, code, first_part, first_spot, copies), of in zip(
             self._cuts[begin:end].tolist(), self._cut_ids[begin:end], strict=True
@@ -104,7 +104,7 @@ class Fates:
             rule = self._rules[code]
             assert rule is not None
             known = first_part >= 0
-            rows.append((*rule, paragraph, *spans[paragraph], copies if known else None, of,
+            rows.append((*rule, paragraph, starts[paragraph], sizes[paragraph], copies if known else None, of,
                          first_spot & _PARAGRAPH if known else None))  # fmt: skip
         task.cut(draft, rows)
         draft.cut(row[3] for row in rows)

@@ -83,6 +83,7 @@ class Batch:
         values = _mixed(self._codes.astype(np.uint64) + np.uint64(1))
         self._prefix = np.concatenate([[np.uint64(0)], np.cumsum(values * _powers(int(_BASE), size)[: len(values)])])
         self._inverse = _powers(pow(int(_BASE), -1, 1 << 64), size)
+        self._last_rolled = (0, np.zeros(0, np.uint64))
 
     def _hashes(self, starts: Array, ends: Array) -> Array:
         """Of stretches of characters."""
@@ -93,9 +94,8 @@ class Batch:
         return self._hashes(self._starts, self._ends)
 
     def _per_text(self, flags: Array) -> Array:
-        """Sum over the characters of each text."""
-        sums = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
-        return np.diff(sums[self._edges])
+        """How many characters of each text have the flag; few should."""
+        return np.diff(np.searchsorted(np.flatnonzero(flags), self._edges))
 
     def _per_word_of_text(self, values: Array) -> Array:
         sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
@@ -108,8 +108,7 @@ class Batch:
         """Begin, end and text of each line that is not blank."""
         breaks = np.flatnonzero(self._bits & _NEWLINE)
         begins, ends = breaks[:-1] + 1, breaks[1:]
-        solid = np.concatenate([[0], np.cumsum(self._bits & _SPACE == 0)])
-        kept = solid[ends] > solid[begins]
+        kept = np.searchsorted(self._starts, ends) > np.searchsorted(self._starts, begins)
         begins, ends = begins[kept], ends[kept]
         return begins, ends, np.searchsorted(self._begin, begins, side="right") - 1
 
@@ -139,19 +138,27 @@ class Batch:
 
     def _ngrams(self, n: int, texts: Array | None = None) -> tuple[Array, Array]:
         """Number of the first word of each n-gram, and its hash, for the texts that are asked for."""
-        positions = np.arange(max(0, len(self._words) - n + 1))
-        whole = self._document[positions] == self._document[positions + n - 1]
+        count = max(0, len(self._words) - n + 1)
+        whole = self._document[:count] == self._document[n - 1 :]
         if texts is not None:
-            whole &= texts[self._document[positions]]
-        positions = positions[whole]
-        hashes = np.zeros(len(positions), np.uint64)
-        for at in range(n):
-            hashes = hashes * _WORD_BASE + self._words[positions + at]
-        return positions, _mixed(hashes)
+            whole &= texts[self._document[:count]]
+        positions = np.flatnonzero(whole)
+        return positions, _mixed(self._rolled(n)[positions])
+
+    def _rolled(self, n: int) -> Array:
+        """The polynomial over each n words that follow each other; those of n - 1 words are the last that were asked
+        for, or are made."""
+        if self._last_rolled[0] != n:
+            before = self._rolled(n - 1) if n > 1 else np.zeros(len(self._words) + 1, np.uint64)
+            self._last_rolled = (n, before[:-1] * _WORD_BASE + self._words[n - 1 :])
+        return self._last_rolled[1]
+
+    @functools.cached_property
+    def _length_sums(self) -> Array:
+        return np.concatenate([[0], np.cumsum(self._lengths)])
 
     def _characters(self, positions: Array, n: int) -> Array:
-        sums = np.concatenate([[0], np.cumsum(self._lengths)])
-        return sums[positions + n] - sums[positions]
+        return self._length_sums[positions + n] - self._length_sums[positions]
 
     def _top(self, n: int) -> Array:
         """Characters, with spaces between words, in all occurrences of the most frequent n-gram of each text."""
@@ -159,10 +166,14 @@ class Batch:
         result = np.zeros(len(self.size), np.int64)
         if not len(positions):
             return result
-        order, starts = _grouped(hashes, self._document[positions])
+        document = self._document[positions]
+        texts, earliest = np.unique(document, return_index=True)  # where nothing is repeated, the first one
+        result[texts] = self._characters(positions[earliest], n) + n - 1
+        order, starts = _grouped(hashes, document)
         counts = np.diff(np.append(starts, len(order)))
-        first = np.minimum.reduceat(order, starts)
-        text = self._document[positions[first]]
+        first, repeated = np.minimum.reduceat(order, starts), counts > 1
+        first, counts = first[repeated], counts[repeated]
+        text = document[first]
         ranked = np.lexsort((first, -counts, text))  # of equally frequent ones the earliest, as in a Counter
         best = ranked[np.unique(text[ranked], return_index=True)[1]]
         result[text[best]] = counts[best] * (self._characters(positions[first[best]], n) + n - 1)
@@ -190,28 +201,29 @@ class Batch:
         inside = bits[self._starts] & _WORD > 0
         all_words = np.maximum(np.diff(self._first), 1)
         words = self._per_word_of_text(inside)
-        alpha = np.concatenate([[0], np.cumsum(bits & _ALPHA > 0)])
-        alphabetic = alpha[self._ends] > alpha[self._starts]
+        borders = np.stack([self._starts, self._ends], axis=1).reshape(-1)
+        alphabetic = np.bitwise_or.reduceat(bits, borders)[::2] & _ALPHA > 0 if len(borders) else inside
         begins, ends, text = self._lines
         texts = len(self.size)
         lines, _, repeated = self._duplicate_lines()
         lines = np.maximum(lines, 1)
-        no_newlines = np.maximum(self.size - self._per_text(bits & _NEWLINE > 0) + 1, 1)
-        last = self._last_solid(ends) - 1
+        newlines = self._per_text(bits & _NEWLINE) - 1
+        no_newlines = np.maximum(self.size - newlines, 1)
+        last = self._ends[np.searchsorted(self._ends, ends, side="right") - 1] - 1
         dots = self._dots()
-        first = self._first_solid(begins)
+        first = self._starts[np.searchsorted(self._starts, begins)]
         bullets = bits[first] & _BULLET > 0
         trailing = (bits[last] & _ELLIPSIS > 0) | dots[last]
         return {
             "words": words,
             "mean_word_length": self._per_word_of_text(self._lengths * inside) / np.maximum(words, 1),
-            "hash_fraction": self._per_text(bits & _HASH > 0) / all_words,
-            "ellipsis_fraction": self._ellipses(dots) / all_words,
+            "hash_fraction": self._per_text(bits & _HASH) / all_words,
+            "ellipsis_fraction": self._ellipses() / all_words,
             "bullet_line_fraction": np.bincount(text, bullets, minlength=texts) / lines,
             "ellipsis_line_fraction": np.bincount(text, trailing, minlength=texts) / lines,
             "alphabetic_word_fraction": self._per_word_of_text(alphabetic) / all_words,
             "stop_words": self._different(stop_words),
-            "newline_fraction": (self._per_text(bits & _NEWLINE > 0) - 1) / all_words,
+            "newline_fraction": newlines / all_words,
             "duplicate_character_fraction": repeated / no_newlines,
         }
 
@@ -222,20 +234,11 @@ class Batch:
         three[2:] = dot[2:] & dot[1:-1] & dot[:-2]
         return three
 
-    def _ellipses(self, dots: Array) -> Array:
+    def _ellipses(self) -> Array:
         """Ellipses of each text: the character, or three dots that overlap no others."""
-        position = np.arange(len(dots))
-        dot = self._bits & _DOT > 0
-        run = position - np.maximum.accumulate(np.where(dot, -1, position))  # how many dots end here
-        return self._per_text(dots & (run % 3 == 0)) + self._per_text(self._bits & _ELLIPSIS > 0)
-
-    def _last_solid(self, ends: Array) -> Array:
-        solid = np.flatnonzero(self._bits & _SPACE == 0)
-        return solid[np.searchsorted(solid, ends) - 1] + 1
-
-    def _first_solid(self, begins: Array) -> Array:
-        solid = np.flatnonzero(self._bits & _SPACE == 0)
-        return solid[np.searchsorted(solid, begins)]
+        begins, ends = _runs(np.flatnonzero(self._bits & _DOT))
+        threes = np.concatenate([[0], np.cumsum((ends - begins) // 3)])
+        return np.diff(threes[np.searchsorted(begins, self._edges)]) + self._per_text(self._bits & _ELLIPSIS)
 
     def _different(self, stop_words: Sequence[str]) -> Array:
         """How many different stop words each text has."""
@@ -246,15 +249,21 @@ class Batch:
         return np.bincount(pairs // len(known), minlength=len(self.size))
 
 
+def _runs(positions: Array) -> tuple[Array, Array]:
+    """Begin and end of each run of positions that follow each other."""
+    first = np.flatnonzero(np.diff(positions, prepend=-2) > 1)
+    return positions[first], positions[np.append(first[1:], len(positions)) - 1] + 1 if len(positions) else positions
+
+
 def _joined(letters: Array, space: Array) -> Array:
-    """Which characters belong to a word: letters, digits, and the marks between two of them that no space parts."""
-    position = np.arange(len(letters))
-    none = len(letters)
-    letter, gap = (np.maximum.accumulate(np.where(flags, position, -1)) for flags in (letters, space))
-    after, gap_after = (
-        np.minimum.accumulate(np.where(flags, position, none)[::-1])[::-1] for flags in (letters, space)
-    )
-    return letters | (~space & (letter > gap) & (after < gap_after))
+    """Which characters belong to a word: letters, digits, and the marks between two of them that no space parts. The
+    first and the last character are spaces."""
+    marks = np.flatnonzero(~(letters | space))
+    begins, ends = _runs(marks)
+    within = letters[begins - 1] & letters[ends]
+    joined = letters.copy()
+    joined[marks] = np.repeat(within, ends - begins)
+    return joined
 
 
 def _grouped(hashes: Array, document: Array) -> tuple[Array, Array]:

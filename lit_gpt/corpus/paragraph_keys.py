@@ -76,9 +76,10 @@ class Signatures:
         if self._fold:
             text = text.casefold()
         counts = np.array([text_.count("\n") + 1 for text_ in self._texts])
-        lines = count_lines(text)
+        encoded = text.encode()
+        lines = count_lines(encoded)
         digest = xxhash.xxh3_128_digest
-        raw = text.encode().split(b"\n")
+        raw = encoded.split(b"\n")
         for number in np.flatnonzero(~(lines.tidy | lines.blank)).tolist():
             raw[number] = " ".join(raw[number].decode().split()).encode()
         signed = np.flatnonzero(~lines.blank)

@@ -49,11 +49,12 @@ class RatioStep(PipelineStep):
         for drafts in batched(data, _BATCH_DOCUMENTS):
             tokens = tokenizer.encode_batch([draft.text for draft in drafts])
             for draft, ids in zip(drafts, tokens, strict=True):
-                words = count_words(draft.text)
+                raw = draft.text.encode()
+                words = count_words(raw)
                 units = min(MOST, round(len(ids) / (UNIT * words))) if words else MOST
                 self._units.append(units)
                 self._task.counts["tokens"] += len(ids)
-                self._task.counts["token_text_bytes"] += len(draft.text.encode())
+                self._task.counts["token_text_bytes"] += len(raw)
                 draft.metadata["ratio"] = units
                 if self._keeps(draft, units * UNIT):
                     yield draft

@@ -104,8 +104,7 @@ class Histogram:
         return {"highest": self.highest, "counts": self.counts.tolist()}
 
 
-def paragraph_spans(draft: Draft) -> list[tuple[int, int]]:
-    """Start and length in bytes of each paragraph of the source text."""
-    sizes = [len(line) for line in draft.source_text.encode().split(b"\n")]
-    starts = accumulate((size + 1 for size in sizes[:-1]), initial=0)
-    return list(zip(starts, sizes, strict=True))
+def paragraph_spans(draft: Draft) -> tuple[list[int], list[int]]:
+    """Starts and lengths, in bytes, of the paragraphs of the source text."""
+    sizes = list(map(len, draft.source_text.encode().split(b"\n")))
+    return list(accumulate(sizes, lambda start, size: start + size + 1, initial=0)), sizes
