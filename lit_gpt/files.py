@@ -30,7 +30,9 @@ from lit_gpt.locks import Lock, LockHeld, is_left_behind, temporary_path
 
 STALE_TEMPORARY_S = 86_400.0
 MAX_JSON_BYTES = 16 << 20
-"""Parsed, JSON takes up to some thirty times its size; what describes a model, a store or a run has less than 1 MB."""
+"""Of JSON from elsewhere: parsed, it takes up to some thirty times its size, and what describes a model has 1 MB."""
+OWN_JSON_BYTES = 256 << 20
+"""Of what our programs write, which grows with a run's starts and a data set's files: two million of them."""
 _HASH_CHUNK_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\.?(?P<name>.+?)(\.(?P<host>[^.]+)-(?P<pid>\d+))?\.partial")
 """Our temporary names; earlier versions left out host and pid."""
@@ -226,13 +228,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     publish(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
-def read_text(path: Path) -> str:
-    """The text of `path`; BadInput if it cannot be read, is no UTF-8, or has more than MAX_JSON_BYTES."""
+def read_text(path: Path, largest: int = MAX_JSON_BYTES) -> str:
+    """The text of `path`; BadInput if it cannot be read, is no UTF-8, or has more than `largest` bytes."""
     try:
         if not path.is_file() and path.exists():  # a pipe would be waited for
             raise BadInput(f"{path} is no regular file")
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise BadInput(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read")
+        if (size := path.stat().st_size) > largest:
+            raise BadInput(f"{path} has {size:,} bytes; at most {largest:,} are read")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
@@ -240,9 +242,9 @@ def read_text(path: Path) -> str:
         raise BadInput(f"{path} is no text in UTF-8: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, largest: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; BadInput if it holds none, or as read_text raises it."""
-    text = read_text(path)
+    text = read_text(path, largest)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

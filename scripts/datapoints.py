@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
+from lit_gpt.checkpoint.record import DamagedCheckpoint, described
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.datapoints.attempts import Mark
 from lit_gpt.datapoints.log import FOLDER, VERIFIED
@@ -30,7 +31,7 @@ from lit_gpt.datapoints.query import Replay, Seen, difference
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.datapoints.tables import write_documents
 from lit_gpt.datapoints.witness import Witness
-from lit_gpt.files import read_json, write_json
+from lit_gpt.files import write_json
 from lit_gpt.values import expand_path
 
 EXIT_FOUND = 1
@@ -108,12 +109,12 @@ def witnesses(run_dir: Path) -> list[Witness]:
     found = []
     for path in sorted(run_dir.glob("iter-*-ckpt.pth")):
         try:
-            mark = read_json(path / "run.json").get("datapoint_log")
-            if mark is not None:  # an imported model has none
-                mark = Mark(**mark)
-                found.append(Witness(path.name, mark._replace(bytes=int(mark.bytes))))
-        except (BadInput, TypeError, ValueError) as error:
-            print(f"{path} is damaged, so it is no witness: {error}", file=sys.stderr)
+            mark = described(path).facts.get("datapoint_log")
+        except DamagedCheckpoint as error:
+            print(f"no witness: {error}", file=sys.stderr)
+            continue
+        if mark is not None:  # an imported model has none
+            found.append(Witness(path.name, Mark(**mark)))
     return found
 
 

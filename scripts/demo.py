@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.datapoints.line_log import whole_lines
+from lit_gpt.files import discard
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".made-by-demo"
@@ -108,14 +108,20 @@ def last_line(log: Path) -> str:
 
 
 def empty_folder(folder: Path) -> None:
-    """Make the demo's folder, emptied; raises BadInput for an existing folder that no demo made."""
-    if folder.exists():
-        if not (folder / MARKER).exists():
-            raise BadInput(f"{folder} exists and was not made by the demo: choose another --destination_path")
-        shutil.rmtree(folder)
+    """Make the demo's folder, emptied; raises BadInput for a folder with files that no demo made.
+
+    The marker is there before all else, and stays: wherever a demo is killed, the next one empties its folder.
+    """
     try:
-        (folder / "logs").mkdir(parents=True)
-        (folder / MARKER).touch()
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = set(folder.iterdir())
+        if not inside:
+            (folder / MARKER).touch()
+        elif folder / MARKER not in inside:
+            raise BadInput(f"{folder} exists and was not made by the demo: choose another --destination_path")
+        for path in inside - {folder / MARKER}:
+            discard(path)
+        (folder / "logs").mkdir()
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from lit_gpt import files
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.line_log import whole_lines
 from lit_gpt.files import (
+    OWN_JSON_BYTES,
     publish,
     publishing,
     publishing_new,
@@ -372,3 +374,7 @@ def test_json(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(BadInput, match=said):
             read_json(path)
+    path.write_text(json.dumps({"a": "x" * (16 << 20)}))
+    with pytest.raises(BadInput, match="has 16,777,225 bytes; at most 16,777,216 are read"):
+        read_json(path)
+    assert len(read_json(path, OWN_JSON_BYTES)["a"]) == 16 << 20

@@ -7,16 +7,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from lit_gpt.corpus.fates import SPOT_BITS
+from lit_gpt.corpus.paragraph_fates import _Rounds
+from lit_gpt.corpus.parts import Layout
+from lit_gpt.corpus.settings import DedupSettings
 from lit_gpt.datapoints.line_log import LineLog
 from lit_gpt.export import model_card
 from lit_gpt.files import open_own, publish, rewrite, save_figure, write_json
 from lit_gpt.launch import watchdog as watching
 from lit_gpt.launch.settings import WatchdogSettings
 from lit_gpt.launch.watchdog import Watchdog
+from lit_gpt.prepare.build_request import WORK
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.sampling import Sample
 from lit_gpt.train.sent_steps import SentSteps
@@ -62,6 +68,17 @@ def plot(folder: Path) -> None:
     save_figure(Figure(), folder / "losses.svg", dpi=20)
 
 
+def repeats(folder: Path) -> None:
+    """Two documents of one equal paragraph."""
+    layout = Layout(folder.parent.parent)
+    for kind, array in {
+        "keys.npy": np.zeros((3, 2), np.uint64), "starts.npy": np.array([0, 1, 2]), "bounds.npy": np.array([0, 2]),
+        "members.npy": np.array([[0, 0], [0, 1 << SPOT_BITS]], np.uint64),
+    }.items():  # fmt: skip
+        np.save(folder / f"00000.{kind}", array)
+    _Rounds(layout, 1, DedupSettings(), None)._write_repeats(0)
+
+
 WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
     "a log": (("steps.jsonl",), lines),
     "trackers": (("metrics.csv", "samples.jsonl"), trackers),
@@ -70,6 +87,7 @@ WRITERS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
     "stacks": (("stacks-rank-00000.txt",), stall),
     "a stall": (("stalled-rank-00000.txt",), lambda folder: watchdog(folder)._is_worth_a_requeue()),
     "a profile": (("steps-1-2.trace.json.gz", "steps-1-2.kernels.txt", "steps-1-2.memory.pickle"), profiler),
+    "repeats": (("00000.repeats.npy",), repeats),
     "a plot": (("losses.svg",), plot),
     "loss curve": (("loss.png",), lambda folder: model_card._draw([{"step": "1", "loss": "9"}], folder / "loss.png")),
     "settings": (("settings.yaml",), lambda folder: write_json(folder / "settings.yaml", {})),
@@ -84,8 +102,8 @@ def test_nothing_is_written_through_a_link(
 ) -> None:
     monkeypatch.setattr(watching.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     names, write = WRITERS[writer]
-    folder = tmp_path / ("profile" if writer == "a profile" else "run")
-    folder.mkdir()
+    folder = tmp_path / {"a profile": "profile", "repeats": f"{WORK}/dedup"}.get(writer, "run")
+    folder.mkdir(parents=True)
     targets = [tmp_path / f"victim-{name}" for name in names]
     for name, target in zip(names, targets, strict=True):
         (folder / name).symlink_to(target)

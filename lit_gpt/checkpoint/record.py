@@ -23,7 +23,7 @@ import xxhash
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
-from lit_gpt.files import read_json, xxh3
+from lit_gpt.files import OWN_JSON_BYTES, read_json, xxh3
 
 NAME = re.compile(r"iter-(\d{8})-ckpt\.pth")
 RUN, MANIFEST, FULL, SHARDED = "run.json", "MANIFEST.json", "state.pth", "state"
@@ -166,7 +166,7 @@ def require_hash(path: Path, name: str, entry: FileEntry) -> None:
 
 def _parsed(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        value = read_json(path)
+        value = read_json(path, OWN_JSON_BYTES)
         msgspec.convert(value, schema)
     except BadInput as error:
         raise DamagedCheckpoint(str(error)) from None

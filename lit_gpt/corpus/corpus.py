@@ -14,7 +14,7 @@ from lit_gpt.corpus.draft import LINE_BITS
 from lit_gpt.corpus.finish import FORMAT, MANIFEST
 from lit_gpt.corpus.last_steps import id_hash
 from lit_gpt.corpus.parts import Layout, Part, divide
-from lit_gpt.files import read_json
+from lit_gpt.files import OWN_JSON_BYTES, read_json
 from lit_gpt.prepare.records import Fields, SourceFile
 from lit_gpt.prepare.source_flags import TEXT_OTHERWISE
 
@@ -25,7 +25,7 @@ class Corpus:
     def __init__(self, folder: Path) -> None:
         if not (folder / MANIFEST).is_file():
             raise BadInput(f"{folder} holds no finished corpus (no {MANIFEST})")
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, OWN_JSON_BYTES)
         if manifest.get("format") != FORMAT:
             raise BadInput(f"{folder / MANIFEST} is of format {manifest.get('format')}; this program reads {FORMAT}")
         self.layout = Layout(folder)

@@ -30,7 +30,7 @@ from lit_gpt.corpus.review import AnotherRound
 from lit_gpt.corpus.settings import CorpusSettings, ExecutorSettings
 from lit_gpt.corpus.slurm import SlurmRoute, Submitted, ranks_of_element, step_settings
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.files import discard, read_json
+from lit_gpt.files import OWN_JSON_BYTES, discard, read_json
 from lit_gpt.locks import Lock
 from lit_gpt.prepare.build_request import claim_folder, refuse_other
 from lit_gpt.prepare.document_source import PIECES_VERSION
@@ -101,10 +101,10 @@ def build(settings: CorpusSettings, report: Report, *, is_step: bool = False) ->
     if (layout.root / SWEPT).is_dir() and os.access(layout.root, os.W_OK):
         discard(layout.root / SWEPT)
     if (layout.root / MANIFEST).exists() and not layout.work.exists():
-        finished = read_json(layout.root / MANIFEST)["request"]
+        finished = read_json(layout.root / MANIFEST, OWN_JSON_BYTES)["request"]
         refuse_other(layout.root, "a finished corpus", layout.root, finished, request)
         log.info("%s already holds this corpus, finished", layout.root)
-        return read_json(layout.root / "stats.json")
+        return read_json(layout.root / "stats.json", OWN_JSON_BYTES)
     route = SlurmRoute(layout, settings)
     if (queued := route.waiting(is_step=is_step)) is not None:
         if settings.executor == "local":
@@ -132,7 +132,7 @@ def build(settings: CorpusSettings, report: Report, *, is_step: bool = False) ->
     finally:
         lock.close()
         discard(layout.root / SWEPT)
-    return read_json(layout.root / "stats.json")
+    return read_json(layout.root / "stats.json", OWN_JSON_BYTES)
 
 
 def used_ngrams(settings: CorpusSettings) -> Ngrams | None:

@@ -24,7 +24,7 @@ from lit_gpt.corpus.paragraph_keys import BLANK
 from lit_gpt.corpus.parts import Layout
 from lit_gpt.corpus.ratio import TooHigh, dropped_by_ratio
 from lit_gpt.corpus.settings import DedupSettings
-from lit_gpt.files import publish, write_json
+from lit_gpt.files import publish, publishing, write_json
 
 STAGE = "paragraph_dedup"
 RATIO, FRACTION, WORDS, REPEATED, LEFT_OVER = range(1, 6)
@@ -170,7 +170,8 @@ class _Rounds:
             found["first_part"], found["first_spot"] = members[:, of]
             found["copies"] = np.diff(bounds)[group[later]]
             found = found[np.lexsort((found["spot"], found["part"]))]
-        np.save(self._layout.of_dedup("repeats.npy", partition), found)
+        with publishing(self._layout.of_dedup("repeats.npy", partition)) as partial, open(partial, "wb") as file:
+            np.save(file, found)
 
     def _count_vanished(self, partition: int, dead: Any) -> int:
         """How many texts of a partition no document has any more."""

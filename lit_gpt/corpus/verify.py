@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from lit_gpt.corpus.corpus import Corpus
 from lit_gpt.corpus.draft import Mask, apply_edits, line_starts
 from lit_gpt.corpus.parts import Part
-from lit_gpt.files import read_json, xxh3
+from lit_gpt.files import OWN_JSON_BYTES, read_json, xxh3
 from lit_gpt.prepare.document_source import read_documents, read_pieces
 from lit_gpt.prepare.records import Document, Fields, SourceFile, parse_piece
 from lit_gpt.prepare.reject_guard import RejectGuard
@@ -36,7 +36,7 @@ def verify(corpus: Corpus) -> Checked:
             counts = _check_part(corpus, part, faults)
             documents, rows, kept = documents + counts[0], rows + counts[1], kept + counts[2]
     if not faults.names:
-        stats = read_json(corpus.layout.root / "stats.json")
+        stats = read_json(corpus.layout.root / "stats.json", OWN_JSON_BYTES)
         for name, counted in (("documents", documents), ("kept_documents", kept)):
             if stats[name] != counted:
                 faults.add(f"stats.json says {stats[name]} {name}; there are {counted}")

@@ -20,7 +20,7 @@ import xxhash
 
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.line_log import or_alarm
-from lit_gpt.files import publish, read_json
+from lit_gpt.files import OWN_JSON_BYTES, publish, read_json
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _read(path: Path) -> list[Attempt] | None:
     if not path.is_file():
         return None
     try:
-        content = read_json(path)
+        content = read_json(path, OWN_JSON_BYTES)
         saved = content.pop("xxh3", None)
         if saved is not None and saved != _hash(content):
             raise BadInput(f"its hash is not {saved}")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,10 @@ from lit_gpt.export.hf_weights import config_from_hf, to_lit
 from lit_gpt.files import read_json
 from lit_gpt.model.gpt import GPT
 from lit_gpt.train.validation import Validation, validate
+
+log = logging.getLogger(__name__)
+
+TELL_S = 10.0
 
 
 class Score(NamedTuple):
@@ -71,7 +77,29 @@ def folder_loss(
         return model(tokens.long(), cu_seqlens, targets.long())
 
     rows = PackedDataset(store, config.block_size, seed=0, cross_document_attention=cross_document_attention)
-    return validate(loss, rows, store, micro_batch_size=micro_batch_size, max_rows=max_rows, device=device)
+    count = min(rows.rows_per_epoch, max_rows or rows.rows_per_epoch)
+    return validate(
+        loss, rows, store, micro_batch_size=micro_batch_size, max_rows=max_rows, device=device,
+        before_batch=_progress(count, micro_batch_size),
+    )  # fmt: skip
+
+
+def _progress(rows: int, micro_batch_size: int) -> Callable[[], None]:
+    """What is called before each batch: it logs a line every TELL_S."""
+    log.info("measuring the loss on %s rows", f"{rows:,}")
+    begun = time.monotonic()
+    told, done = begun, 0
+
+    def before_batch() -> None:
+        nonlocal told, done
+        now = time.monotonic()
+        if done and now - told >= TELL_S:
+            told = now
+            left = timedelta(seconds=int((now - begun) / done * (rows - done)))
+            log.info("loss: %s of %s rows, %s left", f"{done:,}", f"{rows:,}", left)
+        done += micro_batch_size
+
+    return before_batch
 
 
 def _require_vocabulary(tokenizer: Tokenizer, folder: Path, store: TokenStore) -> None:

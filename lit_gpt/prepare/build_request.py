@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_gpt.cli import NO_ROOM, BadInput, require_at_least
 from lit_gpt.data.token_store import MANIFEST, SHARD_TOKENS
-from lit_gpt.files import publish, read_json, sweep
+from lit_gpt.files import OWN_JSON_BYTES, publish, read_json, sweep
 from lit_gpt.locks import Lock, LockHeld
 from lit_gpt.prepare.document_source import PIECES_VERSION
 from lit_gpt.prepare.records import Fields, SourceFile
@@ -91,7 +91,7 @@ def find_finished(destination: Path, request: dict[str, Any]) -> dict[str, Any] 
     """The summary of the finished data set in `destination`, if any; BadInput if it is of another request."""
     if (destination / WORK).exists() or not (destination / "train" / MANIFEST).exists():
         return None
-    summary = read_json(destination / SUMMARY) if (destination / SUMMARY).exists() else {}
+    summary = read_json(destination / SUMMARY, OWN_JSON_BYTES) if (destination / SUMMARY).exists() else {}
     refuse_other(destination, "a finished data set", destination, summary.get("request", {}), request)
     return summary
 
@@ -127,7 +127,7 @@ def claim_folder(destination: Path, folders: Sequence[Path], names: Sequence[str
             sweep(destination, name, alone=True)
         stored = work / "request.json"
         if stored.exists():
-            refuse_other(destination, "an unfinished build", work, read_json(stored), request)
+            refuse_other(destination, "an unfinished build", work, read_json(stored, OWN_JSON_BYTES), request)
             log.info("continuing the unfinished build in %s", destination)
         else:
             publish(stored, [json.dumps(request).encode()])

@@ -11,7 +11,15 @@ import xxhash
 
 from lit_gpt.checkpoint.history import left_behind
 from lit_gpt.cli import BadInput
-from lit_gpt.datapoints.attempts import COPY_FILE, RUN_FILE, Attempt, Mark, is_in_lineage, read_attempts
+from lit_gpt.datapoints.attempts import (
+    COPY_FILE,
+    RUN_FILE,
+    Attempt,
+    Mark,
+    is_in_lineage,
+    read_attempts,
+    write_attempts,
+)
 from lit_gpt.datapoints.log import FOLDER, DatapointLog
 from lit_gpt.datapoints.run_record import RunRecord
 
@@ -52,6 +60,16 @@ def test_a_flipped_bit_changes_nothing(tmp_path: Path, name: str, every: int) ->
     assert path.read_bytes() == (tmp_path / FOLDER / RUN_FILE).read_bytes()
     assert read_attempts(tmp_path / FOLDER)[:2] == attempts
     assert len(read_attempts(tmp_path / FOLDER)) == 3
+
+
+def test_a_run_of_many_starts_stays_readable(tmp_path: Path) -> None:
+    """As many bytes as 2,000 starts with 100 sources each, which are more than are read of JSON from elsewhere."""
+    sources = [f"/scratch/project/data/source-{number:03d}/train" for number in range(100)]
+    details = {"train_data_dir": sources, "dataset_id": ["0" * 64] * 100}
+    attempts = [Attempt(number, None, False, 0, "", FACTS, details) for number in range(2000)]
+    assert write_attempts(tmp_path, attempts)
+    assert (tmp_path / RUN_FILE).stat().st_size > 20_000_000
+    assert read_attempts(tmp_path) == attempts
 
 
 def test_a_missing_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

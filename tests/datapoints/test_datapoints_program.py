@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from lit_gpt.checkpoint.checkpoint import write_initial
 from lit_gpt.cli import BadInput
+from lit_gpt.config import Config
 from lit_gpt.data.loader import PackedDataset, StepLoader
 from lit_gpt.data.token_store import HEADER_BYTES, TokenStore, document_ends, documents, write_store
 from lit_gpt.datapoints.attempts import Mark, read_attempts, write_attempts
@@ -288,10 +290,10 @@ def test_verify_finds_a_flipped_token(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def saved(run: Run, mark: Mark) -> None:
-    """What `verify` reads of a checkpoint."""
-    folder = run.folder / f"iter-{mark.step:08d}-ckpt.pth"
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"step": mark.step, "datapoint_log": mark._asdict()}))
+    """A checkpoint without weights."""
+    path = run.folder / f"iter-{mark.step:08d}-ckpt.pth"
+    facts = {"step": mark.step, "slot": 0, "tokens": 0, "settings": {}, "datapoint_log": mark._asdict()}
+    write_initial(path, Config.from_name("debug"), [], facts)
 
 
 DAMAGE = {
@@ -352,12 +354,12 @@ def test_the_mark_of_another_run_from_which_this_one_began_is_no_contradiction(
     run.attempt(1, range(5, 9), mark)
     saved(run, mark)  # its checkpoint was copied too
     assert run.answer(capsys, "verify") == (0, [{"steps_to": 8, "rows": 64, "contradictions": 0}])
-    damaged = run.folder / "iter-00000008-ckpt.pth"
-    damaged.mkdir()
-    (damaged / "run.json").write_text('{"datapoint_log": {"step": 8}}')
+    saved(run, mark._replace(step=8))
+    damaged = run.folder / "iter-00000008-ckpt.pth" / "run.json"
+    damaged.write_bytes(damaged.read_bytes().replace(mark.xxh3[:5].encode(), b"00000"))  # accuses the log
     assert main(["verify", "--run_dir", str(run.folder)]) == 0
     said = capsys.readouterr()
-    assert "iter-00000008-ckpt.pth is damaged, so it is no witness" in said.err
+    assert f"no witness: {damaged} is corrupt" in said.err
     assert said.out == "0 contradictions up to step 8, 64 rows; compared with the marks of 1 checkpoints\n"
 
 

@@ -14,6 +14,7 @@ import torch
 from lit_gpt.cli import BadInput
 from lit_gpt.data.token_store import TokenStore
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.eval import evaluation
 from lit_gpt.tasks.cloze import Item, make_items, texts_of_store
 from scripts import convert_lit_checkpoint, evaluate, make_cloze
 from tests.support.training import metrics
@@ -52,6 +53,19 @@ def test_perplexity_is_the_runs_own_validation_loss(german_run: Path, model: Pat
     trained = metrics(german_run)[-1]
     assert found["loss"] == pytest.approx(float(trained["val_loss"]), rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(float(trained["val_bits_per_byte"]), rel=1e-6)
+
+
+def test_the_loss_tells_its_progress(
+    german_run: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluation, "TELL_S", 0)
+    with caplog.at_level("INFO"):
+        val = str(german_run.parent / "data/val")
+        evaluate.main(["--model", str(model), "--val_data_dir", val, "--batch_size", "2", "--eval_max_rows", "5"])
+    said = [record.getMessage() for record in caplog.records if record.name == evaluation.__name__]
+    assert said[0] == "measuring the loss on 5 rows"
+    assert [line.partition(",")[0] for line in said[1:]] == ["loss: 2 of 5 rows", "loss: 4 of 5 rows"]
+    assert said[-1].endswith(" left")
 
 
 def test_a_cut_vocabulary_leaves_out_the_padding(german_run: Path, model: Path, tmp_path: Path) -> None:

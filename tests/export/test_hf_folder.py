@@ -113,6 +113,18 @@ def test_the_files_that_transformers_reads_are_read(tmp_path: Path) -> None:
     assert torch.equal(HFWeights(tmp_path).read("a"), TENSORS["a"])
 
 
+def test_weights_without_checksums_are_read_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """torch has an option to write none, which must not look like damage."""
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    weights = HFWeights(tmp_path)
+    assert all(torch.equal(weights.read(name), TENSORS[name]) for name in TENSORS)
+    assert "pytorch_model.bin was written without checksums: damage to its weights cannot be seen" in caplog.text
+
+
 def test_odd_bins_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
 

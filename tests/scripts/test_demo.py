@@ -107,3 +107,18 @@ def test_a_foreign_folder_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "new/old.txt").touch()
     demo.empty_folder(tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [demo.MARKER, "logs"]
+
+
+def test_a_demo_that_was_killed_while_it_emptied_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("made", "marked", "emptied in part"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "marked" / demo.MARKER).touch()
+    demo.empty_folder(tmp_path / "emptied in part")
+    (tmp_path / "emptied in part" / "old.txt").touch()
+    with monkeypatch.context() as killed:
+        killed.setattr(demo, "discard", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            demo.empty_folder(tmp_path / "emptied in part")
+    for folder in tmp_path.iterdir():
+        demo.empty_folder(folder)
+        assert sorted(path.name for path in folder.iterdir()) == [demo.MARKER, "logs"]
