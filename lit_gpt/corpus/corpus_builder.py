@@ -193,7 +193,7 @@ def executor_of(job: Job, layout: Layout, parts: int, workers: int) -> LocalExec
 def run_element(folder: Path, name: str) -> None:
     """Run the tasks of the array's element that this process is (slurm.py)."""
     settings, layout = step_settings(folder), Layout(folder)
-    parts = divide(requested_sources(read_json(layout.work / "request.json")), settings.part_bytes)
+    parts = divide(requested_sources(read_json(layout.work / "request.json", OWN_JSON_BYTES)), settings.part_bytes)
     fields = corpus_fields(settings.text_field, settings.id_field)
     (job,) = [one for one in jobs_of(settings, parts, fields, layout) if one.name == name]
     executor_of(job, layout, len(parts), 1).run_ranks(ranks_of_element(layout, name))
