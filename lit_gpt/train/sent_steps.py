@@ -99,6 +99,11 @@ class SentSteps:
             return
         self._broken = not or_alarm(self._path, self._rewrite)
 
+    def forget(self) -> None:
+        """Let the next start begin a new run, filled from metrics.csv."""
+        or_alarm(self._path, lambda: self._path.unlink(missing_ok=True))
+        self._broken = True
+
     def _rewrite(self) -> None:
         with os.fdopen(open_own(self._path, os.O_RDWR), "r+b", buffering=0) as file:
             file.seek(len(self.run_id) + 1)

@@ -21,7 +21,7 @@ from lit_gpt.train.board import Board
 from lit_gpt.train.sampling import Sample
 from lit_gpt.train.sent_steps import SentSteps
 from lit_gpt.train.settings import TrackerSettings
-from lit_gpt.train.wandb_run import WandbRun
+from lit_gpt.train.wandb_run import WandbRun, has_room
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Trackers:
         """run_settings: all settings of the run, for both boards; resume_step: last step whose lines stay;
         attempt: this start's number in the datapoint log; branch, goes_back: see SentSteps.begin."""
         self._attempt = attempt
+        self._run_dir, self._settings, self._run_settings, self._branch = run_dir, settings, run_settings, branch
         path = run_dir / "metrics.csv"
         lines = read_metrics(path)
         kept = [row for row in lines if int(row["step"]) <= resume_step]
@@ -99,25 +100,49 @@ class Trackers:
         if self._board is not None:
             shown = {name: value for name, value in run_settings.items() if name not in PATHS}
             self._board.hyperparameters(shown, (tag("loss"), tag("val_loss")))
-        self._wandb = None
-        if settings.wandb != "off" and sent is not None:
-            self._wandb = WandbRun(
-                run_dir, settings.wandb, project=settings.wandb_project, name=settings.wandb_name,
-                config=run_settings, sent=sent, timeout_s=settings.wandb_timeout_s,
-            )  # fmt: skip
-            for row in kept:
-                self._wandb.log(int(row["step"]), _numbers(row))
+        asked = settings.wandb != "off" and sent is not None
+        self._wandb_waits = asked and not has_room(run_dir)
+        if self._wandb_waits:
+            log.error("Weights & Biases: no room for its files in %s: it begins when there is room", run_dir)
+        self._wandb = self._start_wandb(sent, kept) if sent is not None and asked and not self._wandb_waits else None
+
+    def _start_wandb(self, sent: SentSteps, rows: Sequence[Mapping[str, str]]) -> WandbRun:
+        """Start Weights & Biases, and send it the lines of metrics.csv that it was not sent."""
+        settings = self._settings
+        assert settings.wandb != "off"
+        run = WandbRun(
+            self._run_dir, settings.wandb, project=settings.wandb_project, name=settings.wandb_name,
+            config=self._run_settings, sent=sent, timeout_s=settings.wandb_timeout_s,
+        )  # fmt: skip
+        for row in rows:
+            run.log(int(row["step"]), _numbers(row))
+        return run
 
     def log(self, values: Mapping[str, float | int | None]) -> None:
         """Write one line; missing or None columns stay empty. Flushed at once, so a killed run keeps its lines."""
         present = {name: value for name, value in values.items() if value is not None}
         written = {**present, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self._attempt}
-        self._metrics.append(self._csv_line(written))
+        room = bool(self._metrics.append(self._csv_line(written))) and has_room(self._run_dir)
         step = int(values["step"] or 0)
         if self._board is not None:
             self._board.scalars(step, {tag(name): value for name, value in present.items() if name != "step"})
-        if self._wandb is not None:
+        self._send(step, present, room=room)
+
+    def _send(self, step: int, present: Mapping[str, float | int], *, room: bool) -> None:
+        """Send a line to Weights & Biases; on a full disk it waits until there is room for all lines again."""
+        if self._wandb is not None and not room:
+            self._wandb.leave()
+            self._wandb, self._wandb_waits = None, True
+        elif self._wandb is not None:
             self._wandb.log(step, present)
+        elif self._wandb_waits and room:
+            self._wandb_waits = False
+            sent = SentSteps.begin(
+                self._run_dir, step, self._branch, goes_back=False, last_line=step, project=self._settings.wandb_project
+            )
+            assert sent is not None
+            log.warning("Weights & Biases: there is room again: run %s gets all lines of metrics.csv", sent.run_id)
+            self._wandb = self._start_wandb(sent, read_metrics(self._run_dir / "metrics.csv"))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Write one line for each sample."""

@@ -3,7 +3,8 @@
 Any failure (no package, no server, no DNS, a wrong key) is one warning, and the run goes on: offline if the package is
 installed, so that nothing is lost, and without Weights & Biases otherwise. The run's id lies in the run folder, so a
 resumed run continues the same curves; sent_steps.py says which step goes to which run. The package reads the API key
-itself.
+itself. It keeps its lines in the run folder: on a full disk it loses one, then all that follow, and does not say so; so
+the run is left before that (`has_room`, `leave`).
 
 Costs: lines go to the package's own process; only start and end wait for the server, at most `timeout_s` each.
 """
@@ -11,6 +12,7 @@ Costs: lines go to the package's own process; only start and end wait for the se
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,14 @@ from lit_gpt.train.sent_steps import SentSteps
 log = logging.getLogger(__name__)
 
 Mode = Literal["online", "offline"]
+
+_BLOCK_BYTES = 32 << 10
+"""What the package writes at once."""
+
+
+def has_room(run_dir: Path) -> bool:
+    """Whether the package can still write there."""
+    return shutil.disk_usage(run_dir).free >= 2 * _BLOCK_BYTES
 
 
 class WandbRun:
@@ -45,7 +55,10 @@ class WandbRun:
             init_timeout=self._timeout_s, login_timeout=self._timeout_s, silent=True, console="off", disable_git=True
         )
         try:
-            return wandb.init(dir=str(self._run_dir), mode=mode, resume="allow", settings=settings, **options)
+            run = wandb.init(dir=str(self._run_dir), mode=mode, resume="allow", settings=settings, **options)
+            for diary in logging.getLogger("wandb").handlers:
+                diary.handleError = _ignore  # type: ignore[method-assign]
+            return run
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the training
             reason = " ".join(str(error).split())[:300]
             if mode == "offline":
@@ -57,6 +70,16 @@ class WandbRun:
             wandb.teardown()  # otherwise its process still holds the run's id
             logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it would log errors at exit
             return self._start("offline", options)
+
+    def leave(self) -> None:
+        """End the run, of which the next start or the next room on the disk makes a new one."""
+        log.error(
+            "Weights & Biases: no room for its files in %s: run %s is left. Training goes on; another run gets all "
+            "lines of metrics.csv when there is room",
+            self._run_dir, self._sent.run_id,
+        )  # fmt: skip
+        self._sent.forget()
+        self.close()
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Send one line of metrics, unless its step was sent."""
@@ -80,6 +103,10 @@ class WandbRun:
         if sender.is_alive() or failures:
             reason = failures[0] if failures else f"not done after {self._timeout_s} s"
             log.warning("Weights & Biases: the last lines were not sent (%s): `wandb sync` does it later", reason)
+
+
+def _ignore(record: logging.LogRecord) -> None:
+    """Where the package's own diary cannot be written, it would print a traceback a line."""
 
 
 def _finish(run: Any, failures: list[Exception]) -> None:
