@@ -16,6 +16,8 @@ LOGGED = {
     "torchao.kernel.intmm": "Warning: Detected no triton",
     # torchao again: what it registers is already known to this torch
     "torch.utils._pytree": ".* is an Enum subclass and is now natively supported by torch.compile",
+    # our selective checkpointing passes it, on regions without such operations
+    "torch._higher_order_ops.wrap": r"\s*Detected that context_fn is passed to torch.utils.checkpoint",
     # gguf names its temporary file; what is written, and where, is told by scripts/convert_gguf.py
     "gguf.gguf_writer": "gguf: This GGUF file is for|Writing the following files|.*: n_tensors = ",
 }

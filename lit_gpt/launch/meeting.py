@@ -27,7 +27,11 @@ from lit_gpt.launch.mesh import make_mesh
 
 log = logging.getLogger(__name__)
 
-FIRST_TOLD_S, TELL_S = 5.0, 10.0
+FIRST_TOLD_S, TELL_S = 2.0, 10.0
+NO_RANK_0_S = 5.0
+"""After so long the others tell that rank 0 is not there."""
+LATE_S = 30.0
+"""To load PyTorch may take a rank as long; from then on it is worth a warning."""
 _POLL_S = 0.2
 _CONNECT_S = 2.0
 _GOODBYE_S = 1.0
@@ -221,7 +225,8 @@ class _Waiting:
         self._size = environment.world_size()
         self._tells = speaks(environment.global_rank(), environment.local_rank())
         self._began = time.monotonic()
-        self._next_s = FIRST_TOLD_S
+        self._is_rank_0 = environment.global_rank() == 0
+        self._next_s = FIRST_TOLD_S if self._is_rank_0 else NO_RANK_0_S
         self._missing = "other ranks"
 
     def tell(self, missing: Callable[[], list[int]]) -> None:
@@ -234,7 +239,8 @@ class _Waiting:
         self._missing = in_words(ranks, self._size)
         if self._tells and ranks:
             limit = f"{waited_s:.0f} s so far, at most {self._limit_s:.0f}"
-            log.warning("waiting for %s at %s (%s)", self._missing, self._place, limit)
+            level = logging.INFO if self._is_rank_0 and waited_s < LATE_S else logging.WARNING
+            log.log(level, "waiting for %s at %s (%s)", self._missing, self._place, limit)
 
     def over(self) -> str | None:
         """What to say when the limit has passed."""

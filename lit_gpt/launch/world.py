@@ -50,11 +50,6 @@ Azure ML set as well), Open MPI, MPICH and Intel MPI, PMIx, MVAPICH, PALS, Flux,
 RECORDED_COLLECTIVES = 2000
 """Newest collectives of each rank that PyTorch's flight recorder keeps."""
 
-CTA_POLICY = "NCCL_CTA_POLICY"
-_NO_MULTIPROCESSOR = "2"
-"""NCCL's policy to compute on none where it can do without: by the GPUs' copy engines, if a buffer is prepared for them
-(train/copy_engines.py). Other collectives are as before."""
-
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 """Workspaces with which cuBLAS is deterministic, by its documentation; the first is faster."""
 
@@ -235,8 +230,6 @@ def launch(
         device = torch.device("cuda", 0) if world.accelerator == "cuda" else torch.device("cpu")
         fabric = Fabric(strategy=SingleDeviceStrategy(device), accelerator=world.accelerator, devices=1)
     else:
-        if world.accelerator == "cuda" and torch.cuda.nccl.version() >= (2, 28):  # which knows it
-            os.environ.setdefault(CTA_POLICY, _NO_MULTIPROCESSOR)
         strategy = MeetingStrategy(
             shard,
             mesh_shape or {"shard": world.size},
@@ -286,8 +279,8 @@ def _refuse_taken_port(world: World) -> None:
 
 
 def takes_no_multiprocessor() -> bool:
-    """Whether NCCL follows that policy."""
-    return os.environ.get(CTA_POLICY) == _NO_MULTIPROCESSOR
+    """Whether NCCL has been told to compute on none where it can do without (NCCL_CTA_POLICY_ZERO)."""
+    return os.environ.get("NCCL_CTA_POLICY") == "2"
 
 
 def record_collectives(folder: Path) -> None:

@@ -109,6 +109,7 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, heads: tupl
         importlib.import_module(module)
     except ImportError as error:
         return f"{module} does not import ({error}). Install {install}"
+    log.info("attention: trying the kernels of %s, which are compiled at their first use", backend)
     why = _trial(backend, device, dtype, heads)
     return None if why is None else f"{why}. Install a build of {backend} for this torch and CUDA, or take another"
 

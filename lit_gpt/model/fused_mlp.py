@@ -92,6 +92,7 @@ def _why_not_quack(device: torch.device, dtype: torch.dtype, widths: tuple[int, 
 
 def _trial(device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
     """Why quack's kernels fail at these widths, compared with the plain formula; None if they are right."""
+    log.info("mlp: trying the kernels of quack, which are compiled at their first use")
     tokens, (width, inner) = 256, widths
     shapes = [(tokens, width), (tokens, width), (2 * inner, width), (width, inner)]
     return why_kernels_fail(fused_mlp, _plain_mlp, shapes, torch.empty(0, device=device, dtype=dtype))

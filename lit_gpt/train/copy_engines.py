@@ -45,21 +45,21 @@ class CopyEngineAllGather:
 
 
 def gather_by_copy_engines(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let all FSDP units of `model` gather by copy engines, where that works; log which way they gather. A collective.
+    """Let all FSDP units of `model` gather by copy engines, if NCCL_CTA_POLICY=2 asks for it and it works here.
 
-    mesh: its last dimension are the ranks that share one copy of the weights.
+    mesh: its last dimension are the ranks that share one copy of the weights. A collective.
     """
     group = mesh.get_group(mesh.ndim - 1)
-    if mesh.device_type != "cuda" or group.size() == 1:
+    if mesh.device_type != "cuda" or group.size() == 1 or not takes_no_multiprocessor():
         return
     why = why_not(group, torch.device("cuda", torch.cuda.current_device()))
     if why is None:
         for unit in model.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_custom_all_gather(cast(Any, CopyEngineAllGather()))  # the protocol's module is private
-        log.info("weights are gathered by the GPUs' copy engines (NCCL_CTA_POLICY=0: by NCCL's kernels)")
+        log.info("weights are gathered by the GPUs' copy engines")
     else:
-        log.info("weights are gathered by NCCL's kernels: %s", why)
+        log.warning("NCCL_CTA_POLICY=2, but weights are gathered by NCCL's kernels: %s", why)
 
 
 def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -75,8 +75,8 @@ def _unfit(group: dist.ProcessGroup, device: torch.device) -> str | None:
     dist.all_gather_object(hosts, host(), group)
     if len(set(hosts)) > 1:
         return f"one copy of the weights lies on {len(set(hosts))} hosts"
-    if not takes_no_multiprocessor():
-        return "NCCL is older than 2.28, or NCCL_CTA_POLICY is not 2"
+    if torch.cuda.nccl.version() < (2, 28):
+        return f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))} is older than 2.28"
     if not hasattr(symmetric_memory, "get_mem_pool"):
         return f"torch {torch.__version__} has no pool of symmetric memory"
     others = (n for n in range(torch.cuda.device_count()) if n != device.index)
@@ -91,11 +91,13 @@ def _trial(group: dist.ProcessGroup, device: torch.device) -> str | None:
     try:
         symmetric_memory.set_backend("NCCL")
         dist.barrier(group=group, device_ids=[device.index])  # the communicator must exist
-        gather = CopyEngineAllGather()
-        all_numbers = gather.allocate((size * TRIAL_NUMBERS,), dtype=torch.bfloat16, device=device)
-        own = all_numbers.view(size, TRIAL_NUMBERS)[rank].fill_(rank + 1)
-        gather(all_numbers, own, group)
-        firsts = all_numbers.view(size, TRIAL_NUMBERS).float().mean(1).tolist()
+        # On a stream of its own, as FSDP2's gathers are: CUDA's batched copies refuse the default stream.
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            gather = CopyEngineAllGather()
+            all_numbers = gather.allocate((size * TRIAL_NUMBERS,), dtype=torch.bfloat16, device=device)
+            own = all_numbers.view(size, TRIAL_NUMBERS)[rank].fill_(rank + 1)
+            gather(all_numbers, own, group)
+            firsts = all_numbers.view(size, TRIAL_NUMBERS).float().mean(1).tolist()
     except (RuntimeError, AttributeError) as error:
         return f"a small all-gather fails: {str(error).splitlines()[0]}"
     wanted = [float(n + 1) for n in range(size)]

@@ -169,7 +169,8 @@ def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) 
     working = (2 * config.n_embd + 3 * config.intermediate_size) * compute_bytes * sizes.tokens
     recomputed = (_all_bytes_per_token(config, settings) - kept_bytes_per_token(config, settings)) * sizes.tokens
     head_gradient = config.padded_vocab_size * config.n_embd * (sizes.stored_bytes if sizes.single else compute_bytes)
-    block_gradients = config.block_parameters * (sizes.stored_bytes if sizes.single else compute_bytes + 4)  # fp32 sum
+    # their fp32 sum over ranks comes when the block's activations are gone
+    block_gradients = config.block_parameters * (sizes.stored_bytes if sizes.single else compute_bytes)
     return _memory(
         "backward",
         config,

@@ -30,5 +30,5 @@ def measured(policy: str) -> tuple[dict[str, Any], str]:
 def test_same_losses() -> None:
     (by_engines, said), (by_kernels, said_of_kernels) = measured("2"), measured("0")
     assert "gathered by the GPUs' copy engines" in said
-    assert "gathered by NCCL's kernels: NCCL is older than 2.28, or NCCL_CTA_POLICY is not 2" in said_of_kernels
+    assert "copy engines" not in said_of_kernels
     assert by_engines["loss_after_warmup"] == by_kernels["loss_after_warmup"]

@@ -21,15 +21,15 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.Proc
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
-    monkeypatch.setenv("NCCL_CTA_POLICY", "2")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
     dist.destroy_process_group()
 
 
-def test_the_user_can_turn_it_off(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCCL_CTA_POLICY", "0")
-    assert why_not(group, GPU) == "NCCL is older than 2.28, or NCCL_CTA_POLICY is not 2"
+def test_an_old_nccl(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    assert why_not(group, GPU) == "NCCL 2.27.5 is older than 2.28"
 
 
 def test_gpus_that_do_not_reach_each_other(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
