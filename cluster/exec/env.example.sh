@@ -26,6 +26,10 @@ export CONTAINER_PATH="${CONTAINER_PATH-}"
 # export TOKENIZER_PATH="${TOKENIZER_PATH-/data/tokenizer}"
 # Folder on a node-local disk that caches the shards in use: for a shared file system that is slow or busy.
 # export CACHE_DIR="${CACHE_DIR-/local/$USER/llammlein}"
+# Restarts inside a job after a lost rank or node: at most so many (0: none).
+# export RESTARTS="${RESTARTS-3}"
+# Nodes of the job that the run does without until another is lost.
+# export SPARE_NODES="${SPARE_NODES-0}"
 # CPU threads of one rank. Without it: the job's CPUs per task.
 # export OMP_NUM_THREADS="${OMP_NUM_THREADS-8}"
 

@@ -11,7 +11,8 @@
 # How a job stops and continues: 120 s before the job's end, Slurm sends USR1 to this script, which sends it to srun and so
 # to all ranks. They save the same step and exit with 75. Then this script requeues the job, and --resume auto continues
 # from the newest whole checkpoint. After a plain scancel (TERM) the ranks save too, but the job is not requeued. A run that
-# hangs is ended by its watchdog and requeued once. On sites that do not requeue, use cluster/exec/submit_chain.sh.
+# hangs is ended by its watchdog and requeued once. A run that loses a rank starts again inside the job. On sites that do
+# not requeue, use cluster/exec/submit_chain.sh.
 #SBATCH --job-name=llammlein
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:4
@@ -58,6 +59,8 @@ build_command() {
     source "$root/cluster/exec/python_command.sh"
     folders_seen "$@"
     python_command --nv
+    supervisor=("${python[@]}" "$root/scripts/supervise.py" --restarts "$RESTARTS"
+        --nodes "${SLURM_NNODES:-1}" --spare_nodes "$SPARE_NODES")
     command=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait="$PEERS_WAIT_S" --kill-on-bad-exit=0 "${python[@]}")
     command+=("$root/pretrain/tinyllama_fabric.py" --config "${CONFIG:-$(default_recipe)}")
     unless_given --train_data_dir "${TRAIN_DATA_DIR:-}" "$@"
@@ -126,6 +129,39 @@ run_to_the_end() {
     wait "$srun_pid" || status=$?
 }
 
+# run_and_restart: runs the command until its end is final. After a fault that another start may mend, it runs again at
+# once, in this job; scripts/supervise.py decides, and says which nodes to leave out. A stall that names no rank is none.
+run_and_restart() {
+    local left_out
+    place_nodes ''
+    while true; do
+        run_to_the_end
+        [[ -z $stop_asked && -z $cancelled && $status != 0 ]] || return 0
+        [[ -e $RUN_REPORT/cause.json || ($status != "$EXIT_REQUEUE" && ! -e $REQUEUE_FILE) ]] || return 0
+        left_out=$("${supervisor[@]}" --judge "$status" --report "$RUN_REPORT") || return 0
+        rm -f "$REQUEUE_FILE"
+        place_nodes "$left_out"
+        RUN_FAULT_AT=$(date +%s)
+        export RUN_FAULT_AT
+        say "starting the run again${left_out:+ without $left_out}"
+    done
+}
+
+# place_nodes LEFT_OUT: sets `command` to run on the job's nodes but those left out, and but the spare ones.
+place_nodes() {
+    local nodes node chosen=() wanted=$((${SLURM_NNODES:-1} - SPARE_NODES))
+    command=("${whole_command[@]}")
+    [[ $SPARE_NODES != 0 || -n $1 ]] || return 0
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    for node in $nodes; do
+        [[ ,$1, == *,"$node",* || ${#chosen[@]} -ge $wanted ]] || chosen+=("$node")
+    done
+    ((${#chosen[@]})) || fail "no node is left: $1 failed"
+    export MASTER_ADDR=${site_address:-${chosen[0]}}
+    command=("${command[0]}" --nodes="${#chosen[@]}" --ntasks="$((${#chosen[@]} * ${SLURM_NTASKS_PER_NODE:-1}))"
+        --nodelist="$(IFS=,; echo "${chosen[*]}")" "${command[@]:1}")
+}
+
 requeue_or_end() {
     local stopped_early='' how='saved and stopped'
     [[ $status != "$EXIT_USR1" || -z $stop_asked ]] || stopped_early=yes
@@ -158,12 +194,18 @@ cluster_env=${CLUSTER_ENV:-$root/cluster/exec/env.sh}
 # shellcheck source=cluster/exec/env.example.sh
 source "$cluster_env"
 
+RESTARTS=${RESTARTS:-3} SPARE_NODES=${SPARE_NODES:-0} site_address=${MASTER_ADDR:-}
+[[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: must be a number"
+[[ $SPARE_NODES =~ ^[0-9]+$ && $SPARE_NODES -lt ${SLURM_NNODES:-1000000} ]] ||
+    fail "SPARE_NODES=$SPARE_NODES: must be a number below that of the job's nodes (${SLURM_NNODES:-unknown})"
+
 # Two jobs on one node must not use the same port.
 export MASTER_PORT="${MASTER_PORT:-$((FIRST_PORT + ${SLURM_JOB_ID:-0} % PORTS))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export PYTHONUNBUFFERED=1
 
 build_command "$@"
+whole_command=("${command[@]}")
 if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "${command[@]}"
     echo
@@ -179,5 +221,8 @@ if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     [[ -z $ends ]] || export SLURM_JOB_END_TIME=$ends
 fi
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes ${SLURM_JOB_NODELIST:-?}, port $MASTER_PORT"
-run_to_the_end
+RUN_REPORT=$(mktemp -d "$PWD/.run-report-$SLURM_JOB_ID-XXXX") # the ranks' cause of a failure, for the supervisor
+export RUN_REPORT
+trap 'rm -rf "$RUN_REPORT"' EXIT
+run_and_restart
 requeue_or_end

@@ -2,7 +2,7 @@
 
 A rank that fails tells it at the port where the ranks have met. A thread of each rank looks there, because its main
 thread may be anywhere: in a long computation, or in a collective that waits for the rank that failed. A rank that has
-only lost the connection to another tells nothing: that other one knows the reason.
+only lost the connection to another tells nothing: that other one knows the reason, or rank 0 finds it (lifeline.py).
 Costs: a connection to the port, and one small question a second.
 """
 
@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_FAILURE, BadInput, KnownBadInput, end_failed, print_bad_input
+from lit_gpt.launch.cause import FAILED
 from lit_gpt.launch.fabric import Fabric
-from lit_gpt.launch.job import end_after_parent
+from lit_gpt.launch.job import end_after_parent, report_cause
+from lit_gpt.launch.lifeline import Line
 from lit_gpt.launch.meeting import MeetingStrategy, connect, see_off, speaks
 from lit_gpt.launch.refusal import said_by_others
 
@@ -38,7 +40,9 @@ class Failures:
     Every rank makes it after they have met.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Fabric, line: Line) -> None:
+        """line: of this rank, which it leaves before it ends."""
+        self._line = line
         self.before_end: Callable[[], None] = lambda: None
         """What this rank still finishes when another has failed; called by a thread, since the main one may wait."""
         self._rank, self._size = fabric.global_rank, fabric.world_size
@@ -58,6 +62,12 @@ class Failures:
         """
         if self._heard.is_set():  # the error follows from that of another rank
             self._thread.join()  # it ends this process
+        if _lost_another(error):
+            self._line.end_with_lost_rank()
+        else:
+            code = EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_FAILURE
+            report_cause(self._line.own_cause(f"{FAILED} ({type(error).__name__}: {error})", code))
+        self._line.leave()
         if not isinstance(error, BadInput):
             end_failed(where, error, then=lambda: self._tell(EXIT_FAILURE, f"{type(error).__name__}: {error}", error))
         if self._store is None or isinstance(error, KnownBadInput):
@@ -96,6 +106,7 @@ class Failures:
     def _end(self, store: Store, exit_code: int, why: str) -> NoReturn:
         """End this process; an orderly end would wait for the main thread, and that for the rank that has failed."""
         self._heard.set()
+        self._line.leave()
         try:
             if self._speaks:
                 log.error("%s", why)

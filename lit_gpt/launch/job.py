@@ -6,12 +6,15 @@ meeting.py alone read the environment.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE
+from lit_gpt.launch.cause import CAUSE_FILE, Cause
 
 PARENT = "LIT_GPT_PARENT"
 """Variable with the number of the process that has started this one as a further rank."""
@@ -48,10 +51,21 @@ def ask_for_requeue() -> None:
         Path(name).touch()
 
 
+def report_cause(cause: Cause) -> None:
+    """Write why the run fails to the folder $RUN_REPORT, if a supervisor has set it: restarts.py reads it."""
+    if name := os.environ.get("RUN_REPORT"):
+        (Path(name) / CAUSE_FILE).write_text(json.dumps(asdict(cause)))
+
+
 def seconds_left() -> float | None:
     """Seconds until Slurm ends the job, by SLURM_JOB_END_TIME (from Slurm or the batch script); None without it."""
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     return int(end) - time.time() if end.isdigit() else None
+
+
+def node() -> str:
+    """This machine's name as Slurm has it, else its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def host() -> str:

@@ -65,7 +65,11 @@ class WatchdogSettings(SettingsSlice):
         """After this a collective fails: some rank is dead. Later than the watchdog, which tells more."""
         return timedelta(seconds=self.longest_s + 60)
 
+    silent_rank_s: float = 25.0
+    """Seconds without a sign of life of a rank, which was stopped or whose node is gone, after which all end; 0: never.
+    A rank that ends or fails is noticed at once."""
+
     def check(self) -> None:
         super().check()
         self.require_above(0, "watchdog_floor_s", "watchdog_long_s")
-        self.require_not_negative("watchdog_factor")
+        self.require_not_negative("watchdog_factor", "silent_rank_s")

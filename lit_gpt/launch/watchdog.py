@@ -21,15 +21,16 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_GAVE_UP, EXIT_NOT_SAVED, EXIT_REQUEUE
-from lit_gpt.files import open_own, rewrite
+from lit_gpt.files import rewrite
 from lit_gpt.launch.job import ask_for_requeue, exit_code_after_stall
 from lit_gpt.launch.settings import WatchdogSettings
+from lit_gpt.launch.stacks import stacks_file, write_stacks
 from lit_gpt.launch.world import dump_collectives
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class Watchdog:
         self._settings = settings
         self._poll_s = poll_s(settings)
         self._place, self._steps_done, self._step = "set-up", 0, 0
+        self.on_stall: Callable[[], None] = lambda: None
+        """Called before a stalled process writes what it knows, and ends."""
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         if settings.watchdog_factor > 0:
@@ -111,6 +114,14 @@ class Watchdog:
     def longest_s(self) -> float:
         """Seconds that the long places may take."""
         return self._settings.longest_s
+
+    def where(self) -> tuple[int, str]:
+        """Updates done, and the part of the step that the loop is in."""
+        return self._step, self._place
+
+    def start_from(self, step: int) -> None:
+        """Training goes on after so many updates."""
+        self._step = step
 
     def step_done(self, step: int) -> None:
         self._step = step
@@ -163,21 +174,16 @@ class Watchdog:
 
     def _end_stalled(self, seconds: float, allowed_s: float, median_s: float) -> NoReturn:
         """Write this rank's stacks, name the rank at fault and end the process."""
-        stacks = self._folder / f"stacks-rank-{self._rank:05d}.txt"
+        self.on_stall()
+        stacks = stacks_file(self._folder, self._rank)
         log.error(
             "watchdog: %s has been in step %d for %.0f s, at %r (limit %.0f s, median %.2f s): stacks in %s",
             self._rank_name, self._step + 1, seconds, self._place, allowed_s, median_s, stacks,
         )  # fmt: skip
         code = EXIT_FAILURE
         try:
-            with os.fdopen(open_own(stacks, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
-                file.write(f"\n{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {self._rank_name}, step {self._step + 1}\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-            dump_collectives(self._folder, self._rank)
-            if self._is_worth_a_requeue():
-                code = exit_code_after_stall()
-                ask_for_requeue()
+            write_stacks(self._folder, self._rank, f"{self._rank_name}, step {self._step + 1}", dump_collectives)
+            code = self.code_after_stall()
             time.sleep(3 * self._poll_s)  # for the other ranks, whose threads look a little later
             self._blame()
         except OSError as error:
@@ -187,6 +193,13 @@ class Watchdog:
             for handler in logging.getLogger().handlers:
                 handler.flush()
             os._exit(code)  # the main thread hangs: an orderly end would hang too
+
+    def code_after_stall(self) -> int:
+        """The exit code of a process that a stall ends; asks for a requeue where another start may help."""
+        if not self._is_worth_a_requeue():
+            return EXIT_FAILURE
+        ask_for_requeue()
+        return exit_code_after_stall()
 
     def _is_worth_a_requeue(self) -> bool:
         """False if no step was done, or an earlier stall had the same start: the run would be requeued for ever."""

@@ -32,6 +32,7 @@ from lit_gpt.launch.fabric import (
     TorchElasticEnvironment,
 )
 from lit_gpt.launch.job import PARENT, host
+from lit_gpt.launch.lifeline import Line
 from lit_gpt.launch.meeting import MeetingStrategy, NotMet, StoppedBeforeMeeting
 from lit_gpt.launch.settings import LaunchSettings, WatchdogSettings
 from lit_gpt.launch.signals import StopFlag
@@ -298,6 +299,21 @@ def dump_collectives(folder: Path, rank: int) -> None:
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None and dist.is_initialized() and "nccl" in dist.get_backend_config():
         rewrite(folder / f"nccl-rank-{rank}", dump())
+
+
+def hold_line(fabric: Fabric, world: World, name: str, folder: Path, settings: WatchdogSettings) -> Line:
+    """This rank's line to rank 0. A collective: every rank calls it. name: of the rank; folder: for stacks."""
+    return Line(
+        fabric.global_rank,
+        world.size,
+        name,
+        share=fabric.broadcast,
+        address=world.environment.main_address,
+        silent_s=settings.silent_rank_s,
+        first_of_node=fabric.local_rank == 0,
+        folder=folder,
+        dump=dump_collectives,
+    )
 
 
 def rank_name(rank: int, device: torch.device) -> str:

@@ -21,7 +21,7 @@ from lit_gpt.launch.refusal import refusals_told
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import how_ended
-from lit_gpt.launch.world import any_rank, rank_name, record_collectives, starts_alone
+from lit_gpt.launch.world import any_rank, hold_line, rank_name, record_collectives, starts_alone
 from lit_gpt.train.replicas import CopiesDiffer
 from lit_gpt.train.run_inputs import open_inputs
 from lit_gpt.train.settings import Settings
@@ -51,11 +51,13 @@ def train(
             fabric = launch_run(settings, inputs.world, stop_flag)
     except StoppedBeforeMeeting:
         return stop.log_early_stop()
-    name, trainer, failures = rank_name(fabric.global_rank, fabric.device), None, Failures(fabric)
+    name, trainer = rank_name(fabric.global_rank, fabric.device), None
+    line = hold_line(fabric, inputs.world, name, inputs.run_dir / "watchdog", settings)
+    failures = Failures(fabric, line)
     try:
         if any_rank(stop.signal is not None):
             return stop.log_early_stop()
-        trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name)
+        trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name, line)
         failures.before_end = trainer.settle
         code = trainer.run()
         trainer.watchdog.at(how_ended(code, finished=trainer.state.ended))
@@ -78,3 +80,4 @@ def train(
             trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        line.leave()

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED
 from lit_gpt.data.loader import StepLoader
+from lit_gpt.launch.lifeline import Line
 from lit_gpt.launch.ranks import Ranks
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import Watchdog
@@ -63,12 +64,15 @@ class Trainer:
         fabric: Fabric,
         stop: StopRequest,
         name: str,
+        line: Line,
     ) -> None:
-        """asked: settings before they are resolved; name: of the rank (world.rank_name)."""
+        """asked: settings before they are resolved; name: of the rank (world.rank_name); line: to rank 0."""
         self.inputs, self.fabric, self.stop = inputs, fabric, stop
         self.rank, self.device = fabric.global_rank, fabric.device
         self.watchdog = Watchdog(inputs.run_dir / "watchdog", name, self.rank, inputs.world.size, asked)
         self.ranks = Ranks(fabric, self.watchdog)
+        line.where, line.code_after_silence = self.watchdog.where, self.watchdog.code_after_stall
+        self.watchdog.on_stall = line.leave
         self.settings = settings = resolve(asked, inputs.config, inputs.world, self.device)
         resolved = resolved_choices(settings)
         log.info("%s", in_words(resolved))
@@ -82,6 +86,7 @@ class Trainer:
         parts = self.model, self.optimizer, self.train_step.guard
         self.state = RunState(asked, resolved, repeated, inputs, self.ranks, self.dataset, *parts, flags)
         self.state.start()
+        self.watchdog.start_from(self.state.step)
         writes = self.rank == 0 and not self.state.ended
         self.report = RunReport(inputs.run_dir, enabled=settings.report and writes)
         if writes:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm of one node on loopback, for tests: as root, without systemd or cgroups.
+# A real Slurm on loopback, for tests: as root, without systemd or cgroups. One node, named as this machine; with NODES=2
+# two, n1 and n2, both on this machine.
 #
 #   start_slurm.sh FOLDER         installs Debian's slurm-wlm and munge if they are missing, then starts; does nothing
 #                                 if the Slurm of FOLDER already answers
@@ -20,7 +21,9 @@ cannot() {
 
 folder=$(realpath -m "${1:?usage: start_slurm.sh FOLDER [stop]}")
 export SLURM_CONF=$folder/slurm.conf
-node=$(hostname -s)
+host=$(hostname -s)
+nodes=("$host")
+((${NODES:-1} == 1)) || mapfile -t nodes < <(seq -f 'n%g' "$NODES")
 
 install_packages() {
     [[ -z $(type -P slurmctld slurmd munged sbatch | sed -n 4p) ]] || return 0
@@ -35,14 +38,14 @@ free_port() {
 }
 
 write_configuration() {
-    local controller_port node_port
-    controller_port=$(free_port) node_port=$(free_port)
-    install -d "$folder/state" "$folder/spool" "$folder/munge"
+    local controller_port node
+    controller_port=$(free_port)
+    install -d "$folder/state" "$folder/munge"
     [[ -s $folder/munge/key ]] || (umask 077 && head -c 1024 /dev/urandom > "$folder/munge/key")
     # cred_expire is also what a requeued job waits before it starts again: 120 s by default.
     cat > "$SLURM_CONF" <<CONF
 ClusterName=test
-SlurmctldHost=$node(127.0.0.1)
+SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$controller_port
 SlurmUser=root
 SlurmdUser=root
@@ -62,23 +65,26 @@ ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 KillWait=30
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool-%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd-%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+SlurmdLogFile=$folder/slurmd-%n.log
 SlurmdParameters=config_overrides
-NodeName=$node NodeAddr=127.0.0.1 Port=$node_port CPUs=4 RealMemory=4000 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=main Nodes=$node Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
-PartitionName=high Nodes=$node Default=NO MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
+    for node in "${nodes[@]}"; do
+        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=4 RealMemory=4000 State=UNKNOWN"
+        install -d "$folder/spool-$node"
+    done >> "$SLURM_CONF"
     echo "CgroupAutomount=no" > "$folder/cgroup.conf"
 }
 
 start() {
-    local try
+    local try node
     [[ $EUID == 0 ]] || cannot "Slurm's daemons need root"
     install_packages
     if [[ -f $SLURM_CONF ]] && timeout 5 sinfo --noheader --format=%T 2>/dev/null | grep -Eq 'idle|mixed|allocated'; then
@@ -90,13 +96,13 @@ start() {
         --log-file="$folder/munge/log" --seed-file="$folder/munge/seed" 2>"$folder/munge/start.log" ||
         cannot "munged does not start: $(tail -n 1 "$folder/munge/start.log")"
     slurmctld -c
-    slurmd -N "$node"
+    for node in "${nodes[@]}"; do slurmd -N "$node"; done
     for ((try = 0; try < START_TRIES; try++)); do
-        if sinfo --noheader --format=%T 2>/dev/null | grep -qx idle; then return; fi
+        if [[ $(sinfo --noheader --partition=main --states=idle --format=%D 2>/dev/null) == "${#nodes[@]}" ]]; then return; fi
         sleep "$TRY_S"
     done
     tail -n 20 "$folder"/*.log >&2
-    cannot "the node did not become idle"
+    cannot "the nodes did not become idle"
 }
 
 # Ends the daemon whose process id stands in a file, and waits for it.
@@ -113,14 +119,14 @@ end_daemon() {
 }
 
 stop() {
-    local try
+    local try file
     [[ -f $SLURM_CONF ]] || return 0
     timeout 10 scancel --user=root || true # the controller may be gone
     for ((try = 0; try < STOP_TRIES; try++)); do
         [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]] || break
         sleep "$TRY_S"
     done
-    end_daemon "$folder/slurmd.pid"
+    for file in "$folder"/slurmd-*.pid; do end_daemon "$file"; done
     end_daemon "$folder/slurmctld.pid"
     end_daemon "$folder/munge/pid"
 }

@@ -80,7 +80,7 @@ def test_preemption_saves_and_goes_on(slurm: Path, store: Path, unbroken: Path, 
 def test_killed_rank_fails_the_job_and_the_next_one_resumes(
     slurm: Path, store: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    job = submit(slurm, store, tmp_path)
+    job = submit(slurm, store, tmp_path, variables={"RESTARTS": "0"})
     job.wait(lambda: (job.out_dir / "iter-00000010-ckpt.pth").exists())
     victim = rank_process(job.number, 1)
     assert victim

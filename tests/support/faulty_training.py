@@ -1,6 +1,7 @@
 """The training program with injected faults: FAULTS lists step:rank:kind.
 
-A fault of the data has a slot in place of step and rank: it hits the rank that reads that row.
+A fault of the data has a slot in place of step and rank: it hits the rank that reads that row. In place of the step
+there may be a moment: start, save or validate.
 FAULTS="5:1:nan_activation slot40:gradient_x100 slot56:kill" python tests/support/faulty_training.py [flags]
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from lit_gpt.checkpoint.saver import CheckpointSaver  # noqa: E402
 from lit_gpt.cli import BadInput, run_program  # noqa: E402
 from lit_gpt.data.loader import Batch  # noqa: E402
+from lit_gpt.train.pauses import Pauses  # noqa: E402
+from lit_gpt.train.run_state import RunState  # noqa: E402
 from lit_gpt.train.train_step import TrainStep, Update  # noqa: E402
 from pretrain.tinyllama_fabric import main  # noqa: E402
 
@@ -31,8 +35,11 @@ def set_one(x: Tensor, value: float) -> Tensor:
     return x
 
 
-Place = tuple[int, int] | int
-"""(step, counted from 1; rank), or a slot."""
+Place = tuple[int | str, int] | int
+"""(step, counted from 1, or moment; rank), or a slot."""
+MOMENTS: dict[str, tuple[type, str]] = {
+    "start": (RunState, "start"), "save": (CheckpointSaver, "save"), "validate": (Pauses, "validate"),
+}  # fmt: skip
 
 
 def faults() -> dict[Place, str]:
@@ -40,23 +47,46 @@ def faults() -> dict[Place, str]:
     found: dict[Place, str] = {}
     for entry in os.environ["FAULTS"].split():
         *place, kind = entry.split(":")
-        found[(int(place[0]), int(place[1])) if len(place) == 2 else int(place[0].removeprefix("slot"))] = kind
+        if len(place) == 2:
+            found[place[0] if place[0] in MOMENTS else int(place[0]), int(place[1])] = kind
+        else:
+            found[int(place[0].removeprefix("slot"))] = kind
     return found
+
+
+def hurt(kind: str | None) -> None:
+    """A fault of the whole process."""
+    if kind in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    if kind == "bad_input":
+        raise BadInput("a shard has gone: put it back")
+    if kind == "error":
+        raise OSError(5, "Input/output error")
+
+
+def this_rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def break_moments(wanted: dict[Place, str]) -> None:
+    def broken(moment: str, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            hurt(wanted.get((moment, this_rank())))
+            return whole(*arguments, **more)
+
+        return call
+
+    for moment, (owner, name) in MOMENTS.items():
+        setattr(owner, name, broken(moment, getattr(owner, name)))
 
 
 def break_update(wanted: dict[Place, str]) -> None:
     whole = TrainStep.update
 
     def update(self: TrainStep, step: int, batches: Sequence[Batch], targets: int) -> Update:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         slots = [slot for batch in batches for slot in batch.slots.tolist()]
-        kind = next((wanted[place] for place in [(step + 1, rank), *slots] if place in wanted), None)
-        if kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "bad_input":
-            raise BadInput("a shard has gone: put it back")
-        if kind == "error":
-            raise OSError(5, "Input/output error")
+        kind = next((wanted[place] for place in [(step + 1, this_rank()), *slots] if place in wanted), None)
+        hurt(kind)
 
         def after_block(module: torch.nn.Module, inputs: Any, out: Tensor) -> Tensor:
             if kind == "nan_activation":
@@ -83,4 +113,5 @@ def break_update(wanted: dict[Place, str]) -> None:
 
 if __name__ == "__main__":
     break_update(faults())
+    break_moments(faults())
     run_program(main)

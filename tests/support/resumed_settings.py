@@ -107,6 +107,7 @@ CASES: dict[str, Case] = {
     "watchdog_factor": Case({"watchdog_factor": 20.0}, probe("stall_of_long_steps_s"), 10_000.0, 20_000.0),
     "watchdog_floor_s": Case({"watchdog_floor_s": 500.0}, probe("stall_of_short_steps_s"), 400.0, 500.0),
     "watchdog_long_s": Case({"watchdog_long_s": 900.0}, probe("stall_of_saves_s"), 1800.0, 900.0),
+    "silent_rank_s": Case({"silent_rank_s": 50.0}, probe("silent_rank_s"), [25.0], [50.0]),
     # the end of a job
     "time_limit_s": Case({"time_limit_s": 5000.0}, probe("time_limit_s"), None, 5000),
     "stop_margin_s": Case({"stop_margin_s": 7.0}, probe("margin_s"), 60.0, 7.0),

@@ -25,6 +25,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from lit_gpt.cli import BadInput
+from lit_gpt.launch.lifeline import Line
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.watchdog import limit_s
 from lit_gpt.model import gpt
@@ -74,6 +75,7 @@ class Spies:
         for optimizer in (AdamW, RoundingAdamW):
             self._around(optimizer, "step_clipped", lambda _, norm, most, **skip: self.note("clips_to", most))
         self._around(sampling, "_draw", lambda logits, temperature, _: self.note("temperatures", temperature))
+        self._around(Line, "__init__", lambda *_, silent_s, **more: self.note("silent_rank_s", silent_s))
         self._around(trainer.Trainer, "_finish", self._look)
         reduces = FSDPModule.set_requires_gradient_sync
         self._around(FSDPModule, reduces.__name__, lambda _, reduced, **options: self.note("reduces", reduced))

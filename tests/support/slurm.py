@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +24,16 @@ SETTINGS = dict(micro_batch_size=2, max_steps=60, max_epochs=2, save_interval_st
 
 
 @contextmanager
-def running_slurm() -> Iterator[Path]:
+def running_slurm(nodes: int = 1) -> Iterator[Path]:
     """The configuration of a Slurm that runs meanwhile; skips where there can be none."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
         started = subprocess.run(
-            ["bash", START_SLURM, folder], env=environment(), capture_output=True, text=True, timeout=400
+            ["bash", START_SLURM, folder],
+            env=environment(NODES=str(nodes)),
+            capture_output=True,
+            text=True,
+            timeout=400,
         )
         if started.returncode == CANNOT:
             pytest.skip(started.stderr.strip().splitlines()[-1])
@@ -82,15 +86,18 @@ class Job(NamedTuple):
         self.wait(lambda: self.fact("JobState") in states)
 
 
-def submit(slurm: Path, store: Path, folder: Path, *flags: str, site: str | None = None, **settings: object) -> Job:
+def submit(
+    slurm: Path, store: Path, folder: Path, *flags: str, site: str | None = None, variables: Mapping[str, str] = {},
+    **settings: object,
+) -> Job:  # fmt: skip
     """sbatch of the real script; only the resources differ from what it asks for itself.
 
-    site: text of the site file; without it, this Python and the debug model's recipe.
+    site: text of the site file; without it, this Python and the debug model's recipe. variables: of the environment.
     """
     python, _, *arguments = command(store, folder / "run", **SETTINGS | settings)
     debug = f"export PYTHON='{python}' CONFIG='{ROOT}/pretrain/configs/debug.yaml'\n"
     (folder / "env.sh").write_text(debug if site is None else site)
-    env = environment(SLURM_CONF=str(slurm), CLUSTER_ENV=str(folder / "env.sh"))
+    env = environment(SLURM_CONF=str(slurm), CLUSTER_ENV=str(folder / "env.sh"), **variables)
     resources = ["--gres=none", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10", f"--output={folder}/%x-%j.log"]
     sbatch = ["sbatch", "--parsable", *resources, *flags, str(ROOT / "cluster/exec/train_fabric.sh"), *arguments]
     done = subprocess.run(sbatch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
