@@ -51,9 +51,10 @@ def parse() -> Namespace:
 
 
 def judge(folder: Path, code: int, restarts: int, nodes: int = 1, spare_nodes: int = 0) -> Decision:
-    known = Restarts.remembered(folder, restarts, nodes, spare_nodes)
-    decision = known.after(code, take_cause(folder))
-    known.remember(folder)
+    ended_at = time.time()
+    known, cause = Restarts.remembered(folder, restarts, nodes, spare_nodes), take_cause(folder)
+    decision = known.after(code, cause)
+    known.remember(folder, cause["at"] if cause else ended_at, ended_at)
     log.log(logging.WARNING if decision.again else logging.INFO, "supervisor: %s", decision.why)
     return decision
 
@@ -89,7 +90,6 @@ def supervise(command: list[str], restarts: int) -> int:
             if code == EXIT_OK or asked or not judge(Path(folder), code, restarts).again:
                 return code
             end_left_over_ranks(running[0].pid)
-            environment["RUN_FAULT_AT"] = str(time.time())
 
 
 def main() -> int:

@@ -141,8 +141,6 @@ run_and_restart() {
         left_out=$("${supervisor[@]}" --judge "$status" --report "$RUN_REPORT") || return 0
         rm -f "$REQUEUE_FILE"
         place_nodes "$left_out"
-        RUN_FAULT_AT=$(date +%s)
-        export RUN_FAULT_AT
         say "starting the run again${left_out:+ without $left_out}"
     done
 }

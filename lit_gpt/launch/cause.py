@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lit_gpt.cli import EXIT_FAILURE
@@ -14,6 +15,8 @@ ENDED, SILENT, FAILED = "ended", "was silent", "failed"
 
 CAUSE_FILE = "cause.json"
 """In $RUN_REPORT: the cause, for who may start the run again (restarts.py)."""
+MEMORY_FILE = "restarts.json"
+"""In $RUN_REPORT: what is remembered of the starts before."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Cause:
     """Updates that the rank had done."""
     place: str = "set-up"
     """What it was doing, as the watchdog names it."""
+    at: float = field(default_factory=time.time)
+    """When it was found, in seconds since the epoch."""
 
     def __str__(self) -> str:
         heard = f"last heard of in step {self.step + 1}, at {self.place!r}"

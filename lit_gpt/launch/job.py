@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE
-from lit_gpt.launch.cause import CAUSE_FILE, Cause
+from lit_gpt.launch.cause import CAUSE_FILE, MEMORY_FILE, Cause
 
 PARENT = "LIT_GPT_PARENT"
 """Variable with the number of the process that has started this one as a further rank."""
@@ -49,6 +49,15 @@ def ask_for_requeue() -> None:
     """
     if name := os.environ.get("REQUEUE_FILE"):
         Path(name).touch()
+
+
+def last_fault() -> dict[str, float] | None:
+    """When the fault that this start mends was found, and when its ranks had ended: `at` and `ended_at`, epoch seconds.
+
+    None if this is no restart, as far as the supervisor's folder $RUN_REPORT says.
+    """
+    memory = Path(os.environ.get("RUN_REPORT", "")) / MEMORY_FILE
+    return json.loads(memory.read_text())["last_fault"] if "RUN_REPORT" in os.environ and memory.exists() else None
 
 
 def report_cause(cause: Cause) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_FAILURE
-from lit_gpt.launch.cause import CAUSE_FILE, FAILED, SILENT
+from lit_gpt.launch.cause import CAUSE_FILE, FAILED, MEMORY_FILE, SILENT
 
 SIGNALLED = 128
 MENDABLE = (EXIT_FAILURE, *(SIGNALLED + number for number in (6, 7, 8, 9, 11)))
@@ -23,7 +23,6 @@ MENDABLE = (EXIT_FAILURE, *(SIGNALLED + number for number in (6, 7, 8, 9, 11)))
 And any code where a silent rank is named."""
 SAME_STEP = 3
 """So often may a run end at one step."""
-MEMORY_FILE = "restarts.json"
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,11 @@ class Restarts:
         known = json.loads(path.read_text()) if path.exists() else {}
         return cls(limit, nodes, spares, known.get("ends", []), known.get("left_out", []))
 
-    def remember(self, folder: Path) -> None:
-        (folder / MEMORY_FILE).write_text(json.dumps({"ends": self.ends, "left_out": self.left_out}))
+    def remember(self, folder: Path, fault_at: float, ended_at: float) -> None:
+        """fault_at, ended_at: when the last fault was found, and when the run had ended (job.last_fault)."""
+        fault = {"at": fault_at, "ended_at": ended_at}
+        known = {"ends": self.ends, "left_out": self.left_out, "last_fault": fault}
+        (folder / MEMORY_FILE).write_text(json.dumps(known))
 
     def after(self, code: int, cause: dict[str, Any] | None) -> Decision:
         """Decide about a run that ended with this exit code (of a signal: 128 + its number).

@@ -19,6 +19,7 @@ from lit_gpt.launch.failures import Failures
 from lit_gpt.launch.meeting import StoppedBeforeMeeting
 from lit_gpt.launch.refusal import refusals_told
 from lit_gpt.launch.signals import StopFlag
+from lit_gpt.launch.start_phases import StartPhases
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import how_ended
 from lit_gpt.launch.world import any_rank, hold_line, rank_name, record_collectives, starts_alone
@@ -41,10 +42,11 @@ def train(
     BadInput; any other exception ends the process.
     """
     settings = replace(settings, **with_absolute_paths(asdict(settings)))
-    stop = StopRequest(stop_flag, settings)
+    phases, stop = StartPhases(), StopRequest(stop_flag, settings)
     try:
         with refusals_told(stop_flag):
             inputs = open_inputs(settings)
+            phases.end("data")
             if starts_alone(inputs.world) and stop.signal:
                 return stop.log_early_stop()
             record_collectives(inputs.run_dir / "watchdog")
@@ -52,12 +54,13 @@ def train(
     except StoppedBeforeMeeting:
         return stop.log_early_stop()
     name, trainer = rank_name(fabric.global_rank, fabric.device), None
+    phases.end("meeting")
     line = hold_line(fabric, inputs.world, name, inputs.run_dir / "watchdog", settings)
     failures = Failures(fabric, line)
     try:
         if any_rank(stop.signal is not None):
             return stop.log_early_stop()
-        trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name, line)
+        trainer = Trainer(settings, repeated, flags, inputs, fabric, stop, name, line, phases)
         failures.before_end = trainer.settle
         code = trainer.run()
         trainer.watchdog.at(how_ended(code, finished=trainer.state.ended))

@@ -26,6 +26,7 @@ from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED
 from lit_gpt.data.loader import StepLoader
 from lit_gpt.launch.lifeline import Line
 from lit_gpt.launch.ranks import Ranks
+from lit_gpt.launch.start_phases import StartPhases
 from lit_gpt.launch.stop import StopRequest
 from lit_gpt.launch.watchdog import Watchdog
 from lit_gpt.launch.world import Fabric, any_rank
@@ -65,9 +66,11 @@ class Trainer:
         stop: StopRequest,
         name: str,
         line: Line,
+        phases: StartPhases,
     ) -> None:
-        """asked: settings before they are resolved; name: of the rank (world.rank_name); line: to rank 0."""
-        self.inputs, self.fabric, self.stop = inputs, fabric, stop
+        """asked: settings before they are resolved; name: of the rank (world.rank_name); line: to rank 0; phases: of
+        the start, so far."""
+        self.inputs, self.fabric, self.stop, self.phases = inputs, fabric, stop, phases
         self.rank, self.device = fabric.global_rank, fabric.device
         self.watchdog = Watchdog(inputs.run_dir / "watchdog", name, self.rank, inputs.world.size, asked)
         self.ranks = Ranks(fabric, self.watchdog)
@@ -85,7 +88,9 @@ class Trainer:
         validation = validation_rows(inputs, settings)
         parts = self.model, self.optimizer, self.train_step.guard
         self.state = RunState(asked, resolved, repeated, inputs, self.ranks, self.dataset, *parts, flags)
+        phases.end("model")
         self.state.start()
+        phases.end("checkpoint")
         self.watchdog.start_from(self.state.step)
         writes = self.rank == 0 and not self.state.ended
         self.report = RunReport(inputs.run_dir, enabled=settings.report and writes)
@@ -123,6 +128,7 @@ class Trainer:
         log.info("from step %d on in %s; in all %s", self.state.step, self.inputs.run_dir, self.state.length)
         self.saver.log_room()
         compile_without_gradients(self.train_step.loss, self.settings, self.inputs.config.block_size)
+        self.phases.end("set-up")
         with manual_collection(), ProgressBar(last, self.state.step, enabled=self.rank == 0) as progress:
             while True:
                 with self._open_loader() as loader:
@@ -165,6 +171,7 @@ class Trainer:
             if self.stop.agreed:
                 break
             done = agreed.targets, self.train_step.update(state.step, data.batches, agreed.targets)
+            self.phases.step_done(done[1].verdict)
             state.step_done(data, agreed.targets, agreed.digest)
             guard.note(state.step, data.first_slot, data.rows, done[1].verdict, done[1].grad_norm)
             self.monitor.count(agreed.targets, loader.take_wait_s())

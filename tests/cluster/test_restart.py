@@ -38,6 +38,8 @@ def test_a_spare_node_takes_over(two_nodes: Path, store: Path, tmp_path: Path) -
     restart = r"supervisor: rank 1 on .* ended without a word \(.*\): restart 1 of at most 3, without n1"
     assert re.search(restart, log), log
     assert "train_fabric.sh: starting the run again without n1" in log
+    phases = r"s since the fault: end of the old ranks .*, launch .*, imports .*, checkpoint .*, first step "
+    assert re.search(phases, log), log
     assert re.search(r"resumed from .*/iter-000000[1-5]0-ckpt\.pth", log), log
     assert [int(line["step"]) for line in metrics(job.out_dir)] == list(range(1, 41))
     assert [slot for slot, *_ in seen_rows(job.out_dir).values()] == [8 * step for step in range(40)]
