@@ -26,6 +26,8 @@ export CONTAINER_PATH="${CONTAINER_PATH-}"
 # export TOKENIZER_PATH="${TOKENIZER_PATH-/data/tokenizer}"
 # Folder on a node-local disk that caches the shards in use: for a shared file system that is slow or busy.
 # export CACHE_DIR="${CACHE_DIR-/local/$USER/llammlein}"
+# Folder of your own for all that is compiled, on a file system that all nodes see: a later start takes it from there.
+# export COMPILE_CACHE_DIR="${COMPILE_CACHE_DIR-/scratch/$USER/compiled}"
 # Restarts inside a job after a lost rank or node: at most so many (0: none).
 # export RESTARTS="${RESTARTS-3}"
 # Nodes of the job that the run does without until another is lost.

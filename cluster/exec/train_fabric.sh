@@ -75,7 +75,7 @@ folders_seen() {
     local text word words
     seen=()
     for text in "${TRAIN_DATA_DIR:-}" "${VAL_DATA_DIR:-}" "${TOKENIZER_PATH:-}" "${CACHE_DIR:-}" "${CONFIG:-}" \
-        "${MODEL_NAME:-}" "$@"; do
+        "${COMPILE_CACHE_DIR:-}" "${MODEL_NAME:-}" "$@"; do
         [[ $text != --*=* ]] || text=${text#*=}
         IFS=',[]"'\' read -ra words <<<"$text" # a mixture is a list of folders
         for word in "${words[@]}"; do

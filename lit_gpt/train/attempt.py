@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from lit_gpt.cli import EXIT_FAILURE
 from lit_gpt.datapoints.run_folder import with_absolute_paths
+from lit_gpt.launch.compile_cache import use_compile_cache
 from lit_gpt.launch.failures import Failures
 from lit_gpt.launch.meeting import StoppedBeforeMeeting
 from lit_gpt.launch.refusal import refusals_told
@@ -45,6 +46,7 @@ def train(
     phases, stop = StartPhases(), StopRequest(stop_flag, settings)
     try:
         with refusals_told(stop_flag):
+            use_compile_cache()
             inputs = open_inputs(settings)
             phases.end("data")
             if starts_alone(inputs.world) and stop.signal:

@@ -75,7 +75,7 @@ starts.write_text("x" * (number + 1))
 ends = json.loads(sys.argv[2])
 end = ends[min(number, len(ends) - 1)]
 if isinstance(end, list):  # a signal at a step
-    cause = dict(rank=1, name="rank 1", host="a", node="a", pid=1, how="ended", code=1, step=end[1], place="x")
+    cause = dict(rank=1, name="rank 1", host="a", node="a", pid=1, how="ended", code=1, step=end[1], place="x", at=1.0)
     (Path(os.environ["RUN_REPORT"]) / "cause.json").write_text(json.dumps(cause))
     os.kill(os.getpid(), end[0])
 sys.exit(end)
