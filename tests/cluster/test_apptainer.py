@@ -96,7 +96,7 @@ def test_the_line_that_a_user_types(slurm: Path, image: Path, data: Path, elsewh
     """With the site file sourced; the program says of a folder that the container does not show how to bind it."""
     program, *arguments = command(data, elsewhere / "run", train_data_dir=None, val_data_dir=None, max_steps=4)[1:]
     assert program == str(ROOT / "pretrain/tinyllama_fabric.py")
-    line = f"srun --ntasks-per-node=2 --nodes=1 apptainer exec {image} python pretrain/tinyllama_fabric.py"
+    line = f"srun --ntasks-per-node=1 --nodes=1 apptainer exec {image} python pretrain/tinyllama_fabric.py"
     for binds in ([elsewhere], []):
         values = dict(TRAIN_DATA_DIR=data / "train", VAL_DATA_DIR=data / "val", TOKENIZER_PATH=data / "tokenizer")
         site = tmp_path / "env.sh"
