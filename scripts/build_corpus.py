@@ -113,17 +113,20 @@ def why(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object for each document with that id")
     arguments = parser.parse_args(argv)
     from lit_gpt.corpus.corpus import Corpus
-    from lit_gpt.corpus.why import because, explain, removed_text, source_text
+    from lit_gpt.corpus.why import because, explain, origin, removed_text, source_record
 
     corpus = Corpus(arguments.corpus)
     for found in explain(corpus, arguments.id):
-        text = source_text(corpus, found)
+        record = source_record(corpus, found)
+        text = record and record.text
         rows = [{**row, "text": None if text is None else removed_text(row, text)} for row in found.rows]
         if arguments.json:
-            print(json.dumps({**found._asdict(), "rows": rows}, ensure_ascii=False))
+            print(json.dumps({**found._asdict(), "rows": rows, "others": record and record.others}, ensure_ascii=False))
             continue
         fate = "kept" if found.kept else "removed"
         print(f"{found.document_id}: {fate} ({found.source_file} line {found.line}), {len(rows)} rows of the ledger")
+        if record is not None and origin(record):
+            print(f"  from {origin(record)}")
         for row in rows:
             where = "all of it" if row["paragraph"] is None else f"paragraph {row['paragraph']}"
             print(f"  {where}: {because(row)}")
@@ -156,13 +159,17 @@ class Meter:
     def __init__(self) -> None:
         self._first: dict[str, tuple[float, int]] = {}
         self._last_s: dict[str, float] = {}
+        self._over: set[str] = set()
 
     def show(self, progress: Any) -> None:
         now_s = time.monotonic()
         begin_s, begin = self._first.setdefault(progress.stage, (now_s, progress.done))
         last_s = self._last_s.setdefault(progress.stage, now_s)
-        if progress.done < progress.total and now_s - last_s < LOG_INTERVAL_S:
+        over = progress.done >= progress.total
+        if progress.stage in self._over or (not over and now_s - last_s < LOG_INTERVAL_S):
             return
+        if over:
+            self._over.add(progress.stage)
         self._last_s[progress.stage] = now_s
         spent_s = max(now_s - begin_s, 1e-9)
         left_s = spent_s * (progress.total - progress.done) / max(progress.done - begin, 1)

@@ -1,10 +1,11 @@
-"""The whole path on a CPU in minutes: German text, tokenizer, training that is killed and resumed, Hugging Face model.
+"""The whole path on a CPU in minutes: German text, corpus, training that is killed and resumed, Hugging Face model.
 
 `make demo` runs it. All files go to one folder, which is emptied first. A second run is trained without interruption;
 then the following is proved from the files of both runs. The exit code is 1 if one proof fails:
   weights   the killed and resumed run and the uninterrupted run end with the same bits
   losses    both runs logged the same loss at every step, also at steps that were trained twice
   rows      every step saw the same rows in both datapoint logs, and the shards confirm the logs' digests
+  sources   every document of the last step leads back to its line of the source, and to what was cut from it
   learning  validation bits per byte lie at least 20 % below the unigram entropy of the validation tokens
   export    transformers gives the exported model the validation loss that the trainer logged
 """
@@ -139,9 +140,12 @@ def make_data(shell: Shell, folder: Path, source: str) -> None:
         f"python scripts/train_tokenizer.py --source {folder}/text.jsonl --destination_path {folder}/tokenizer "
         f"--vocab_size {VOCABULARY}",
     )
+    made = f"--source {folder}/text.jsonl --tokenizer_path {folder}/tokenizer --destination_path {folder}/corpus"
+    shell.run("corpus", f"python scripts/build_corpus.py {made}")
+    shell.run("verify-corpus", f"python scripts/build_corpus.py verify {folder}/corpus")
     shell.run(
         "data",
-        f"python scripts/prepare_data.py --source {folder}/text.jsonl --tokenizer_path {folder}/tokenizer "
+        f"python scripts/prepare_data.py --source {folder}/corpus/documents --tokenizer_path {folder}/tokenizer "
         f"--destination_path {folder}/data --val_fraction 0.05",
     )
 
@@ -223,6 +227,23 @@ def logged_rows(run: Path) -> set[tuple[int | str, ...]]:
     """Step, first slot, number of rows and digest of every line; equal lines are one entry."""
     lines = (run / "datapoints/steps.jsonl").read_text(encoding="utf-8").splitlines()
     return {tuple(json.loads(line)[key] for key in ("step", "slot", "rows", "digest")) for line in lines}
+
+
+def leads_back(run: Path, corpus_folder: Path) -> Proof:
+    """Ask the corpus for each document of the last step; its source's text without its rows is the corpus' own."""
+    from lit_gpt.corpus.corpus import Corpus
+    from lit_gpt.corpus.why import explain, source_record
+    from lit_gpt.datapoints.query import Replay
+
+    corpus, step = Corpus(corpus_folder), last_step(run)
+    ids = sorted({seen.document for seen in Replay(run).step(step)})
+    found = [one for id in ids for one in explain(corpus, id)]
+    known = [one for one in found if one.kept and source_record(corpus, one) is not None]
+    rows = sum(len(one.rows) for one in found)
+    holds = len(known) == len(found) == len(ids) > 0
+    return Proof(
+        "sources", holds, f"{len(known)} of {len(ids)} documents of step {step} found; {rows} rows of the ledger"
+    )
 
 
 def beats_unigrams(run: Path, val: Path) -> Proof:
@@ -314,6 +335,7 @@ def main() -> int:
         same_weights(run, folder / "run-uninterrupted"),
         same_losses(interruption, run, folder / "run-uninterrupted"),
         same_rows(run, folder / "run-uninterrupted"),
+        leads_back(run, folder / "corpus"),
         beats_unigrams(run, val),
         same_loss_in_transformers(run, folder / "model", val),
     ]

@@ -29,7 +29,7 @@ DRAWING = (
 )  # fmt: skip
 FENCES = {
     "cut_cross_entropy": ("lit_gpt/bench/*",),
-    "datatrove": ("lit_gpt/corpus/*",),
+    "datatrove": ("lit_gpt/corpus/*", "lit_gpt/bench/bench_corpus.py"),
     "flash_attn": ("lit_gpt/model/attention.py",),
     "flash_attn_2_cuda": ("lit_gpt/model/attention.py",),
     "flash_attn_3": ("lit_gpt/model/attention.py",),

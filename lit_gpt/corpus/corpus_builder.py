@@ -28,6 +28,7 @@ from lit_gpt.corpus.passes import Job, jobs_of, passes_of
 from lit_gpt.corpus.read_step import bytes_read
 from lit_gpt.corpus.review import AnotherRound
 from lit_gpt.corpus.settings import CorpusSettings, ExecutorSettings
+from lit_gpt.corpus.signals import signals_file
 from lit_gpt.corpus.slurm import SlurmRoute, Submitted, ranks_of_element, step_settings
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.files import OWN_JSON_BYTES, discard, read_json
@@ -38,7 +39,7 @@ from lit_gpt.prepare.records import SourceFile
 from lit_gpt.prepare.source_files import open_sources
 from lit_gpt.prepare.worker_pool import usable_cores
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Increased when the same request gives other bytes than before."""
 SWEPT = "build.done"
 POLL_S = 1.0
@@ -78,12 +79,24 @@ def make_request(
         "pieces": PIECES_VERSION,
         "tokenizer": Tokenizer.from_folder(str(settings.tokenizer_path)).fingerprint if used else None,
         "evaluations": evaluations.digest if evaluations else None,
+        "signals": _signals_of(settings, sources),
         "settings": values,
         "sources": [
             [str(one.path.absolute()), one.name, one.bytes, one.mtime_ns, one.format, one.compression]
             for one in sources
         ],
     }
+
+
+def _signals_of(settings: CorpusSettings, sources: Sequence[SourceFile]) -> list[list[int]] | None:
+    """Sizes and times of the files of signals; raises BadInput if one is missing."""
+    if settings.signals_path is None:
+        return None
+    paths = [signals_file(Path(settings.signals_path), source.name) for source in sources]
+    for path in paths:
+        if not path.is_file():
+            raise BadInput(f"no file of signals {path}")
+    return [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def build(settings: CorpusSettings, report: Report, *, is_step: bool = False) -> dict[str, Any] | None:

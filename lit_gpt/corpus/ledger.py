@@ -38,7 +38,8 @@ SCHEMA = pa.schema(
 )
 ROW_GROUP_ROWS = 1 << 14
 ORDER = [(name, "ascending") for name in ("file", "line", "order", "start_byte")]
-_KEPT = pa.schema([("file", pa.int32()), *SCHEMA])
+ROWS = pa.schema([("file", pa.int32()), *SCHEMA])
+"""Of rows before they are published: with the number of the source file."""
 
 
 class Row(NamedTuple):
@@ -61,17 +62,26 @@ class Row(NamedTuple):
 
 
 class Rows:
-    """The rows of one task, in the order of the documents."""
+    """The rows of one task, in the order of the documents. A row takes some 100 bytes of memory."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._tables: list[pa.Table] = []
 
     def add(self, row: Row) -> None:
         self._rows.append(row)
+        if len(self._rows) == ROW_GROUP_ROWS:
+            self._pack()
+
+    def _pack(self) -> None:
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(ROWS)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, ROWS, strict=True)]
+        self._tables.append(pa.table(arrays, ROWS))
+        self._rows = []
 
     def table(self) -> pa.Table:
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(_KEPT)
-        return pa.table([pa.array(column, field.type) for column, field in zip(columns, _KEPT, strict=True)], _KEPT)
+        self._pack()
+        return pa.concat_tables(self._tables).unify_dictionaries()
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
@@ -87,7 +97,7 @@ def read_rows(path: Path) -> pa.Table:
 
 def write_ledger(path: Path, tables: Sequence[pa.Table]) -> pa.Table:
     """Publish a part of the ledger, in the order of the source; returns it."""
-    table = pa.concat_tables([_KEPT.empty_table(), *tables])
+    table = pa.concat_tables([ROWS.empty_table(), *tables])
     whole_first = table.append_column("order", pc.fill_null(table["paragraph"], -1))
     table = table.take(pc.sort_indices(whole_first, sort_keys=ORDER)).unify_dictionaries()
     with publishing(path) as partial:

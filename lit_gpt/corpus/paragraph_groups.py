@@ -2,7 +2,7 @@
 
 The keys are divided into partitions by their high bits, each small enough for memory; a partition's keys come from
 the parts' sorted files, and are sorted together. Exact, and the same for any number of tasks.
-Costs: about 150 bytes of memory a key of one partition.
+Costs: about 200 bytes of memory a key of one partition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lit_gpt.corpus.paragraph_keys import sorted_order
 from lit_gpt.corpus.parts import Layout
 from lit_gpt.files import publishing
 
-PARTITION_KEYS = 1 << 21
+PARTITION_KEYS = 3 << 18
 
 
 def number_of_partitions(keys: int) -> int:

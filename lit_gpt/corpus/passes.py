@@ -27,6 +27,7 @@ from lit_gpt.corpus.ratio_fates import SettleRatioStep
 from lit_gpt.corpus.read_step import ReadStep, ReplayStep
 from lit_gpt.corpus.review import ReviewStep
 from lit_gpt.corpus.settings import CorpusSettings
+from lit_gpt.corpus.signals import SignalStep
 from lit_gpt.corpus.task import Task
 from lit_gpt.prepare.records import Fields
 
@@ -107,6 +108,7 @@ def _pipeline(one: Pass, settings: CorpusSettings, parts: Sequence[Part], fields
     else:
         steps.append(ReplayStep(layout, one.number, task))
     makers: dict[str, Callable[[], Any]] = {
+        "quality_signals": lambda: SignalStep(settings, names, task),
         "token_to_word": lambda: RatioStep(settings, str(settings.tokenizer_path), task),
         "paragraph_dedup": lambda: SignStep(layout, settings.fold_case),
         "decontaminate": lambda: DecontaminateStep(layout.work, task),

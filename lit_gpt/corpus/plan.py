@@ -36,7 +36,7 @@ BASE_BYTES = 300_000_000
 """Memory of a worker that holds nothing: Python, numpy, pyarrow, datatrove, tables of characters."""
 PARAGRAPH_BYTES = 110
 """Memory for each paragraph of a part, while its keys are sorted."""
-KEY_BYTES = 150
+KEY_BYTES = 200
 """Memory for each key of a partition (paragraph_groups.py)."""
 DOCUMENT_BYTES = 1.5
 """Memory of the one task that settles paragraphs, for each document of all."""

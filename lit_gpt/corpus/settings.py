@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lit_gpt.cli import BadInput, SettingsSlice
 from lit_gpt.values import PathText, did_you_mean
 
-STAGES = ("repetition", "quality", "token_to_word", "paragraph_dedup", "minhash", "pii", "decontaminate")
-DEFAULT_STAGES = tuple(stage for stage in STAGES if stage not in ("minhash", "decontaminate"))
+STAGES = (
+    "quality_signals", "repetition", "quality", "token_to_word", "paragraph_dedup", "minhash", "pii",
+    "decontaminate",
+)  # fmt: skip
+DEFAULT_STAGES = ("repetition", "quality", "token_to_word", "paragraph_dedup", "pii")
 GERMAN_STOP_WORDS = [
     "der",
     "und",
@@ -82,6 +86,37 @@ class ExecutorSettings(SettingsSlice):
     def check(self) -> None:
         super().check()
         self.require_at_least(1, "workers", "tasks", "slurm_memory_gb")
+
+
+@dataclass(frozen=True)
+class SignalSettings(SettingsSlice):
+    """quality_signals: limits for numbers that were published with the documents, such as RedPajama-V2's."""
+
+    min_signals: list[str] = field(default_factory=list)
+    """Documents below are removed: SIGNAL=NUMBER, as in rps_doc_word_count=50. A signal is a field of the record, an
+    entry of its field quality_signals, or one of the files in signals_path."""
+    max_signals: list[str] = field(default_factory=list)
+    """Documents above are removed, as in perplexity=800."""
+    signals_path: PathText | None = None
+    """Folder quality_signals/ of RedPajama-V2, for a --source that is its folder documents/."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("min_signals", "max_signals"):
+            for words in getattr(self, name):
+                signal_limit(name, words)
+
+
+def signal_limit(setting: str, words: str) -> tuple[str, float]:
+    """A signal and its limit; raises BadInput."""
+    signal, _, number = words.partition("=")
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if not signal or not math.isfinite(limit):
+        raise BadInput(f"--{setting} {words}: must be SIGNAL=NUMBER, as in rps_doc_word_count=50")
+    return signal, limit
 
 
 @dataclass(frozen=True)
@@ -216,8 +251,8 @@ class StageSettings(SettingsSlice):
     """Which stages there are, and their order."""
 
     stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
-    """Between reading and writing, in this order: repetition, quality, token_to_word, paragraph_dedup, minhash, pii,
-    decontaminate."""
+    """Between reading and writing, in this order: quality_signals, repetition, quality, token_to_word,
+    paragraph_dedup, minhash, pii, decontaminate."""
 
     def check(self) -> None:
         super().check()
@@ -230,7 +265,8 @@ class StageSettings(SettingsSlice):
 
 @dataclass(frozen=True)
 class CorpusSettings(
-    DecontaminationSettings, MaskSettings, DedupSettings, RatioSettings, FilterSettings, StageSettings,
+    DecontaminationSettings, MaskSettings, DedupSettings, RatioSettings, FilterSettings, SignalSettings,
+    StageSettings,
     ExecutorSettings, InputSettings,
 ):  # fmt: skip
     """The settings of build_corpus."""
@@ -241,6 +277,8 @@ class CorpusSettings(
             raise BadInput("the stage token_to_word needs --tokenizer_path (or leave it out of --stages)")
         if "decontaminate" in self.stages and not self.evaluation_texts:
             raise BadInput("the stage decontaminate needs --evaluation_texts")
+        if bool(self.min_signals or self.max_signals) != ("quality_signals" in self.stages):
+            raise BadInput("the stage quality_signals and --min_signals or --max_signals need each other")
         if self.evaluation_texts and "decontaminate" not in self.stages:
             raise BadInput("--evaluation_texts are given, but --stages does not name decontaminate")
 

@@ -35,16 +35,22 @@ def explain(corpus: Corpus, id: str) -> list[Explanation]:
     return found
 
 
-def source_text(corpus: Corpus, explanation: Explanation) -> str | None:
-    """The document's text in its source, read from the file's beginning; None if the file is not what it was."""
+def source_record(corpus: Corpus, explanation: Explanation) -> Document | None:
+    """The document in its source, read from the file's beginning; None if the file is not what it was."""
     source = corpus.sources[explanation.file]
     if not source.path.is_file() or source.path.stat().st_size != source.bytes:
         return None
     for piece in read_pieces(source, explanation.file, corpus.fields):
         for record in parse_piece(piece, corpus.fields):
             if isinstance(record, Document) and record.line == explanation.line:
-                return record.text
+                return record
     return None
+
+
+def origin(record: Document) -> str:
+    """Where a document comes from, as far as its record says: its source, its web address."""
+    others = record.others or {}
+    return ", ".join(str(others[name]) for name in ("source", "url") if others.get(name))
 
 
 def removed_text(row: dict[str, Any], text: str) -> str:

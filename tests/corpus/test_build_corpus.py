@@ -309,7 +309,7 @@ def test_same_ids_in_two_files_are_both_explained(build_corpus: Build, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"stages": ["dedup"]}, "dedup is none of repetition"),
+        ({"stages": ["dedup"]}, "dedup is none of quality_signals"),
         ({"stages": ["pii", "pii"]}, "pii stands there twice"),
         ({"stages": ["token_to_word"]}, "needs --tokenizer_path"),
         ({"max_top_ngram_fractions": [0.1]}, "must be 3 numbers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from lit_gpt.checkpoint.checkpoint import write_initial
 from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
+from lit_gpt.datapoints import query
+from lit_gpt.datapoints.query import Seen
 from lit_gpt.model import GPT
 from scripts import demo
+from tests.corpus.conftest import built, write_documents
 
 LOSSES = [("1", "8.5", ""), ("2", "8.25", "8.125"), ("3", "8.0", "")]
 
@@ -96,6 +100,19 @@ def test_a_kill_is_a_kill(tmp_path: Path) -> None:
     shell.run("sleeps", "sleep 60", kill_when=lambda: True)
     with pytest.raises(SystemExit, match="ended with 0"):  # it finished before there was anything to kill
         shell.run("ends", "true", kill_when=lambda: False)
+
+
+@pytest.mark.parametrize(("seen", "holds"), [(["a"], True), (["a", "b"], True), (["a", "c"], False), ([], False)])
+def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[str], holds: bool) -> None:
+    """Of three documents c says again what a said, and goes whole."""
+    texts = {"a": "ein Satz, der zweimal dasteht", "b": "ein Satz, der nur hier steht"}
+    texts["c"] = texts["a"]
+    write_documents(tmp_path / "text.jsonl", [{"id": id, "text": text} for id, text in texts.items()])
+    built(tmp_path / "text.jsonl", tmp_path / "corpus", min_kept_words=0)
+    parts = [Seen(2, 0, 0, 0, 0, id, 0, 1, 0, 0, 0) for id in seen]
+    monkeypatch.setattr(query, "Replay", lambda run: SimpleNamespace(step=lambda step: parts if step == 2 else None))
+    run = write_metrics(tmp_path / "run", LOSSES[:2])
+    assert demo.leads_back(run, tmp_path / "corpus").holds is holds
 
 
 def test_a_foreign_folder_is_not_emptied(tmp_path: Path) -> None:
