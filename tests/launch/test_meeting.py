@@ -166,7 +166,7 @@ STEP = {**SLURM, "SLURM_STEP_ID": "0"}
         ({"PMI_RANK": "1"}, 1, "PMI_RANK=1 in the environment"),
         ({"TORCHELASTIC_RUN_ID": "x"}, 1, "torchrun's WORLD_SIZE is not: unset it"),
         ({**STEP, "SLURM_NTASKS": "two"}, 1, "SLURM_NTASKS=two in the environment is not a number"),
-        ({"LIT_GPT_PARENT": "1", "LOCAL_RANK": "1"}, 1, "the program that started this rank has ended"),
+        ({"LIT_GPT_PARENT": str(os.getpid()), "LOCAL_RANK": "1"}, 1, "the program that started this rank has ended"),
         ({}, 2, "--num_nodes 2, but nothing starts the processes of the other nodes: .*srun --nodes=2"),
     ],
 )

@@ -51,8 +51,8 @@ def preload() -> None:
 def serve(descriptor: int) -> None:
     """Answer requests until the other end is closed; a child never returns from here.
 
-    A request is one message: JSON of argv, cwd and env, with the three files. The answers are the child's process id,
-    then its status from os.waitpid.
+    A request is one message: JSON of argv, cwd and envs (one child for each, at the same time), with the three files.
+    The answers are the children's process ids, then their statuses from os.waitpid.
     """
     connection = socket.socket(fileno=descriptor)
     path = [entry for entry in sys.path if entry != str(ROOT) or entry in os.environ.get("PYTHONPATH", "").split(":")]
@@ -66,18 +66,20 @@ def serve(descriptor: int) -> None:
         message, files, _, _ = socket.recv_fds(connection, LARGEST_REQUEST_BYTES, 3)
         if not message:
             sys.exit()
-        child = os.fork()
-        if child == 0:
-            connection.close()
-            request = json.loads(message)
-            for number, file in enumerate(files):
-                os.dup2(file, number)
-                os.close(file)
-            run(request["argv"], request["cwd"], request["env"], path)
+        request, children = json.loads(message), []
+        for env in request["envs"]:
+            child = os.fork()
+            if child == 0:
+                connection.close()
+                for number, file in enumerate(files):
+                    os.dup2(file, number)
+                    os.close(file)
+                run(request["argv"], request["cwd"], env, path)
+            children.append(child)
         for file in files:
             os.close(file)
-        connection.send(str(child).encode())
-        connection.send(str(os.waitpid(child, 0)[1]).encode())
+        connection.send(json.dumps(children).encode())
+        connection.send(json.dumps([os.waitpid(child, 0)[1] for child in children]).encode())
 
 
 def run(argv: list[str], cwd: str, env: dict[str, str], path: list[str]) -> NoReturn:

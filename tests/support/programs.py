@@ -49,7 +49,19 @@ def run_program(
             [python, program, *arguments], env=values, cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
-    return _server().run([program, *arguments], values, cwd or Path.cwd(), timeout_s)
+    return _server().run([program, *arguments], [values], cwd or Path.cwd(), timeout_s)
+
+
+def run_ranks(command: Sequence[object], ranks: int, *, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """`run_program` for a program that torchrun starts `ranks` times on this machine; the outputs are one, and the exit
+    code is that of the first rank that has another than 0."""
+    _, program, *arguments = map(str, command)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = dict(TORCHELASTIC_RUN_ID="x", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0")
+    sizes = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    places = [environment(**place, **sizes, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+    return _server().run([program, *arguments], places, Path.cwd(), timeout_s)
 
 
 def _differs(env: Mapping[str, str]) -> bool:
@@ -75,15 +87,15 @@ class _ForkServer:
         self._process.wait()
 
     def run(
-        self, argv: list[str], env: dict[str, str], cwd: Path, timeout_s: float
+        self, argv: list[str], envs: list[dict[str, str]], cwd: Path, timeout_s: float
     ) -> subprocess.CompletedProcess[str]:
         with open(os.devnull) as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            request = json.dumps({"argv": argv, "cwd": str(cwd), "env": env}).encode()
+            request = json.dumps({"argv": argv, "cwd": str(cwd), "envs": envs}).encode()
             socket.send_fds(self._connection, [request], [stdin.fileno(), stdout.fileno(), stderr.fileno()])
-            child = int(self._answer())
-            timer = threading.Timer(timeout_s, os.kill, (child, signal.SIGKILL))
+            children = json.loads(self._answer())
+            timer = threading.Timer(timeout_s, lambda: [os.kill(child, signal.SIGKILL) for child in children])
             timer.start()
-            code = os.waitstatus_to_exitcode(int(self._answer()))
+            codes = [os.waitstatus_to_exitcode(status) for status in json.loads(self._answer())]
             too_late = timer.finished.is_set()
             timer.cancel()
             texts = []
@@ -92,10 +104,10 @@ class _ForkServer:
                 texts.append(file.read().decode())
         if too_late:
             raise subprocess.TimeoutExpired(argv, timeout_s, *texts)
-        return subprocess.CompletedProcess([sys.executable, *argv], code, *texts)
+        return subprocess.CompletedProcess([sys.executable, *argv], next(filter(None, codes), 0), *texts)
 
     def _answer(self) -> bytes:
-        answer = self._connection.recv(64)
+        answer = self._connection.recv(1024)
         assert answer, f"the fork server ended with {self._process.wait()}; its stderr stands above"
         return answer
 

@@ -204,7 +204,7 @@ CASES: dict[str, Case] = {
     "cache_dir": Case({"cache_dir": "ROOT/cache"}, probe("cache"), None, ["ROOT/cache", 20_000_000_000]),
     "cache_bytes": Case({"cache_dir": "ROOT/cache", "cache_bytes": 10**9}, probe("cache"), None, ["ROOT/cache", 10**9]),
     # the model
-    "model_name": Case({"model_name": "LLaMmlein_120M"}, refused="is a checkpoint of another model: name is debug th"),
+    "model_name": Case({"model_name": "LLaMmlein_120M"}, refused="model LLaMmlein_120M one of 32010: prepare"),
     "vocab_size": Case({"vocab_size": 100}, refused="--vocab_size 100, but the data has a vocabulary of 300"),
     "block_size": Case({"block_size": 32}, refused="another model: block_size is 64 there, 32 here"),
     "precision": Case(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lit_gpt.data.token_store import write_store
-from tests.support.programs import ROOT, run_program
+from tests.support.programs import ROOT, run_program, run_ranks
 
 PROGRAM = ROOT / "pretrain" / "tinyllama_fabric.py"
 SMALL = dict(
@@ -106,8 +106,12 @@ def assert_no_secret(folder: Path, *logs: str) -> None:
 
 
 def train(store: Path, out_dir: Path, *, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run the training program to its end, and check its exit code."""
-    done = run_program(command(store, out_dir, **settings), fresh=settings.get("devices", 1) != 1)
+    """Run the training program to its end, and check its exit code.
+
+    Several processes that end well are started at once, as by torchrun; else the first starts the others.
+    """
+    flags, ranks = command(store, out_dir, **settings), int(str(settings.get("devices", 1)))
+    done = run_ranks(flags, ranks) if ranks > 1 and expect == 0 else run_program(flags, fresh=ranks > 1)
     assert done.returncode == expect, done.stderr
     return done
 
