@@ -172,12 +172,17 @@ class _OwnerFile:
 
     def _is_made(self) -> bool:
         try:
-            with open(self._path, "x") as file:
-                file.write(self._name)
+            file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed below
         except FileExistsError:
             if self._path.is_symlink():
                 raise _is_link(self._path) from None
             return False
+        try:
+            with file:
+                file.write(self._name.encode())
+        except OSError:  # no room: a file of nobody would keep the next start waiting
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _is_taken_from_dead(self) -> bool:

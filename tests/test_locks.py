@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -18,6 +19,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.locks import Lock, LockHeld
 from tests.support.no_locks import NO_LOCKS, without_locks
 from tests.support.processes import DEAD_PID, names, start, wait_for
+from tests.support.training import small_disk
 
 HOLDER = """
 with locks.Lock(Path(sys.argv[1])):
@@ -261,6 +263,17 @@ def test_a_full_disk_does_not_prevent_a_lock(
     with Lock(tmp_path / "lock"), pytest.raises(LockHeld):
         Lock(tmp_path / "lock")
     assert "lock.owner cannot be written (No space left on device): only the lock keeps others out" in caplog.text
+
+
+def test_a_full_disk_leaves_no_owner_without_a_name(tmp_path: Path) -> None:
+    """Such a file would be somebody's on another host, which the next start has to watch."""
+    with small_disk(tmp_path / "disk", size=1 << 20) as disk:
+        (disk / "lock").touch()
+        with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as others:
+            while others.write(bytes(1 << 12)):
+                pass
+        with Lock(disk / "lock"):
+            assert names(disk) == ["lock", "others"]
 
 
 @pytest.mark.parametrize(("remove", "left"), [(True, []), (False, ["lock"])])

@@ -146,11 +146,12 @@ class RunState:
     def _open_records(self, start: Checkpoint | None, *, goes_back: bool = False) -> None:
         """Open the records of the steps after `start`; goes_back: of history."""
         changed = run_folder.changed_settings(start.facts["settings"], asdict(self._asked)) if start else {}
-        for name, (was, now) in changed.items():
-            log.warning("--%s was %r when the checkpoint was saved, and is %r now", name, was, now)
-        before = start.facts.get("resolved") if start is not None else self._repeated
-        if before is not None:
-            log_differences(before, self._resolved)
+        if self._ranks.fabric.is_global_zero:
+            for name, (was, now) in changed.items():
+                log.warning("--%s was %r when the checkpoint was saved, and is %r now", name, was, now)
+            before = start.facts.get("resolved") if start is not None else self._repeated
+            if before is not None:
+                log_differences(before, self._resolved)
         self.datapoints = self._ranks.on_zero(
             "opening the datapoint log",
             lambda: open_datapoint_log(
@@ -192,11 +193,11 @@ class RunState:
         if "step_guard" in start.facts:  # an imported model has none
             self._guard.load(start.facts["step_guard"])
         log.info("resumed from %s: step %d, %s rows of the data done", start.path, self.step, f"{self.slot:,}")
-        self._tell_other_texts(start)
-        if data.changed:
-            log.warning(
-                "%s: %s", "new data from its start on" if data.anew else "the data has changed", told(data.changed)
-            )
+        if self._ranks.fabric.is_global_zero:
+            self._tell_other_texts(start)
+            if data.changed:
+                how = "new data from its start on" if data.anew else "the data has changed"
+                log.warning("%s: %s", how, told(data.changed))
 
     def _open_run_folder(self, goes_back: bool) -> Trackers:
         history.tell_left_behind(self._inputs.run_dir)

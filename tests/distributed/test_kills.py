@@ -2,7 +2,7 @@
 
 20 series of 10 SIGKILLs: one and two processes, both kinds of checkpoint, saved beside the training every second step.
 A seed gives each moment: so many steps after the resume, some milliseconds more, and which ranks. Of two processes, one
-that is left must end by itself.
+that is left must end by itself. Where the kill comes late, since the machine has much to do, the training waits for it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from lit_gpt.checkpoint.checkpoint import verified
 from tests.distributed.test_saving import ranks_of, wait_until_gone
 from tests.support.programs import ROOT, environment, run_program
 from tests.support.training import command, metrics, seen_rows, train
+from tests.train.test_step_guard import FAULTY
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 KILLS, MOST_STEPS, MOST_DELAY_S = 10, 8, 0.05
+LATE = 12
+"""Steps that a training does at most beyond the moment; they take some 10 ms."""
 STEPS = 240
-"""Steps take some 10 ms, so no life reaches the end."""
+"""No life reaches the end."""
+assert KILLS * (MOST_STEPS + LATE) < STEPS
 SETTINGS = dict(
     max_steps=STEPS, max_epochs=100, warmup_steps=20, save_interval_steps=2, eval_interval_steps=50, async_save="true",
     micro_batch_size=2,
@@ -50,8 +54,9 @@ def logged(run: Path) -> int:
 def live_and_die(arguments: list[str], run: Path, log: Path, steps: int, delay_s: float, killed: list[int]) -> None:
     """Start the program and kill the ranks `killed`, `delay_s` after it has done so many steps."""
     until = logged(run) + steps
+    last = max((int(path.name.split("-")[1]) for path in run.glob("iter-*")), default=0) + steps + LATE
     with log.open("a") as stderr:
-        process = subprocess.Popen(arguments, env=environment(), stderr=stderr)
+        process = subprocess.Popen(arguments, env=environment(FAULTS=f"{last}:0:wait"), stderr=stderr)
         deadline = time.monotonic() + 600  # of which a machine with much to do may need some
         while logged(run) < until:
             assert process.poll() is None, log.read_text()
@@ -77,7 +82,7 @@ def test_ten_kills_change_nothing(
     for _ in range(KILLS):
         moment = int(random.integers(1, MOST_STEPS + 1)), float(random.uniform(0, MOST_DELAY_S))
         killed = [[0], [1], [0, 1]][random.integers(3)] if processes == 2 else [0]
-        live_and_die(command(store, run, **settings), run, log, *moment, killed)
+        live_and_die(command(store, run, program=FAULTY, **settings), run, log, *moment, killed)
     train(store, run, **settings)
     assert "Traceback" not in log.read_text() or processes == 2  # a rank that is left says what it lost
     assert metrics(run) == metrics(whole)

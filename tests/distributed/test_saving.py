@@ -32,7 +32,7 @@ def ranks_of(launcher: int) -> list[int]:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [
         launcher,
-        *(int(child) for child in children if b"tinyllama" in Path(f"/proc/{child}/cmdline").read_bytes()),
+        *(int(child) for child in children if b"--out_dir" in Path(f"/proc/{child}/cmdline").read_bytes()),
     ]
 
 

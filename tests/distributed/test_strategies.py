@@ -11,7 +11,7 @@ import torch
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.train.settings import ShardingSettings
-from tests.support.programs import environment, run_program
+from tests.support.programs import run_ranks
 from tests.support.training import command, full_state, metrics, seen_rows, train
 from tests.train.test_step_guard import FAULTY
 
@@ -119,7 +119,9 @@ def test_resume_on_other_numbers_of_processes(
     for devices, until, kind in zip((4, 2, 1, 4), (3, 6, 9, 12), kinds * 2, strict=True):
         group = 2 if strategy == "HYBRID_SHARD" and devices > 1 else None
         # the schedule is the whole run's, so each part is stopped by keeping only its checkpoints
-        train(store, tmp_path, devices=devices, state_dict_type=kind, shard_group_size=group, resume="auto", **settings)
+        settings |= dict(devices=devices, state_dict_type=kind, shard_group_size=group)
+        done = train(store, tmp_path, resume="auto", **settings)
+        assert done.stderr.count("--devices was ") == (until > 3), "all know it, one tells it"
         for step in range(until + 3, 13, 3):
             shutil.rmtree(tmp_path / f"iter-{step:08d}-ckpt.pth")
     assert_close_runs(tmp_path, alone)
@@ -154,10 +156,8 @@ def test_a_bad_number_on_one_rank_is_skipped_by_all(store: Path, tmp_path: Path,
     )
     for devices, listed in ((1, faults.replace(":1:", ":0:")), (2, faults)):
         run = tmp_path / str(devices)
-        done = run_program(
-            command(store, run, program=FAULTY, devices=devices, sharding_strategy=strategy, **settings),
-            env=environment(FAULTS=listed), fresh=devices != 1,
-        )  # fmt: skip
+        flags = command(store, run, program=FAULTY, devices=devices, sharding_strategy=strategy, **settings)
+        done = run_ranks(flags, devices, FAULTS=listed)
         assert done.returncode == 0, done.stderr
         with RunRecord(run / "datapoints") as record:
             found = [(line["step"], line["reason"]) for line in record.deviations()]

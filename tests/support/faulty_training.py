@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def hurt(kind: str | None) -> None:
     """A fault of the whole process."""
     if kind in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    if kind == "wait":
+        time.sleep(3600)
     if kind == "bad_input":
         raise BadInput("a shard has gone: put it back")
     if kind == "error":

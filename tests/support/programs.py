@@ -52,15 +52,17 @@ def run_program(
     return _server().run([program, *arguments], [values], cwd or Path.cwd(), timeout_s)
 
 
-def run_ranks(command: Sequence[object], ranks: int, *, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """`run_program` for a program that torchrun starts `ranks` times on this machine; the outputs are one, and the exit
-    code is that of the first rank that has another than 0."""
+def run_ranks(
+    command: Sequence[object], ranks: int, *, timeout_s: float = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`run_program` for a program that torchrun starts `ranks` times on this machine, with `variables`; the outputs are
+    one, and the exit code is that of the first rank that has another than 0."""
     _, program, *arguments = map(str, command)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     place = dict(TORCHELASTIC_RUN_ID="x", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0")
     sizes = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    places = [environment(**place, **sizes, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+    places = [environment(**variables, **place, **sizes, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
     return _server().run([program, *arguments], places, Path.cwd(), timeout_s)
 
 
