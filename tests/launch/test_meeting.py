@@ -19,6 +19,7 @@ from lit_gpt.launch.meeting import NotMet, OneRefused, StoppedBeforeMeeting, mee
 from lit_gpt.launch.settings import LaunchSettings
 from lit_gpt.launch.site import is_one_of_several
 from lit_gpt.launch.world import STRAY, find_world, place_among_ranks
+from tests.support.processes import DEAD_PID
 from tests.support.programs import environment
 from tests.support.training import command
 
@@ -166,7 +167,7 @@ STEP = {**SLURM, "SLURM_STEP_ID": "0"}
         ({"PMI_RANK": "1"}, 1, "PMI_RANK=1 in the environment"),
         ({"TORCHELASTIC_RUN_ID": "x"}, 1, "torchrun's WORLD_SIZE is not: unset it"),
         ({**STEP, "SLURM_NTASKS": "two"}, 1, "SLURM_NTASKS=two in the environment is not a number"),
-        ({"LIT_GPT_PARENT": str(os.getpid()), "LOCAL_RANK": "1"}, 1, "the program that started this rank has ended"),
+        ({"LIT_GPT_PARENT": str(DEAD_PID), "LOCAL_RANK": "1"}, 1, "the program that started this rank has ended"),
         ({}, 2, "--num_nodes 2, but nothing starts the processes of the other nodes: .*srun --nodes=2"),
     ],
 )
