@@ -6,9 +6,11 @@ A resumed run continues its files: a resume at step s drops the lines after s, w
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +75,7 @@ class Trackers:
         self._attempt = attempt
         self._run_dir, self._settings, self._run_settings, self._branch = run_dir, settings, run_settings, branch
         path = run_dir / "metrics.csv"
-        lines = read_metrics(path)
+        lines = _lines_or_aside(path)
         kept = [row for row in lines if int(row["step"]) <= resume_step]
         sent = SentSteps.begin(  # before metrics.csv loses lines
             run_dir, resume_step, branch, goes_back=goes_back,
@@ -85,7 +87,7 @@ class Trackers:
             sweep(run_dir, written.name, alone=True)
             written.with_name(f"{written.name}.new").unlink(missing_ok=True)  # of an earlier version
         if path.exists() and path.read_bytes().count(b"\n") > len(lines) + 1:
-            aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+            aside = _aside(path)
             log.warning("%s is damaged: it stays as %s", path, aside.name)
             or_alarm(aside, lambda: publish(aside, [path.read_bytes()]))
         further = dict.fromkeys(name for row in kept for name in row if name not in COLUMNS)
@@ -166,6 +168,23 @@ class Trackers:
             self._board.close()
         if self._wandb is not None:
             self._wandb.close()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+
+
+def _lines_or_aside(path: Path) -> list[dict[str, str]]:
+    """The lines of metrics.csv; what cannot be read under its name (a bad block, a folder) is moved aside, whole."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        return read_metrics(path)
+    except OSError as error:
+        aside = _aside(path)
+        log.warning("%s cannot be read (%s): it stays as %s", path, error.strerror, aside.name)
+        or_alarm(aside, lambda: path.rename(aside))
+        return []
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float | int]:
