@@ -115,10 +115,12 @@ class Lock:
             log.warning("%s cannot be written (%s): only the lock keeps others out", owner, error.strerror)
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock. What keeps the others out goes last: the flock, or the owner file where there is none."""
+        if self._owner is not None and self._descriptor is not None:
+            self._owner.close()  # who locked a new file would take it for one that was left behind
         if self._remove:
             self._path.unlink(missing_ok=True)
-        if self._owner is not None:
+        if self._owner is not None and self._descriptor is None:
             self._owner.close()
         if self._descriptor is not None:
             os.close(self._descriptor)
