@@ -35,15 +35,15 @@ class Cause:
     code: int = EXIT_FAILURE
     """With which all ranks end."""
     step: int = 0
-    """Updates that the rank had done."""
+    """Updates that the ranks had done."""
     place: str = "set-up"
-    """What it was doing, as the watchdog names it."""
+    """What it was doing when it was last heard of, as the watchdog names it."""
     at: float = field(default_factory=time.time)
     """When it was found, in seconds since the epoch."""
 
     def __str__(self) -> str:
-        heard = f"last heard of in step {self.step + 1}, at {self.place!r}"
-        return f"{self.name} (process {self.pid}) {self.how}, {heard}: all ranks end"
+        where = f"in step {self.step + 1}, last heard of at {self.place!r}"
+        return f"{self.name} (process {self.pid}) {self.how}, {where}: all ranks end"
 
 
 def kill_if_stopped(cause: Cause, host: str) -> None:

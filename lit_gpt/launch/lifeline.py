@@ -249,6 +249,7 @@ class Line:
 
     def _end(self, cause: Cause, *, tells: bool) -> None:
         """Let the main thread end this process; if it does not, end it here, with its stacks."""
+        cause = replace(cause, step=max(cause.step, self.where()[0]))  # the others wait for it in its step
         if SILENT in cause.how:
             with suppress(OSError):
                 cause = replace(cause, code=self.code_after_silence())

@@ -71,7 +71,7 @@ class Restarts:
         was_silent = cause is not None and cause["how"].startswith(SILENT)
         if not (code in MENDABLE or was_silent) or (cause is not None and cause["code"] == EXIT_BAD_INPUT):
             return Decision(False, f"ended with {code}, which another start does not mend")
-        step = cause["step"] if cause and cause["place"] != "set-up" else None
+        step = cause["step"] if cause and (cause["step"] or cause["place"] != "set-up") else None
         node = cause["node"] if cause else None
         what = f"{cause['name']} {cause['how']}" if cause else f"ended with {code}"
         self.ends.append({"step": step, "node": node})

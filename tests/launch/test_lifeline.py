@@ -106,7 +106,7 @@ def test_all_end_and_one_line_says_why(runs: list[tuple[Path, list[int | None], 
     assert len(lines) == (told is not None), log
     if told is not None:
         assert all(part in lines[0] for part in told.split("{}")), log
-        assert lines[0].endswith(", last heard of in step 7, at 'save': all ranks end")
+        assert lines[0].endswith(", in step 7, last heard of at 'save': all ranks end")
         assert "Traceback" not in log
     hung = [rank for rank in range(3) if rank not in faults]
     stacks = sorted(path.name for path in (folder / "watchdog").glob("stacks-*"))
