@@ -25,6 +25,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,12 +144,19 @@ def _locked(path: Path, wait: bool) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            if _is_at(path, descriptor):
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # the last holder removed this file: others would lock a new one
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class _OwnerFile:
@@ -238,8 +246,9 @@ class _OwnerFile:
 
     def close(self) -> None:
         self._closed.set()
-        if self._path.exists() and self._path.read_text() == self._name:
-            self._path.unlink()
+        with suppress(FileNotFoundError):
+            if self._path.read_text() == self._name:
+                self._path.unlink()
 
 
 def _named(path: Path) -> str:
