@@ -1,19 +1,17 @@
-"""How the tasks of a job run on this machine: by datatrove's executor, in the project's pool.
+"""How the tasks of a job run on this machine: datatrove's pipelines, in the project's pool.
 
 Invariants: a task that is done is not done again; a task publishes what it made before it counts as done.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from copy import deepcopy
 
 from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger
 
 from lit_gpt.prepare.worker_pool import run_pool
-
-_QUIET_RANK = 1
-"""datatrove logs to the screen for local rank 0."""
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -39,7 +37,14 @@ class _RankWork:
         self._executor = executor
 
     def __call__(self, rank: int) -> None:
-        deepcopy(self._executor)._run_for_rank(rank, _QUIET_RANK)
+        executor = deepcopy(self._executor)
+        if executor.is_rank_completed(rank):
+            return
+        data = None
+        for step in executor.pipeline:
+            data = step(data, rank, executor.world_size)
+        deque(data or (), maxlen=0)
+        executor.mark_rank_as_completed(rank)  # and no log of its own: to set that up takes longer than a small task
 
     def finish(self) -> None:
         return None

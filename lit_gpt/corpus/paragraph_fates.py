@@ -118,7 +118,7 @@ class SettleStep(PipelineStep):
 class _Rounds:
     def __init__(self, layout: Layout, parts: int, settings: DedupSettings, ratio: TooHigh | None) -> None:
         self._layout, self._parts, self._settings, self._ratio = layout, parts, settings, ratio
-        self._starts = [np.load(layout.of_dedup("starts.npy", part)) for part in range(parts)]
+        self._starts = [np.load(layout.of_dedup("starts.npy", part), mmap_mode="r") for part in range(parts)]
         sizes = [len(starts) - 1 for starts in self._starts]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._partitions = partitions(layout, parts)
