@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer_path", type=Path, help="tokenizer for the training (default: the folder's own)")
     arguments = parser.parse_args(argv)
     destination = arguments.destination_path.absolute()
+    if arguments.checkpoint_dir.suffix in (".json", ".safetensors", ".bin"):
+        given = arguments.checkpoint_dir
+        raise BadInput(f"--checkpoint_dir {given}: that is a file of a model's folder; give the folder, {given.parent}")
     if arguments.checkpoint_dir.is_file():
         say_loading(arguments.checkpoint_dir, "PyTorch")
         from lit_gpt.export.hf_import import import_legacy

@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
 
+    if arguments.checkpoint is not None and os.path.lexists(arguments.destination_path):  # before it takes a minute
+        raise BadInput(f"{arguments.destination_path} exists already: name another destination, or remove it first")
+
     say_loading(arguments.checkpoint or arguments.run_dir, "PyTorch", "transformers")
     import transformers
 

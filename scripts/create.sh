@@ -22,6 +22,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=20G
 #SBATCH --time=02:00:00
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # as sh, which may not be bash
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -90,7 +91,11 @@ done
 all=
 flags=()
 for flag in "$@"; do
-    if [[ $flag == --all ]]; then all=1; else flags+=("$flag"); fi
+    case $flag in
+        --all) all=1 ;;
+        --a | --al) fail "no flag $flag; did you mean --all?" ;;
+        *) flags+=("$flag") ;;
+    esac
 done
 ((${#positional[@]} <= 2)) || fail "two arguments at most before the flags: [CHECKPOINT] [FINAL_MODEL]"
 

@@ -34,6 +34,13 @@ from lit_gpt.datapoints.witness import Witness
 from lit_gpt.files import write_json
 from lit_gpt.values import expand_path
 
+SUBJECTS = {
+    "step": "a step, such as step 10",
+    "doc": "the id of a document",
+    "verify": "no argument",
+    "diff": "the folder of another run",
+    "export": "the file to write, FILE.parquet",
+}
 EXIT_FOUND = 1
 """`verify` found a contradiction, or `diff` a difference."""
 
@@ -51,9 +58,9 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args(argv)
     if (arguments.query == "verify") != (arguments.subject is None):
-        raise BadInput(
-            f"{arguments.query}: give {'no argument' if arguments.subject else 'a step, id, folder or file'}"
-        )
+        raise BadInput(f"{arguments.query}: give {SUBJECTS[arguments.query]}")
+    if arguments.query == "export" and Path(arguments.subject).suffix != ".parquet":
+        raise BadInput(f"export {arguments.subject}: the table is Parquet, so name a file FILE.parquet")
     if arguments.query in ("diff", "export"):
         try:
             arguments.subject = expand_path(arguments.subject)

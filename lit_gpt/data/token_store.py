@@ -121,7 +121,9 @@ class TokenStore:
 
 def _why_no_manifest(path: Path) -> str:
     if not path.is_dir():
-        return no_such_folder()
+        return (
+            "that is a file; give a folder that scripts/prepare_data.py wrote" if path.is_file() else no_such_folder()
+        )
     splits = sorted(child.parent.name for child in path.glob(f"*/{MANIFEST}"))
     if splits:
         return f"{MANIFEST} is missing; did you mean {' or '.join(str(path / split) for split in splits)}?"

@@ -92,7 +92,8 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.is_dir():
-            raise BadInput(f"tokenizer folder {path}: {no_such_folder()}")
+            said = f"that is a file; give its folder, {path.parent}" if path.is_file() else no_such_folder()
+            raise BadInput(f"tokenizer folder {path}: {said}")
         with one_line(f"tokenizer folder {path}"):
             tokenizer = cls(read_folder(path))
         if tokenizer.notes and multiprocessing.parent_process() is None:  # a program's helpers leave it to the program

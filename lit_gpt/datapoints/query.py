@@ -114,7 +114,7 @@ class Replay:
         record = self.record.step(number)
         if record is None:
             last = max((record.step for record in self.record.steps()), default=0)
-            raise BadInput(f"step {number} is not in the log; its lineage goes to step {last}")
+            raise BadInput(f"step {number} is not in the log, which goes from step 1 to step {last}")
         return self.seen_in(record)
 
     def seen_in(self, record: StepRecord) -> list[Seen]:

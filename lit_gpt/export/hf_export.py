@@ -166,7 +166,8 @@ def _sample(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Tensor:
 def open_checkpoint(path: Path, model_name: str | None) -> Checkpoint:
     """The checkpoint at `path`, verified; BadInput if it is damaged or not of the registered model `model_name`."""
     if not path.is_dir():
-        raise BadInput(f"--checkpoint {path}: no such checkpoint folder")
+        said = f"that is a file of a checkpoint; give its folder, {path.parent}" if path.is_file() else ""
+        raise BadInput(f"--checkpoint {path}: {said or 'no such checkpoint folder'}")
     try:
         checkpoint = verified(path)
     except DamagedCheckpoint as error:

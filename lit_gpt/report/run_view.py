@@ -129,6 +129,8 @@ def read_run(folder: Path) -> RunView:
     """Read a run folder, also an empty one, or one of an earlier version; BadInput if there is no folder."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give the folder of a run (out/<model_name>)")
+    if (folder / "MANIFEST.json").exists():
+        raise BadInput(f"{folder} is a data set, a corpus or a checkpoint; give the folder of a run (out/<model_name>)")
     view = RunView(folder, metrics.read(folder / "metrics.csv"), life_of([], 0, None, None, [], None))
     if view.metrics.damaged:
         view.problems.append(f"metrics.csv: {view.metrics.damaged:,} damaged lines are left out")

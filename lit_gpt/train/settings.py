@@ -86,7 +86,7 @@ class OptimizerSettings(SettingsSlice):
             ends = "" if given == steps else f", which ends the run after {steps} steps"
             raise BadInput(
                 f"--warmup_steps {self.warmup_steps} and --decay_steps {self.decay_steps} "
-                f"do not fit in --{limit} {given}{ends}"
+                f"do not fit in --{limit} {given}{ends}: together at most {steps}"
             )
 
 

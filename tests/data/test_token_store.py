@@ -119,6 +119,7 @@ def test_files_outside_the_manifest_are_ignored(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: None, "no such folder"),
+        (lambda folder: folder.touch(), "that is a file; give a folder that scripts/prepare_data.py wrote"),
         (lambda folder: folder.mkdir(), "MANIFEST.json is missing"),
         (lambda folder: small_store(folder / "train"), "did you mean .*train"),
         (lambda folder: (small_store(folder), (folder / "MANIFEST.json").write_text("{")), "damaged"),

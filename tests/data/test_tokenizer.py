@@ -145,6 +145,12 @@ def test_fingerprint_names_files_and_ids(tmp_path: Path, monkeypatch: pytest.Mon
     assert Tokenizer.from_folder(folder).fingerprint != first
 
 
+def test_a_file_of_a_folder_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(BadInput, match=f"that is a file; give its folder, {tmp_path}$"):
+        Tokenizer.from_folder(tmp_path / "tokenizer.json")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

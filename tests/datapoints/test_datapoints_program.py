@@ -427,7 +427,10 @@ def test_diff_names_the_first_step_that_differs(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        (["step", "99"], "step 99 is not in the log; its lineage goes to step 4"),
+        (["step", "99"], "step 99 is not in the log, which goes from step 1 to step 4"),
+        (["doc"], "doc: give the id of a document"),
+        (["verify", "3"], "verify: give no argument"),
+        (["export", "table.csv"], "export table.csv: the table is Parquet, so name a file FILE.parquet"),
         (["step", "x"], "must be a whole number"),
         (["step"], "give a step"),
         (["verify", "5"], "give no argument"),

@@ -228,6 +228,11 @@ def test_paths_and_sizes(run_dir: Path, tmp_path: Path) -> None:
     refused_export(run_dir, tmp_path, "is no size", "--max_shard_size", "5 apples")
     (tmp_path / "hf").mkdir()
     refused_export(run_dir, tmp_path, "exists already")
+    state = run_dir / "iter-00000007-ckpt.pth" / "state.pth"
+    with pytest.raises(BadInput, match=f"that is a file of a checkpoint; give its folder, {state.parent}"):
+        convert_lit_checkpoint.main(["--checkpoint", str(state), "--destination_path", str(tmp_path / "x")])
+    with pytest.raises(BadInput, match=r"that is a file of a model's folder; give the folder, a"):
+        convert_hf_checkpoint.main(["--checkpoint_dir", "a/config.json", "--destination_path", str(tmp_path / "x")])
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"cannot write .*: Not a directory"):
         export(run_dir, tmp_path / "file" / "hf")

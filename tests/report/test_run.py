@@ -272,8 +272,11 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_damage(
 def test_bad_input(tmp_path: Path, resumed: Path) -> None:
     from lit_gpt.cli import BadInput
 
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "MANIFEST.json").touch()
     cases: list[tuple[list[Any], str]] = [
         ([tmp_path / "no"], "no such folder"),
+        ([tmp_path / "store"], "store is a data set, a corpus or a checkpoint; give the folder of a run"),
         ([resumed, resumed], "say by --output"),
         ([resumed, "--output", tmp_path / "no" / "report.html"], "cannot be written"),
     ]
