@@ -72,24 +72,34 @@ def end_left_over_ranks(group: int) -> None:
 def supervise(command: list[str], restarts: int) -> int:
     """Run the command until its end is final; returns its last exit code."""
     asked: list[int] = []
+    undelivered: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
+
+    def deliver() -> None:
+        while running and undelivered:
+            running[0].send_signal(undelivered.pop(0))
 
     def pass_on(number: int, _: object) -> None:
         asked.append(number)
-        for process in running:
-            process.send_signal(number)
+        undelivered.append(number)
+        deliver()
 
     for number in PASSED_ON:
         signal.signal(number, pass_on)
     with tempfile.TemporaryDirectory(prefix="run-report-") as folder:
         environment = {**os.environ, "RUN_REPORT": folder}
         while True:
-            running[:] = [subprocess.Popen(command, env=environment, start_new_session=True)]
-            code = running[0].wait()
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            running.append(process)
+            deliver()  # what came while it started
+            code = process.wait()
+            running.clear()
             code = SIGNALLED - code if code < 0 else code
             if code == EXIT_OK or asked or not judge(Path(folder), code, restarts).again:
                 return code
-            end_left_over_ranks(running[0].pid)
+            end_left_over_ranks(process.pid)
+            if asked:
+                return code
 
 
 def main() -> int:

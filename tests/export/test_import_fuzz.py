@@ -136,5 +136,5 @@ def test_json_that_is_none_is_one_line(tmp_path: Path, make: Callable[[Path], ob
 def test_giant_json_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(1 << 34)
-    with pytest.raises(BadInput, match="17179869184 bytes; at most"):
+    with pytest.raises(BadInput, match="17,179,869,184 bytes; at most"):
         read_json(tmp_path / "config.json")

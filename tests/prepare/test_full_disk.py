@@ -66,7 +66,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
         assert found, said
         need = int(found[1].replace(",", ""))
         free = 8.6e6 - (megabytes << 20)  # what the whole takes, 100 bytes a document included, less what was there
-        assert 0.3 * free < need < 2 * free
+        # of what the workers have written, the newest is not told yet: at most the 4 MB of all shards are counted anew
+        assert 0.3 * free < need < max(2 * free, 4.2e6)
         subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
         assert "continuing the unfinished build" in run(*flags(source, tokenizer, disk / "data", workers))
         assert data_of(disk / "data") == data_of(tmp_path / "whole")
