@@ -24,7 +24,7 @@ from lit_gpt.report.plots import Line, Mark, Plot
 from lit_gpt.report.run_data import data_blocks
 from lit_gpt.report.run_events import Event, events, marked
 from lit_gpt.report.run_settings import settings_blocks
-from lit_gpt.report.run_view import RunView, number, read_run
+from lit_gpt.report.run_view import RunView, number, read_runs
 
 KINDS: dict[State, Kind] = {
     "empty": "plain", "running": "good", "finished": "good", "stopped": "plain", "waiting": "warning",
@@ -322,4 +322,4 @@ def _plan(view: RunView) -> list[Block]:
 
 def write_report(folders: Sequence[Path], output: Path, *, live_s: float = 0) -> int:
     """Write the report of the runs in `folders`; returns its size in bytes. BadInput for a folder that is none."""
-    return run_page([read_run(folder) for folder in folders], live_s=live_s).write(output)
+    return run_page(read_runs(folders), live_s=live_s).write(output)

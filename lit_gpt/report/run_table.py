@@ -17,17 +17,14 @@ import numpy as np
 from lit_gpt.checkpoint.record import MANIFEST, NAME
 from lit_gpt.cli import BadInput
 from lit_gpt.config import REGISTRY
-from lit_gpt.datapoints.log import FOLDER
 from lit_gpt.report import metrics
 from lit_gpt.report.life import State, life_of, read_beats
 from lit_gpt.report.numbers import about, short
-from lit_gpt.report.run_view import read_mappings
+from lit_gpt.report.run_view import MARKS, read_mappings
 
 TAIL_BYTES = 1 << 16
 DEPTH = 3
 """Levels below a given folder at which runs are looked for."""
-MARKS = ("settings.yaml", "metrics.csv", FOLDER)
-"""What a run folder has, one of them at least."""
 COLUMNS = ("run", "model", "state", "step", "loss", "val loss", "tokens/s", "MFU", "last sign of life")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +30,10 @@ from lit_gpt.report.life import Beat, Life, life_of, read_beats
 from lit_gpt.report.metrics import Metrics
 
 Result = TypeVar("Result")
+MARKS = ("settings.yaml", "metrics.csv", FOLDER)
+"""What a run folder has, one of them at least."""
+BESIDE = ("report.html", "watchdog", "environment.json", "resolved.json", "plan.json", "samples.jsonl", "tensorboard")
+"""What else a run folder may have before these."""
 _STATE = re.compile(r"xxh3 `([0-9a-f]{16})`")
 
 
@@ -94,10 +98,12 @@ class RunView:
     samples: list[dict[str, Any]] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    shown_as: str = ""
+    """Instead of the folder's name, where another run's folder has the same."""
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.shown_as or self.folder.resolve().name
 
     @property
     def step(self) -> int:
@@ -125,12 +131,29 @@ class RunView:
         return {**self.settings, **{k: v for k, v in self.resolved.items() if k != "packages"}}
 
 
+def read_runs(folders: Sequence[Path]) -> list[RunView]:
+    """Read several runs; those with folders of the same name are named by as much of their paths as differs."""
+    paths = [folder.resolve() for folder in folders]
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise BadInput(f"{folder} is given twice; name each run once")
+    views = [read_run(folder) for folder in folders]
+    for view, path in zip(views, paths, strict=True):
+        parts = 1
+        while any(other.parts[-parts:] == path.parts[-parts:] for other in paths if other != path):
+            parts += 1
+        view.shown_as = str(Path(*path.parts[-parts:]))
+    return views
+
+
 def read_run(folder: Path) -> RunView:
     """Read a run folder, also an empty one, or one of an earlier version; BadInput if there is no folder."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give the folder of a run (out/<model_name>)")
     if (folder / "MANIFEST.json").exists():
         raise BadInput(f"{folder} is a data set, a corpus or a checkpoint; give the folder of a run (out/<model_name>)")
+    if _is_of_something_else(folder):
+        raise BadInput(f"{folder} is no run folder; python scripts/runs.py {folder} lists the runs below it")
     view = RunView(folder, metrics.read(folder / "metrics.csv"), life_of([], 0, None, None, [], None))
     if view.metrics.damaged:
         view.problems.append(f"metrics.csv: {view.metrics.damaged:,} damaged lines are left out")
@@ -143,6 +166,9 @@ def read_run(folder: Path) -> RunView:
     view.attempts = part.found(lambda: read_attempts(folder / FOLDER), [])
     if view.attempts:
         part.found(lambda: _read_record(view), None)
+    interval = view.settings.get("log_interval_steps")
+    if not view.metrics.lines and view.step >= 2 * (interval if isinstance(interval, int) else 1):
+        view.problems.append(f"metrics.csv: no line of it can be read, and the run is at step {view.step:,}")
     exports = _exports(folder)
     found = [(path, _saved(path, view.attempts, exports)) for path in sorted(folder.glob("iter-*-ckpt.pth"))]
     view.saved = [saved for path, saved in found if path.exists()]  # retention may have removed one meanwhile
@@ -155,6 +181,13 @@ def read_run(folder: Path) -> RunView:
         view.beats, view.step, view.max_steps, saved_at, times[-2:].tolist(), view.settings.get("watchdog_floor_s")
     )
     return view
+
+
+def _is_of_something_else(folder: Path) -> bool:
+    """Whether a folder has files, and none of a run. A run that has just begun may have no file yet."""
+    if any((folder / mark).exists() for mark in MARKS) or any(folder.glob("iter-*-ckpt.pth")):
+        return False
+    return any(path.name not in BESIDE and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def read_mappings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

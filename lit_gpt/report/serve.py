@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from lit_gpt.cli import BadInput
 from lit_gpt.report.run_page import run_page
-from lit_gpt.report.run_view import read_run
+from lit_gpt.report.run_view import read_runs
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class LivePage:
             files = tuple(_state(folder / name) for folder in self._folders for name in FILES)
             if self._built is None or (files != self._built.files and time.monotonic() >= self._built.again_at):
                 began = time.monotonic()
-                content = run_page([read_run(folder) for folder in self._folders], live_s=LOOK_S).html().encode()
+                content = run_page(read_runs(self._folders), live_s=LOOK_S).html().encode()
                 took = time.monotonic() - began
                 tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
                 self._built = _Built(content, tag, files, time.monotonic() + PAUSE_SHARE * took)

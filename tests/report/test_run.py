@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
+from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.attempts import Attempt, Mark
 from lit_gpt.datapoints.run_record import StepRecord
 from lit_gpt.report import run_view
@@ -20,7 +21,7 @@ from lit_gpt.report.life import Beat, life_of, time_left
 from lit_gpt.report.metrics import Metrics
 from lit_gpt.report.run_events import events
 from lit_gpt.report.run_page import overview, run_page
-from lit_gpt.report.run_view import Deviation, RunView, read_run
+from lit_gpt.report.run_view import Deviation, RunView, read_run, read_runs
 from scripts import report
 from tests.report.test_page import data_of
 from tests.support.run_folder import RecordedRun, killed_and_resumed, rolled_back
@@ -201,6 +202,42 @@ def test_an_empty_folder_and_one_that_is_none(tmp_path: Path) -> None:
     assert data_of(page) == []
 
 
+def test_a_folder_of_runs_keeps_the_page_that_lies_there(tmp_path: Path, resumed: Path) -> None:
+    shutil.copytree(resumed, tmp_path / "run")
+    page = tmp_path / "report.html"
+    report.main([str(tmp_path / "run"), "--output", str(page)])
+    before = page.read_bytes()
+    with pytest.raises(BadInput, match="is no run folder"):
+        report.main([str(tmp_path)])
+    assert page.read_bytes() == before
+
+
+def test_an_empty_folder_can_be_looked_at_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        report.main([str(tmp_path)])
+    (tmp_path / "watchdog").mkdir()
+    assert read_run(tmp_path).life.state == "empty"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\x00\x12\n", b"no,header\n1,2\n"])
+def test_metrics_that_cannot_be_read_are_told(content: bytes | None, resumed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(resumed, folder)
+    (folder / "metrics.csv").unlink()
+    if content is not None:
+        (folder / "metrics.csv").write_bytes(content)
+    assert "metrics.csv: no line of it can be read, and the run is at step 40" in read_run(folder).problems
+
+
+def test_runs_of_the_same_name_are_told_apart(resumed: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / "other"]
+    for folder in folders:
+        shutil.copytree(resumed, folder)
+    views = read_runs(folders)
+    assert [view.name for view in views] == ["a/run", "b/run", "other"]
+    assert "a/run training" in run_page(views).html()
+
+
 def test_verified_rows_are_told(resumed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(resumed, folder)
@@ -270,14 +307,14 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_damage(
 
 
 def test_bad_input(tmp_path: Path, resumed: Path) -> None:
-    from lit_gpt.cli import BadInput
-
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "MANIFEST.json").touch()
     cases: list[tuple[list[Any], str]] = [
         ([tmp_path / "no"], "no such folder"),
         ([tmp_path / "store"], "store is a data set, a corpus or a checkpoint; give the folder of a run"),
-        ([resumed, resumed], "say by --output"),
+        ([tmp_path], "is no run folder; python scripts/runs.py .* lists the runs below it"),
+        ([resumed, tmp_path / "run"], "say by --output"),
+        ([resumed, resumed, "--output", tmp_path / "report.html"], "is given twice; name each run once"),
         ([resumed, "--output", tmp_path / "no" / "report.html"], "cannot be written"),
     ]
     for argv, said in cases:
