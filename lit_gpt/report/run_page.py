@@ -24,6 +24,7 @@ from lit_gpt.report.plots import Line, Mark, Plot
 from lit_gpt.report.run_data import data_blocks
 from lit_gpt.report.run_events import Event, events, marked
 from lit_gpt.report.run_settings import settings_blocks
+from lit_gpt.report.run_table import model_of
 from lit_gpt.report.run_view import RunView, number, read_runs
 
 KINDS: dict[State, Kind] = {
@@ -77,6 +78,8 @@ def overview(view: RunView) -> dict[str, object]:
     found: dict[str, object] = {
         "state": Cell(life.state, KINDS[life.state], life.said), "step": Cell(f"{view.step:,}{of}", title=share)
     }  # fmt: skip
+    if (model := model_of(view.settings, view.resolved)) != "?":
+        found = {"model": Cell(model), **found}
     if life.state not in ("finished", "empty"):
         found["time left"] = _time_left(view)
     tokens = metrics.last("tokens")

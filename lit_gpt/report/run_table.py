@@ -92,12 +92,13 @@ def run_line(folder: Path, now: float | None = None) -> RunLine:
     step = int(max([tail.last("step") or 0, *since]))
     life = life_of(beats, step, max_steps, max(steps, default=None), times, settings.get("watchdog_floor_s"), now)
     return RunLine(
-        folder, _model(settings, resolved), life.state, step, max_steps, tail.last("loss"), tail.last("val_loss"),
+        folder, model_of(settings, resolved), life.state, step, max_steps, tail.last("loss"), tail.last("val_loss"),
         tail.last("tokens_per_s"), tail.last("mfu"), life.last_sign,
     )  # fmt: skip
 
 
-def _model(settings: dict[str, Any], resolved: dict[str, Any]) -> str:
+def model_of(settings: dict[str, Any], resolved: dict[str, Any]) -> str:
+    """The model's name and, if it is registered, its number of parameters; ? if the settings do not say."""
     name, vocabulary = str(settings.get("model_name") or "?"), resolved.get("vocab_size")
     if name not in REGISTRY:
         return name

@@ -16,6 +16,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.datapoints.attempts import Attempt, Mark
 from lit_gpt.datapoints.run_record import StepRecord
 from lit_gpt.report import run_view
+from lit_gpt.report.blocks import Cell
 from lit_gpt.report.goodput import goodput, lost_steps
 from lit_gpt.report.life import Beat, life_of, time_left
 from lit_gpt.report.metrics import Metrics
@@ -210,6 +211,14 @@ def test_a_folder_of_runs_keeps_the_page_that_lies_there(tmp_path: Path, resumed
     with pytest.raises(BadInput, match="is no run folder"):
         report.main([str(tmp_path)])
     assert page.read_bytes() == before
+
+
+def test_the_overview_names_the_model(resumed: Path) -> None:
+    view = read_run(resumed)
+    view.settings, view.resolved = {"model_name": "debug"}, {"vocab_size": 4096}
+    assert overview(view)["model"] == Cell("debug (1.79 M)")
+    view.settings = {}
+    assert "model" not in overview(view)
 
 
 def test_an_empty_folder_can_be_looked_at_again(tmp_path: Path) -> None:
