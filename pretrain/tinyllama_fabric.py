@@ -26,7 +26,7 @@ from lit_gpt.cli import run_program, say_loading
 from lit_gpt.launch.job import end_after_parent
 from lit_gpt.launch.refusal import refusals_told
 from lit_gpt.launch.signals import StopFlag
-from lit_gpt.launch.site import is_first_process, site_settings
+from lit_gpt.launch.site import check_ranks, is_first_process, site_settings
 from lit_gpt.settings_reader import given_flags, parse_settings
 from lit_gpt.train.settings import COMMON, Settings, without_recipe_limits
 
@@ -45,6 +45,7 @@ def pretrain(stop_flag: StopFlag) -> int:
     """Train as asked for; returns the exit code."""
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # what is said once is said by rank 0; `launch` decides again
+    check_ranks()  # not told to other ranks: what tells them imports Fabric
     with refusals_told(stop_flag):
         recipes = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("corpus_")]
         site = site_settings(CONFIGS)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, require_at_least, run_program, say_loading
-from lit_gpt.launch.site import is_first_process
+from lit_gpt.launch.site import check_ranks, is_first_process
 from lit_gpt.train.settings import StepSettings
 
 
@@ -57,6 +57,7 @@ def main() -> None:
         compile=None if arguments.compile is None else arguments.compile == "true",
     )  # fmt: skip
     settings.check()
+    check_ranks()
     if is_first_process():
         say_loading(f"model {arguments.size}", "PyTorch")
     from lit_gpt.bench.bench_step import measure  # imports torch, which --help need not wait for

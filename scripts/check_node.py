@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import EXIT_FAILURE, EXIT_OK, Parser, require_at_least, run_program, say_loading
-from lit_gpt.launch.site import is_first_process
+from lit_gpt.launch.site import check_ranks, is_first_process
 
 CHECKPOINT_BYTES_A_WEIGHT = 12
 """fp32: the weight and AdamW's two moments."""
@@ -36,6 +36,7 @@ def main() -> int:
     weights = Config.from_name(arguments.model_name).parameters
     needed_bytes = arguments.checkpoints * CHECKPOINT_BYTES_A_WEIGHT * weights
 
+    check_ranks()
     if is_first_process():
         say_loading(f"run folder {arguments.run_dir}", "PyTorch")
     import torch.distributed as dist  # imports torch, for which --help and bad input need not wait

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lit_gpt.cli import BadInput
 from lit_gpt.config import REGISTRY
 from lit_gpt.settings_reader import Given
 
@@ -26,6 +27,19 @@ RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 def is_first_process() -> bool:
     """Whether this process will be rank 0, as far as the environment says: known before PyTorch is loaded."""
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
+
+
+FABRICS_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Variables that Fabric reads as numbers when it is imported."""
+
+
+def check_ranks() -> None:
+    """Raise BadInput where a rank in the environment is no number, for which Fabric would end in a traceback."""
+    for name in FABRICS_RANKS:
+        try:
+            int(os.environ.get(name, "0"))
+        except ValueError:
+            raise BadInput(f"{name}={os.environ[name]} in the environment is not a number: unset it") from None
 
 
 def is_one_of_several() -> bool:
