@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from lit_gpt.checkpoint.record import DamagedCheckpoint, described
 from lit_gpt.cli import BadInput, Parser, run_program
+from lit_gpt.data.token_store import DamagedShard
 from lit_gpt.datapoints.attempts import Mark
 from lit_gpt.datapoints.log import FOLDER, VERIFIED
 from lit_gpt.datapoints.query import Replay, Seen, difference
@@ -70,7 +71,13 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+    try:
+        return answer(parse_arguments(argv))
+    except DamagedShard as error:
+        raise BadInput(f"damaged: {error}") from None
+
+
+def answer(arguments: Namespace) -> int:
     if arguments.query == "diff":
         return show_difference(arguments)
     replay = Replay(arguments.run_dir, arguments.data_dir, arguments.index_dir)

@@ -86,7 +86,7 @@ class Segment(NamedTuple):
 
 
 class RunRecord:
-    """The log of a run, open for reading, also while the run trains. Raises BadInput if there is none."""
+    """The log of a run, open for reading, also while the run trains. Raises BadInput without a log or its steps."""
 
     def __init__(self, folder: Path) -> None:
         self.attempts = read_attempts(folder)
@@ -95,7 +95,11 @@ class RunRecord:
         self.torn: set[int] = set()
         """Offsets of the torn lines met so far."""
         self._begins = [attempt.begin_bytes for attempt in self.attempts]
-        self._file = (folder / STEPS_FILE).open("rb")
+        path = folder / STEPS_FILE
+        if not path.is_file():
+            there = "is no regular file" if path.exists() else "is missing: no step is logged yet, or it was removed"
+            raise BadInput(f"{path} {there}")
+        self._file = path.open("rb")
         self.lineage = self._trace(os.fstat(self._file.fileno()).st_size)
 
     def _trace(self, size: int) -> list[Segment]:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +287,62 @@ def test_verify_finds_a_flipped_token(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(lines) == 2
     assert lines[0]["contradiction"].startswith("step 3: digest ")
     assert f"damaged: {path}: block 0" in lines[0]["contradiction"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def without_end_mark(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def unreadable(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage", "message"),
+    [
+        ("tokens", cut, "bytes where"),
+        ("tokens", without_end_mark, "its end mark is missing"),
+        ("tokens", Path.unlink, "missing, and its manifest names it"),
+        ("docs.parquet", unreadable, "do not hash to"),
+    ],
+)
+def test_verify_tells_of_data_that_cannot_be_read_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, damage: Callable[[Path], None], message: str
+) -> None:
+    run = Run(tmp_path / "run", make_store(tmp_path / "store", 60))
+    run.attempt(1, range(1, run.last_step // 2))
+    path = run.store.path / f"{run.store.shards[0].name}.{ending}"
+    damage(path)
+    code, lines = run.answer(capsys, "verify")
+    told = [line["contradiction"] for line in lines[:-1] if str(path) in line["contradiction"]]
+    assert code == 1
+    assert len(told) == 1
+    assert message in told[0]
+    if ending != "tokens":  # documents and their places are answered without the tokens
+        with pytest.raises(BadInput, match=f"damaged: {path}: "):
+            main(["export", str(tmp_path / "t.parquet"), "--run_dir", str(run.folder), "--index_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("query", [["verify"], ["step", "1"], ["doc", "1"], ["diff", "$RUN"], ["export", "t.parquet"]])
+def test_a_log_without_its_steps_gets_one_line(tmp_path: Path, query: list[str]) -> None:
+    run = Run(tmp_path / "run", make_store(tmp_path / "store", 30))
+    run.attempt(1, [1, 2])
+    steps = run.folder / "datapoints" / "steps.jsonl"
+    words = [str(run.folder) if word == "$RUN" else word for word in query]
+    steps.unlink()
+    with pytest.raises(BadInput, match=r"steps\.jsonl is missing: no step is logged yet, or it was removed"):
+        main([*words, "--run_dir", str(run.folder)])
+    os.mkfifo(steps)
+    with pytest.raises(BadInput, match=r"steps\.jsonl is no regular file"):
+        main([*words, "--run_dir", str(run.folder)])
 
 
 def saved(run: Run, mark: Mark) -> None:
