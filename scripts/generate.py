@@ -97,8 +97,11 @@ class Writer:
         disable_progress_bar()  # of milliseconds
         self._arguments = arguments
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        try:  # without trust_remote_code, transformers would ask whether to run the folder's code
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 (the library raises any kind)
+            raise BadInput(f"transformers cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
         self._model = model.to(self._device)
         self.context: int = self._model.config.max_position_embeddings
         set_seed(arguments.seed)

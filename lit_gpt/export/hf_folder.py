@@ -246,7 +246,10 @@ def _require_header(path: Path) -> None:
     if not path.is_file():  # a pipe would be waited for
         raise MalformedState("not a regular file")
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+    if first == b"version ":
+        raise MalformedState("it is a pointer of Git LFS, not the weights; `git lfs pull` fetches them")
+    size = int.from_bytes(first, "little")
     if size > _MAX_HEADER_BYTES:
         raise MalformedState(f"a header of {size} bytes")
 

@@ -65,9 +65,10 @@ class Reference:
         return logits(model, lambda names: {name: weights.pop(name) for name in names}, tokens)
 
     def encoder(self, folder: Path) -> Callable[[str], Sequence[int]]:
-        """The folder's tokenizer, called as a user calls it; BadInput if transformers cannot read it."""
+        """The folder's tokenizer, called as a user calls it; BadInput if transformers cannot read it, or only by the
+        folder's own code, which is never run nor asked about."""
         try:
-            tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder)
+            tokenizer = self._transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 (the library raises any kind)
             reason = " ".join(str(error).split())[:200]
             raise BadInput(f"transformers cannot read the tokenizer of {folder}: {reason}") from None

@@ -175,3 +175,10 @@ def test_damaged_absent_and_incomplete_weights_are_named(tmp_path: Path) -> None
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(BadInput, match="weight 'a' holds NaN or infinity"):
         HFWeights(tmp_path).read("a")
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1234\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(BadInput, match="a pointer of Git LFS, not the weights; `git lfs pull` fetches them"):
+        HFWeights(tmp_path)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.export.hf_weights import hf_config, to_hf
-from lit_gpt.export.parity import compare, fetch_from, logits, pieces
+from lit_gpt.export.parity import Reference, compare, fetch_from, logits, pieces
 from lit_gpt.model.gpt import GPT, initialize
+from scripts import generate
 
 TOKENS = torch.randint(0, 70, (48,), generator=torch.Generator().manual_seed(1))
 
@@ -83,3 +91,21 @@ def test_not_a_number_and_absent_padding() -> None:
     with pytest.raises(BadInput, match="differ"):
         compare(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2))
     assert compare(torch.tensor([[2.0, 1.0, 9.0]]), torch.tensor([[2.0, 1.0]])).difference == 0
+
+
+def test_code_of_a_foreign_tokenizer_is_not_run_whoever_says_yes(
+    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tokenizer_path, folder)
+    named = {"auto_map": {"AutoTokenizer": ["code.Odd", "code.Odd"]}, "tokenizer_class": "Odd"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "config.json").write_text('{"model_type": "odd", "auto_map": {"AutoConfig": "code.Odd"}}')
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(BadInput, match=r"transformers cannot read the tokenizer of .*custom code"):
+        Reference(transformers).encoder(folder)
+    with pytest.raises(BadInput, match=r"transformers cannot load .*custom code"):
+        generate.main(["--model", str(folder), "--prompt", "a"])
+    assert not ran.exists()
+    assert sys.stdin.read() == "y\n" * 9
