@@ -97,9 +97,7 @@ def read_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, list[
         if len(words) < least:
             raise BadInput(f"{flag}: expects a value (--help lists the arguments)")
         if len(words) > most:
-            file = words[most].endswith((".yaml", ".yml"))
-            hint = f"; did you mean --config {words[most]}?" if file else " (--help lists the flags)"
-            raise BadInput(f"{words[most]}: the value of no flag{hint}")
+            raise _value_of_no_flag(words[most], flag, words[:most])
         words = words or (["true"] if name in kinds else [])
         adds_up = name == "config" or most > 1
         flags[name] = flags.get(name, []) + words if adds_up else words
@@ -109,12 +107,22 @@ def read_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, list[
 def _flags_and_words(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     starts = [number for number, word in enumerate(argv) if FLAG.match(word)]
     if argv and (not starts or starts[0] > 0):
-        file = argv[0].endswith((".yaml", ".yml"))
-        hint = f"; did you mean --config {argv[0]}?" if file else " (--help lists the flags)"
-        raise BadInput(f"{argv[0]}: the value of no flag{hint}")
+        raise _value_of_no_flag(argv[0])
     for start, end in zip(starts, [*starts, len(argv)][1:], strict=True):
         flag, equals, word = argv[start].partition("=")
         yield flag, [word] * bool(equals) + list(argv[start + 1 : end])
+
+
+def _value_of_no_flag(word: str, flag: str = "", before: Sequence[str] = ()) -> BadInput:
+    """word: what stands where no value belongs, after `flag` and its own values `before`."""
+    hint = " (--help lists the flags)"
+    if word.endswith((".yaml", ".yml")):
+        hint = f"; did you mean --config {word}?"
+    elif word.partition("=")[0].isidentifier() and "=" in word:
+        hint = f"; did you mean --{word}?"
+    elif len(before) == 1 and before[0].isdecimal() and word.isdecimal() and len(word) == 3:  # thousands, set apart
+        hint = f"; did you mean {flag} {before[0]}{word}?"
+    return BadInput(f"{word}: the value of no flag{hint}")
 
 
 def _words_of_a_flag(kind: Any) -> tuple[int, int]:
