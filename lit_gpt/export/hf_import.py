@@ -90,7 +90,11 @@ def import_legacy(path: Path, destination: Path, *, model_name: str | None, toke
 
 def _tokenizer(folder: Path, path: Path | None) -> tuple[Tokenizer | None, Path | None]:
     """The tokenizer for the training, and its folder: `path`, which must give the same ids, or the folder's own."""
-    own = Tokenizer.from_folder(folder) if any((folder / name).is_file() for name in FILES[:2]) else None
+    there = [folder / name for name in FILES[:2] if os.path.lexists(folder / name)]
+    for file in there:
+        if not file.is_file():
+            raise BadInput(f"{file} is no file, or a link that leads to none: fetch the model's files again")
+    own = Tokenizer.from_folder(folder) if there else None
     if path is None:
         return own, folder if own else None
     named = Tokenizer.from_folder(path)

@@ -428,6 +428,18 @@ def test_generate(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         generate.main(["--model", str(tmp_path), "--prompt", "a"])
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_tokenizer_that_is_no_file_is_not_taken_for_none(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    make = {"link": lambda: path.symlink_to("/no/such/blob"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}
+    make[kind]()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=f"{path} is no file, or a link that leads to none"):
+        convert_hf_checkpoint.main(
+            ["--checkpoint_dir", str(tmp_path), "--destination_path", str(tmp_path / "run" / "iter-00000000-ckpt.pth")]
+        )
+
+
 @pytest.mark.slow
 def test_chat(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
