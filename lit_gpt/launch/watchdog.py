@@ -160,7 +160,8 @@ class Watchdog:
 
     def _beat(self, *, warn: bool) -> bool:
         """Write this rank's heartbeat; False if the run folder cannot be written, which must not end a run."""
-        line = json.dumps({"rank": self._rank, "who": self._rank_name, "step": self._step, "place": self._place})
+        said = {"rank": self._rank, "who": self._rank_name, "step": self._step, "place": self._place}
+        line = json.dumps(said | {"time": round(time.time(), 1)})
         path = self._folder / f"rank-{self._rank:05d}.json"
         written = path.with_suffix(".new")
         try:

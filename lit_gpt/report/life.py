@@ -23,6 +23,8 @@ ENDS: dict[str, State] = {
     "not saved": "failed", "failed": "failed",
 }  # fmt: skip
 """The last place that a heartbeat names, of a run that has ended."""
+COPIED_S = 300.0
+"""A heartbeat's file is so much younger than the heartbeat only in a copied run folder; clocks differ by less."""
 SILENT_S = 120.0
 """A heartbeat comes every 15 s at most; a file system may show it a minute later to another node."""
 WINDOWS = 8
@@ -66,7 +68,10 @@ def read_beats(folder: Path, world_size: int) -> list[Beat]:
     for path in [folder / "rank-00000.json"] if world_size == 1 else sorted(folder.glob("rank-*.json")):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-            beat = Beat(said["rank"], str(said["who"]), said["step"], str(said["place"]), path.stat().st_mtime)
+            written = path.stat().st_mtime  # by the file system's clock, which is one for all nodes
+            told = float(said.get("time", written))
+            at = told if written - told > COPIED_S else written
+            beat = Beat(said["rank"], str(said["who"]), said["step"], str(said["place"]), at)
         except (OSError, ValueError, LookupError, TypeError):  # is being written; the next look sees it
             continue
         if beat.rank < world_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from lit_gpt.datapoints.run_record import StepRecord
 from lit_gpt.report import run_view
 from lit_gpt.report.blocks import Cell
 from lit_gpt.report.goodput import goodput, lost_steps
-from lit_gpt.report.life import Beat, life_of, time_left
+from lit_gpt.report.life import Beat, life_of, read_beats, time_left
 from lit_gpt.report.metrics import Metrics
 from lit_gpt.report.run_events import events
 from lit_gpt.report.run_page import overview, run_page
@@ -89,6 +90,14 @@ def two_starts() -> RunView:
         "validate_s": [0.0, 0, 0, 0, 0, 6], "save_s": [0.0, 0, 0, 0, 0, 4],
     }  # fmt: skip
     return view_of(columns, [NOW + at for at in times], [start(0, 0), start(1, 200, 40)], [50, 60])
+
+
+def test_a_copied_heartbeat_is_as_old_as_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.json"
+    path.write_text('{"rank": 0, "who": "rank 0", "step": 4, "place": "update", "time": 1000.0}')  # by cp -r, just now
+    assert read_beats(tmp_path, 1) == [Beat(0, "rank 0", 4, "update", 1000.0)]
+    os.utime(path, (1200, 1200))  # written by a node whose clock is 200 s behind
+    assert read_beats(tmp_path, 1)[0].time == 1200.0
 
 
 def test_where_the_time_went() -> None:
