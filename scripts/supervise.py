@@ -32,7 +32,8 @@ from lit_gpt.launch.restarts import SIGNALLED, Decision, Restarts, take_cause
 log = logging.getLogger(__name__)
 
 LEFT_OVER_S = 15.0
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""A signal that is ignored at the start (by nohup, say) stays ignored, by the command too."""
 
 
 def parse() -> Namespace:
@@ -85,7 +86,8 @@ def supervise(command: list[str], restarts: int) -> int:
         deliver()
 
     for number in PASSED_ON:
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     with tempfile.TemporaryDirectory(prefix="run-report-") as folder:
         environment = {**os.environ, "RUN_REPORT": folder}
         while True:

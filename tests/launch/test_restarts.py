@@ -97,20 +97,22 @@ def test_a_command_is_started_again(tmp_path: Path, ends: str, code: int, starts
     assert done.stderr.count("supervisor: ") == starts - (code == 0), done.stderr
 
 
-def test_a_stop_signal_is_passed_on_and_final(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_stop_signal_is_passed_on_and_final(tmp_path: Path, stop: signal.Signals) -> None:
     """The command ends with 1 after the signal, which would otherwise be followed by another start."""
     code = f"""
 import signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+signal.signal({int(stop)}, lambda *_: sys.exit(1))
 open({str(tmp_path / "up")!r}, "a").write("x")
 time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, SUPERVISE, "--", sys.executable, "-c", code], env=environment())
+    command = ["env", "--default-signal=HUP", sys.executable, SUPERVISE, "--", sys.executable, "-c", code]
+    process = subprocess.Popen(command, env=environment())
     deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGUSR1)
+    os.kill(process.pid, stop)
     assert process.wait(timeout=60) == 1
     assert (tmp_path / "up").read_text() == "x"
 
