@@ -28,6 +28,9 @@ class Limit(NamedTuple):
     def rule(self) -> str:
         return ("min_" if self.least else "max_") + self.measure
 
+    def is_broken_by(self, value: float) -> bool:
+        return value < self.threshold if self.least else value > self.threshold
+
 
 def limits_of(settings: FilterSettings, stages: Sequence[str]) -> list[Limit]:
     """The limits of the stages, in their order."""
@@ -85,7 +88,7 @@ class FilterStep(PipelineStep):
         for number, draft in enumerate(drafts):
             for limit, column in columns:
                 value = column[number]
-                if value < limit.threshold if limit.least else value > limit.threshold:
+                if limit.is_broken_by(value):
                     self._task.remove(draft, limit.stage, limit.rule, value, limit.threshold)
                     break
             else:

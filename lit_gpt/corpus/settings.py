@@ -277,7 +277,8 @@ class CorpusSettings(
             raise BadInput("the stage token_to_word needs --tokenizer_path (or leave it out of --stages)")
         if "decontaminate" in self.stages and not self.evaluation_texts:
             raise BadInput("the stage decontaminate needs --evaluation_texts")
-        if bool(self.min_signals or self.max_signals) != ("quality_signals" in self.stages):
+        limits = bool(self.min_signals or self.max_signals)
+        if limits != ("quality_signals" in self.stages) or (self.signals_path is not None and not limits):
             raise BadInput("the stage quality_signals and --min_signals or --max_signals need each other")
         if self.evaluation_texts and "decontaminate" not in self.stages:
             raise BadInput("--evaluation_texts are given, but --stages does not name decontaminate")

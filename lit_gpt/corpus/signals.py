@@ -9,11 +9,11 @@ Costs: parsing the signals, 10 to 20 KB a document of RedPajama-V2.
 from __future__ import annotations
 
 import gzip
-import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -21,20 +21,11 @@ from datatrove.pipeline.base import PipelineStep
 
 from lit_gpt.cli import BadInput
 from lit_gpt.corpus.draft import Draft
+from lit_gpt.corpus.filter_step import Limit
 from lit_gpt.corpus.settings import SignalSettings, signal_limit
 from lit_gpt.corpus.task import Task
 
 STAGE = "quality_signals"
-
-
-class Limit(NamedTuple):
-    signal: str
-    threshold: float
-    least: bool
-
-    @property
-    def rule(self) -> str:
-        return ("min_" if self.least else "max_") + self.signal
 
 
 class SignalStep(PipelineStep):
@@ -45,35 +36,36 @@ class SignalStep(PipelineStep):
 
     def __init__(self, settings: SignalSettings, source_names: list[str], task: Task) -> None:
         super().__init__()
-        self._limits = [Limit(*signal_limit("min_signals", words), True) for words in settings.min_signals]
-        self._limits += [Limit(*signal_limit("max_signals", words), False) for words in settings.max_signals]
+        asked = [(*signal_limit("min_signals", words), True) for words in settings.min_signals]
+        asked += [(*signal_limit("max_signals", words), False) for words in settings.max_signals]
+        self._limits = [Limit(STAGE, signal, limit, least, 2 * limit) for signal, limit, least in asked]
         self._folder, self._names, self._task = settings.signals_path, source_names, task
-        self._values: dict[str, list[float]] = {limit.signal: [] for limit in self._limits}
+        self._values: dict[str, list[float]] = {limit.measure: [] for limit in self._limits}
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Draft]:
         published = _Published(Path(self._folder), self._names) if self._folder else None
         for draft in data:
             others = draft.others or {}
-            signals = others.get(STAGE) or {}
-            if isinstance(signals, str):
-                signals = json.loads(signals)
-            both = {**others, **signals, **(published.of(draft) if published else {})}
+            own = _object(others.get(STAGE) or {}, f"{self._where(draft)}: {STAGE}")
+            both = {**others, **own, **(published.of(draft) if published else {})}
             if self._keeps(draft, both):
                 yield draft
         for signal, values in self._values.items():
-            end = 2 * max(limit.threshold for limit in self._limits if limit.signal == signal)
+            end = max(limit.drawn for limit in self._limits if limit.measure == signal)
             if end > 0:  # a histogram begins at 0
                 self._task.measure(signal, np.maximum(values, 0), end)
 
+    def _where(self, draft: Draft) -> str:
+        return f"{self._names[draft.file]} line {draft.line}"
+
     def _keeps(self, draft: Draft, signals: Mapping[str, Any]) -> bool:
-        where = f"{self._names[draft.file]} line {draft.line}"
-        numbers = {signal: _number(signals, signal, where) for signal in self._values}
+        numbers = {signal: _number(signals, signal, self._where(draft)) for signal in self._values}
         for signal, number in numbers.items():
             if number is not None:
                 self._values[signal].append(number)
         for limit in self._limits:
-            value = numbers[limit.signal]
-            if value is not None and (value < limit.threshold if limit.least else value > limit.threshold):
+            value = numbers[limit.measure]
+            if value is not None and limit.is_broken_by(value):
                 self._task.remove(draft, STAGE, limit.rule, value, limit.threshold)
                 return False
         return True
@@ -87,9 +79,20 @@ def _number(signals: Mapping[str, Any], name: str, where: str) -> float | None:
         if len(value) != 1 or not isinstance(value[0], list) or len(value[0]) != 3:
             raise BadInput(f"{where}: signal {name} has no one value for the document")
         value = value[0][2]
-    if value is not None and not isinstance(value, (int, float)):
+    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
         raise BadInput(f"{where}: signal {name} is {value!r}, which is no number")
     return value
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    """value: an object, or its JSON; raises BadInput for anything else."""
+    try:
+        found = orjson.loads(value) if isinstance(value, (str, bytes)) else value
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{where} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{where} is no object of JSON")
+    return found
 
 
 def signals_file(folder: Path, name: str) -> Path:
@@ -115,11 +118,10 @@ class _Published:
         self._line = draft.line
         if found is None:
             raise BadInput(f"{path} has no line {draft.line}: it does not belong to {self._names[draft.file]}")
-        record = orjson.loads(found)
+        record = _object(found, f"{path} line {draft.line}")
         if not str(record.get("id", "")).endswith(f"/{draft.line - 1}"):
             raise BadInput(f"{path} line {draft.line} is of document {record.get('id')}, not of line {draft.line}")
-        signals: dict[str, Any] = record[STAGE]
-        return signals
+        return _object(record.get(STAGE), f"{path} line {draft.line}: {STAGE}")
 
 
 def _lines_of(path: Path) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_a_record_may_hold_its_signals(build_corpus: Build, tmp_path: Path, as_t
         ({"min_signals": ["rps_doc_word_count>50"]}, "must be SIGNAL=NUMBER"),
         ({"min_signals": ["rps_doc_word_count=nan"]}, "must be SIGNAL=NUMBER"),
         ({"min_signals": []}, "need each other"),
+        ({"min_signals": [], "stages": ["pii"]}, "need each other"),
         ({"min_signals": ["rps_doc_word_count=50"], "stages": []}, "need each other"),
         ({"min_signals": ["rps_doc_word_count=50"], "signals_path": "/none"}, "no file of signals /none/2023-14"),
     ],
@@ -110,3 +112,28 @@ def test_signals_of_other_documents_are_refused(build_corpus: Build, tmp_path: P
     write_documents(path, lines[:1])
     with pytest.raises(BadInput, match="has no line 2: it does not belong to"):
         build_corpus(documents, tmp_path / "cut", **settings_of(signals, min_signals=["rps_doc_word_count=50"]))
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("{", "line 1: quality_signals is no JSON"),
+        ("[1]", "line 1: quality_signals is no object of JSON"),
+        ('{"score": 1e999}', "line 1: "),
+    ],
+)
+def test_signals_in_a_record_that_cannot_be_read(build_corpus: Build, tmp_path: Path, held: object, said: str) -> None:
+    source = write_documents(tmp_path / "in.jsonl", [{"id": "a", "text": "Text", "quality_signals": held}])
+    with pytest.raises(BadInput, match=said):
+        build_corpus(source, tmp_path / "out", stages=STAGES, min_signals=["score=0.5"])
+
+
+def test_signals_in_a_file_that_cannot_be_read(build_corpus: Build, tmp_path: Path) -> None:
+    documents, signals = red_pajama(tmp_path, [50.0] * 3)
+    path = signals / FILE.replace(".json", ".signals.json")
+    settings = settings_of(signals, min_signals=["rps_doc_word_count=50"])
+    for number, (line, said) in enumerate([("{", "no JSON"), ('{"id": "x/0"}', "quality_signals is no object")]):
+        with gzip.open(path, "wt") as file:
+            file.write(line + "\n")
+        with pytest.raises(BadInput, match=f"line 1.* is {said}|line 1: {said}"):
+            build_corpus(documents, tmp_path / str(number), **settings)
