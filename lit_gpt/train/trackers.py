@@ -124,11 +124,12 @@ class Trackers:
         """Write one line; missing or None columns stay empty. Flushed at once, so a killed run keeps its lines."""
         present = {name: value for name, value in values.items() if value is not None}
         written = {**present, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "attempt": self._attempt}
-        room = bool(self._metrics.append(self._csv_line(written))) and has_room(self._run_dir)
+        in_csv = bool(self._metrics.append(self._csv_line(written)))
         step = int(values["step"] or 0)
         if self._board is not None:
             self._board.scalars(step, {tag(name): value for name, value in present.items() if name != "step"})
-        self._send(step, present, room=room)
+        if self._wandb is not None or self._wandb_waits:
+            self._send(step, present, room=in_csv and has_room(self._run_dir))
 
     def _send(self, step: int, present: Mapping[str, float | int], *, room: bool) -> None:
         """Send a line to Weights & Biases; on a full disk it waits until there is room for all lines again."""
@@ -137,7 +138,7 @@ class Trackers:
             self._wandb, self._wandb_waits = None, True
         elif self._wandb is not None:
             self._wandb.log(step, present)
-        elif self._wandb_waits and room:
+        elif room:
             self._wandb_waits = False
             sent = SentSteps.begin(
                 self._run_dir, step, self._branch, goes_back=False, last_line=step, project=self._settings.wandb_project
