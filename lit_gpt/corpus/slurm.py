@@ -24,7 +24,7 @@ from lit_gpt.cli import ROOT, BadInput
 from lit_gpt.corpus.executors import LocalExecutor
 from lit_gpt.corpus.parts import Layout
 from lit_gpt.corpus.settings import CorpusSettings
-from lit_gpt.files import read_json, write_json
+from lit_gpt.files import OWN_JSON_BYTES, read_json, write_json
 
 PROGRAM = ROOT / "scripts/build_corpus.py"
 STEP, TASK = "slurm-step", "slurm-task"
@@ -50,7 +50,7 @@ class SlurmRoute:
         self._layout, self._settings = layout, settings
         self._folder = layout.work / "slurm"
         self._queue = self._folder / "queue.json"
-        self._last: dict[str, Any] = read_json(self._queue) if self._queue.exists() else {"job": None}
+        self._last: dict[str, Any] = read_json(self._queue, OWN_JSON_BYTES) if self._queue.exists() else {"job": None}
 
     def waiting(self, *, is_step: bool) -> str | None:
         """What of this build is in the queue, in words. Raises BadInput if Slurm does not answer."""
@@ -98,7 +98,7 @@ class SlurmRoute:
         self._submit_step(self._last, self._last["array"])
 
     def _array(self, name: str) -> dict[str, Any]:
-        return read_json(self._folder / f"{name}.json")
+        return read_json(self._folder / f"{name}.json", OWN_JSON_BYTES)
 
     def _failure(self, name: str, array: str, left: list[int]) -> str:
         job = self._array(name)
@@ -131,12 +131,12 @@ class SlurmRoute:
 
 def step_settings(folder: Path) -> CorpusSettings:
     """What the build in that folder was started with."""
-    return CorpusSettings(**read_json(Layout(folder).work / "slurm/settings.json"))
+    return CorpusSettings(**read_json(Layout(folder).work / "slurm/settings.json", OWN_JSON_BYTES))
 
 
 def ranks_of_element(layout: Layout, name: str) -> list[int]:
     """The tasks of the array's element that this process is."""
-    job = read_json(layout.work / f"slurm/{name}.json")
+    job = read_json(layout.work / f"slurm/{name}.json", OWN_JSON_BYTES)
     return job["ranks"][int(os.environ["SLURM_ARRAY_TASK_ID"]) :: job["elements"]]
 
 

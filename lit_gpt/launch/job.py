@@ -1,7 +1,7 @@
 """What Slurm tells a run, and what the run tells Slurm's batch script: an exit code, and a request to be requeued.
 
-Outside a Slurm job a run has no time limit, and a clean stop is exit code 0. This module, site.py, world.py and
-meeting.py alone read the environment.
+Outside a Slurm job a run has no time limit, and a clean stop is exit code 0. In launch/ only this module,
+site.py, world.py, meeting.py and compile_cache.py read the environment.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ def last_fault() -> dict[str, float] | None:
 
     None if this is no restart, as far as the supervisor's folder $RUN_REPORT says.
     """
-    memory = Path(os.environ.get("RUN_REPORT", "")) / MEMORY_FILE
-    return json.loads(memory.read_text())["last_fault"] if "RUN_REPORT" in os.environ and memory.exists() else None
+    name = os.environ.get("RUN_REPORT")
+    if not name or not (memory := Path(name) / MEMORY_FILE).exists():
+        return None
+    fault: dict[str, float] = json.loads(memory.read_text())["last_fault"]
+    return fault
 
 
 def report_cause(cause: Cause) -> None:

@@ -54,6 +54,9 @@ class WatchdogSettings(SettingsSlice):
     """Seconds that every step may take, whatever the median is."""
     watchdog_long_s: float = 1800.0
     """Seconds that set-up, each of the first two steps (they compile), a validation, a save or a rollback may take."""
+    silent_rank_s: float = 25.0
+    """Seconds without a sign of life of a rank, which was stopped or whose node is gone, after which all end; 0: never.
+    A rank that ends or fails is noticed at once."""
 
     @property
     def longest_s(self) -> float:
@@ -64,10 +67,6 @@ class WatchdogSettings(SettingsSlice):
     def group_timeout(self) -> timedelta:
         """After this a collective fails: some rank is dead. Later than the watchdog, which tells more."""
         return timedelta(seconds=self.longest_s + 60)
-
-    silent_rank_s: float = 25.0
-    """Seconds without a sign of life of a rank, which was stopped or whose node is gone, after which all end; 0: never.
-    A rank that ends or fails is noticed at once."""
 
     def check(self) -> None:
         super().check()

@@ -97,11 +97,11 @@ def _trial(group: dist.ProcessGroup, device: torch.device) -> str | None:
             all_numbers = gather.allocate((size * TRIAL_NUMBERS,), dtype=torch.bfloat16, device=device)
             own = all_numbers.view(size, TRIAL_NUMBERS)[rank].fill_(rank + 1)
             gather(all_numbers, own, group)
-            firsts = all_numbers.view(size, TRIAL_NUMBERS).float().mean(1).tolist()
+            means = all_numbers.view(size, TRIAL_NUMBERS).float().mean(1).tolist()
     except (RuntimeError, AttributeError) as error:
         return f"a small all-gather fails: {str(error).splitlines()[0]}"
     wanted = [float(n + 1) for n in range(size)]
-    return None if firsts == wanted else f"a small all-gather gives {firsts} for {wanted}"
+    return None if means == wanted else f"a small all-gather gives {means} for {wanted}"
 
 
 def _first(group: dist.ProcessGroup, why: str | None) -> str | None:

@@ -1,8 +1,8 @@
 """The training loop of one rank: model, optimizer and checkpoint (`Trainer`), then the steps (`Trainer.run`).
 
-The state of a run is its step and its slot
-(run_state.py). All else is a function of these and the settings, so a resumed run repeats an uninterrupted one. A
-rollback after a spike (rollback.py) leaves the loop over steps and enters it again, as a resume does.
+The state of a run is its step and its slot (run_state.py). All else is a function of these and the settings, so a
+resumed run repeats an uninterrupted one. A rollback after a spike (rollback.py) leaves the loop over steps and enters
+it again, as a resume does.
 
 Once a step, before the forward pass, the ranks agree by one all-reduce of integers on the host (agreement.py). A stop
 saves before anything else: no further step is done, and a validation or samples that it meets are left. The host waits
