@@ -2,7 +2,7 @@
 
     python scripts/benchmark_step.py --size LLaMmlein_1B --rows 16 [--precision bf16-true] [--attention fa4]
         [--mlp quack] [--float8 tensorwise] [--checkpointing selective] [--compile false] [--deterministic]
-        [--micro_batch N] [--devices N] [--sharding_strategy FULL_SHARD]
+        [--optimizer muon] [--micro_batch N] [--devices N] [--sharding_strategy FULL_SHARD]
         [--gradient_sync step] [--breakdown]
 
 The step is that of the training program, on packed random documents with the lengths of German web text. --breakdown
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of a step on each device")
     parser.add_argument("--micro_batch", type=int, help="rows of a forward pass (default: all rows of the step)")
     parser.add_argument("--precision", default="bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"))
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--float8", default="none", choices=("none", "tensorwise", "rowwise"))
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--mlp", default="auto", choices=("auto", "quack", "torch"))
@@ -51,7 +52,7 @@ def main() -> None:
     settings = StepSettings(
         model_name=arguments.size, global_batch_size=arguments.rows * arguments.devices, micro_batch_size=micro_batch,
         precision=arguments.precision, float8=arguments.float8, attention=arguments.attention,
-        mlp=arguments.mlp, deterministic=arguments.deterministic,
+        mlp=arguments.mlp, optimizer=arguments.optimizer, deterministic=arguments.deterministic,
         activation_checkpointing=arguments.checkpointing, accelerator=arguments.accelerator, devices=arguments.devices,
         sharding_strategy=arguments.sharding_strategy, gradient_sync=arguments.gradient_sync,
         compile=None if arguments.compile is None else arguments.compile == "true",

@@ -138,7 +138,7 @@ def measure(settings: StepSettings, *, steps: int, warmup: int, breakdown: bool)
     rate = tokens / median
     line: dict[str, Any] = {
         "what": "step", "size": settings.model_name, "precision": settings.precision, "float8": settings.float8,
-        "attention": settings.attention, "mlp": bench.model.mlp_backend,
+        "optimizer": settings.optimizer, "attention": settings.attention, "mlp": bench.model.mlp_backend,
         "checkpointing": settings.activation_checkpointing,
         "deterministic": settings.deterministic, "compile": settings.compile,
         "devices": bench.ranks, "sharding_strategy": settings.sharding_strategy,

@@ -176,8 +176,10 @@ class CheckpointSaver:
         return tree_map_only(Tensor, lambda t: t.clone() if _address(t) in live else t, state)
 
     def _state_bytes(self) -> int:
-        """Size of a checkpoint: each weight and Adam's two moments of it, in the weight's precision."""
-        return sum(3 * p.numel() * p.element_size() for p in self._model.parameters())
+        """Size of a checkpoint: each weight and, in its precision, Muon's momentum or Adam's two moments of it."""
+        groups = self._optimizer.param_groups
+        sizes = ((2 if "momentum" in group else 3, weight) for group in groups for weight in group["params"])
+        return sum(numbers * weight.numel() * weight.element_size() for numbers, weight in sizes)
 
     # What a thread may do
 

@@ -11,7 +11,7 @@ processes, and whether or not the model was built on the meta device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,16 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.compile()
         self.cross_entropy = torch.compile(cross_entropy)
+
+    def hidden_matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """The matrices of the blocks: each weight, and the rows of the layers' matrices that are stacked in it."""
+        for block in self.transformer.h:
+            assert isinstance(block, Block)
+            attn, mlp = block.attn, block.mlp
+            yield attn.qkv.weight, tuple(heads * attn.head_size for heads in attn.heads)
+            yield attn.proj.weight, (self.config.n_embd,)
+            yield mlp.gate_up.weight, (self.config.intermediate_size,) * 2
+            yield mlp.down.weight, (self.config.n_embd,)
 
     def forward(
         self,

@@ -1,13 +1,7 @@
 """AdamW (arXiv:1711.05101) whose update kernel also clips the gradients, or skips the update.
 
-fp32 weights use PyTorch's fused kernel. bf16 weights use stochastic rounding, up or down with the probabilities that
-keep the mean (arXiv:2010.06192). Rounding to nearest would lose every update below half an ulp of its weight, and with
-it most of a warm-up and all weight decay (docs/benchmarks.md). Second moments are rounded in the same way: with beta2
-near 1, their updates are below half an ulp too.
-
-The random bits are a hash of the weight's number, the number of updates, and the element's index in the unsharded
-weight. So a repeated run, a resumed run and a run on another number of processes round alike, and there is no random
-generator whose state would have to be saved.
+fp32 weights use PyTorch's fused kernel. bf16 weights use stochastic rounding (rounding.py), and so do their second
+moments: with beta2 near 1, their updates are below half an ulp too.
 """
 
 from __future__ import annotations
@@ -19,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lit_gpt.train.rounding import hash_start, hashed, random_bits, shifted, stochastic_round
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW: one kernel for each parameter group."""
@@ -27,6 +25,17 @@ class AdamW(torch.optim.AdamW):
     """The kernel divides gradients by it, which saves a pass over them. Set during a step only."""
     found_inf: Tensor | None = None
     """If it is 1, the kernel changes neither weights nor moments nor the count of updates. Set during a step only."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, compiled: bool = False, **settings: Any) -> None:
+        """compiled: whether torch.compile makes the kernels that are not PyTorch's own."""
+        super().__init__(groups, **settings)
+        self._starts: dict[Tensor, Tensor] = {}
+
+    def make_state(self) -> None:
+        """Give the weights that have no state yet PyTorch's, all 0, which it would make at the first update."""
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            if weight not in self.state:
+                self.state[weight] = zero_state(weight, *MOMENTS)
 
     @torch.no_grad()
     def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
@@ -40,6 +49,12 @@ class AdamW(torch.optim.AdamW):
         self.step()
         self.grad_scale = self.found_inf = None
 
+    def _start(self, weight: Tensor) -> Tensor:
+        """Hash input of this rank's first element of the weight; int32 scalar on the device."""
+        if weight not in self._starts:
+            self._starts[weight] = hash_start(weight, len(self._starts))
+        return self._starts[weight]
+
 
 class RoundingAdamW(AdamW):
     """For bf16 weights and moments; the optimizer state has PyTorch's keys.
@@ -48,26 +63,23 @@ class RoundingAdamW(AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, compiled: bool, **settings: Any) -> None:
-        super().__init__(groups, **settings)
+        super().__init__(groups, compiled=compiled, **settings)
         self._update: Callable[..., None] = rounding_update
         if compiled:
             self._update = torch.compile(rounding_update, fullgraph=True, dynamic=False)
-        self._starts: dict[Tensor, Tensor] = {}
         # From the start: to load a state, PyTorch would make moments by a step with gradients of the weights' dtype,
         # and weights whose gradients are fp32 refuse those.
-        for weight in (weight for group in self.param_groups for weight in group["params"]):
-            moments = {name: torch.zeros_like(weight, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-            self.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
+        self.make_state()
 
     @torch.no_grad()
     @torch.profiler.record_function("Optimizer.step#RoundingAdamW")  # a profiler event as PyTorch's optimizers have it
     def step_clipped(self, norm: Tensor, max_norm: float, skip: Tensor) -> None:
-        clip = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(skip)
+        clip = clipping_factor(norm, max_norm)
         weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
         counts = [self.state[weight]["step"] for weight in weights]
         torch._foreach_add_(counts, [1 - skip] * len(counts))  # a list of tensors: with a number, the host would wait
         count = counts[0]  # the same for all weights
-        draw = _hash(count.int())
+        draw = hashed(count.int())
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             rate, correction = lr / (1 - beta1**count), (1 - beta2**count).rsqrt()
@@ -75,16 +87,9 @@ class RoundingAdamW(AdamW):
             for weight in group["params"]:
                 if weight.grad is not None:
                     state = self.state[weight]
-                    shards = [_local_shard(x) for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
+                    shards = [local_shard(x) for x in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
                     scalars = self._start(weight), draw, clip, rate, correction, keep, skip
                     self._update(*shards, *scalars, betas=group["betas"], eps=group["eps"])
-
-    def _start(self, weight: Tensor) -> Tensor:
-        """Hash input of this rank's first element of the weight; int32 scalar on the device."""
-        if weight not in self._starts:
-            number = torch.full((), len(self._starts), dtype=torch.int32, device=weight.device)
-            self._starts[weight] = _hash(_hash(number) + 1) + _first_element(weight)
-        return self._starts[weight]
 
 
 def rounding_update(
@@ -114,43 +119,24 @@ def rounding_update(
     m = m + (1 - betas[0]) * (g - m)
     v = betas[1] * v + (1 - betas[1]) * g * g
     w = w * keep - rate * m / (v.sqrt() * correction + eps)
-    index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device)
-    random = _hash(index + (start + draw))
-    rounded = stochastic_round(w, random), m.bfloat16(), stochastic_round(v, _shifted(random, 16))
+    random = random_bits(weight.numel(), start, draw)
+    rounded = stochastic_round(w, random), m.bfloat16(), stochastic_round(v, shifted(random, 16))
     for old, new in zip((weight, mean, square), rounded, strict=True):
         old.copy_(torch.where(skip == 0, new, old))
 
 
-def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
-    """x fp32 to bf16: up with the probability x - lower neighbour, in ulps. random: int32; the low 16 bits count."""
-    return ((x.view(torch.int32) + (random & 0xFFFF)) & ~0xFFFF).view(torch.float32).bfloat16()
+def zero_state(weight: Tensor, *names: str) -> dict[str, Tensor]:
+    """The state of a weight before its first update: a count, and these tensors of its shape."""
+    moments = {name: torch.zeros_like(weight, requires_grad=False) for name in names}
+    return {"step": torch.zeros((), device=weight.device)} | moments
 
 
-def _hash(x: Tensor) -> Tensor:
-    """int32 to int32: each input bit flips each output bit with probability 1/2 (Chris Wellons's "lowbias32",
-    https://nullprogram.com/blog/2018/07/31/)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-        x = (x ^ _shifted(x, shift)) * factor
-    return x ^ _shifted(x, 16)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
-
-
-def _local_shard(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
     """This rank's shard, flat."""
     return (x.to_local() if isinstance(x, DTensor) else x).detach().view(-1)
 
 
-def _first_element(weight: Tensor) -> int:
-    """Index of this rank's first element in the unsharded weight; FSDP shards by rows, as torch.chunk does."""
-    if not isinstance(weight, DTensor):
-        return 0
-    rows, row = weight.shape[0], weight[0:1].numel()
-    for dim, placement in enumerate(weight.placements):
-        if placement.is_shard():
-            ranks, rank = weight.device_mesh.size(dim), weight.device_mesh.get_local_rank(dim)
-            return min(rank * -(-rows // ranks), rows) * row
-    return 0
+def clipping_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What scales gradients of global 2-norm `norm` down to max_norm (0: no clipping)."""
+    norm = norm.float()
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)

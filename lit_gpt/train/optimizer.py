@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_gpt.checkpoint.record import Checkpoint
+from lit_gpt.cli import BadInput
+from lit_gpt.model.gpt import GPT
 from lit_gpt.train.adamw import AdamW, RoundingAdamW
+from lit_gpt.train.muon import Matrix, Muon, RoundingMuon
 from lit_gpt.train.settings import OptimizerSettings
 
 
@@ -35,24 +40,51 @@ def learning_rate(step: int, settings: OptimizerSettings) -> float:
     return lowest + (peak - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups for AdamW: matrices have weight decay, vectors (the norms' weights) have none."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(model: nn.Module, weight_decay: float, apart: Collection[Tensor] = ()) -> list[dict[str, object]]:
+    """Two groups for AdamW, without the weights `apart`: matrices have weight decay, vectors (the norms' weights) have
+    none."""
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in apart]
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, compiled: bool) -> AdamW:
-    """AdamW for the dtype of the model's weights; TrainStep sets the learning rate at each step.
+    """The optimizer for the dtype of the model's weights; TrainStep sets the learning rate at each step.
 
-    compiled: whether torch.compile compiles the update of bf16 weights; fp32 weights use PyTorch's kernel.
+    compiled: whether torch.compile compiles Muon's updates and AdamW's of bf16 weights; those of fp32 weights are
+    PyTorch's kernel.
     """
-    groups = parameter_groups(model, settings.weight_decay)
     adam: dict[str, Any] = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
-    if next(model.parameters()).dtype != torch.bfloat16:
-        return AdamW(groups, **adam)
-    return RoundingAdamW(groups, compiled=compiled, **adam)
+    adam |= dict(compiled=compiled)
+    rounding = next(model.parameters()).dtype == torch.bfloat16
+    if settings.optimizer == "adamw":
+        return (RoundingAdamW if rounding else AdamW)(parameter_groups(model, settings.weight_decay), **adam)
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, GPT)
+    hidden = dict(inner.hidden_matrices())
+    options = dict(momentum=settings.muon_momentum, cautious=settings.muon_cautious_weight_decay)
+    groups: list[dict[str, Any]] = [{"params": list(hidden), "weight_decay": settings.weight_decay, **options}]
+    groups += parameter_groups(model, settings.weight_decay, hidden)
+    matrices = [Matrix(weight, first, rows) for weight, parts in hidden.items() for first, rows in _stacked(parts)]
+    return (RoundingMuon if rounding else Muon)(groups, matrices, dtype=inner.compute_dtype, **adam)
+
+
+def require_same_optimizer(start: Checkpoint, settings: OptimizerSettings) -> None:
+    """Raise BadInput if the checkpoint holds another optimizer's state; an imported model's holds none."""
+    saved = start.facts["settings"]
+    then = saved.get("optimizer", "adamw") if saved else settings.optimizer
+    if then != settings.optimizer:
+        raise BadInput(
+            f"--optimizer {settings.optimizer}: {start.path} was trained by {then}, whose state {settings.optimizer} "
+            f"cannot take. Go on with --optimizer {then}; or begin a new run from its weights, exported by "
+            "scripts/create.sh and imported by scripts/convert_hf_checkpoint.py"
+        )
+
+
+def _stacked(parts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of matrices stacked in one."""
+    return zip(accumulate(parts, initial=0), parts, strict=False)
 
 
 @torch.no_grad()

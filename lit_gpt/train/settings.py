@@ -50,12 +50,19 @@ class OptimizerSettings(SettingsSlice):
     decay_steps; constant stays at the peak."""
     decay_steps: int = 0
     """Steps of the final decay; only for wsd."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the blocks by Muon, whose updates are orthogonal and as large as AdamW's, so that learning
+    rate and weight decay carry over; embedding, head and norms by AdamW. A resume keeps its run's."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay; on matrices only."""
+    """Decoupled weight decay; on matrices only."""
     beta1: float = 0.9
     """AdamW's decay rate of the first moment."""
     beta2: float = 0.95
     """AdamW's decay rate of the second moment."""
+    muon_momentum: float = 0.95
+    """Muon's decay rate of the gradients' average (Nesterov momentum)."""
+    muon_cautious_weight_decay: bool = False
+    """Muon's weight decay leaves out the weights that the update makes larger."""
     grad_clip: float = 1.0
     """Largest global gradient norm: gradients above it are scaled down to it; 0 turns clipping off."""
 
@@ -78,6 +85,11 @@ class OptimizerSettings(SettingsSlice):
             self.require_schedule_fits(self.max_steps, "max_steps")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise BadInput(f"--beta1 {self.beta1} --beta2 {self.beta2}: each must lie in [0, 1)")
+        if not 0 <= self.muon_momentum < 1:
+            raise BadInput(f"--muon_momentum {self.muon_momentum}: must lie in [0, 1)")
+        for name in ("muon_momentum", "muon_cautious_weight_decay"):
+            if self.optimizer != "muon" and (value := getattr(self, name)) != getattr(OptimizerSettings, name):
+                raise BadInput(f"--{name} {value} with --optimizer {self.optimizer}: only muon has it")
 
     def require_schedule_fits(self, steps: int, limit: str) -> None:
         """Raise BadInput if warm-up and final decay do not fit in a run that `limit` ends after `steps` steps."""

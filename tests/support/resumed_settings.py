@@ -173,6 +173,11 @@ CASES: dict[str, Case] = {
     "beta1": Case({"beta1": 0.5}, probe("betas"), [[0.9, 0.95]], [[0.5, 0.95]]),
     "beta2": Case({"beta2": 0.5}, probe("betas"), [[0.9, 0.95]], [[0.9, 0.5]]),
     "grad_clip": Case({"grad_clip": 0.01}, probe("clips_to"), [1.0], [0.01]),
+    "optimizer": Case({"optimizer": "muon"}, refused="was trained by adamw, whose state muon cannot take"),
+    "muon_momentum": Case({"muon_momentum": 0.9}, refused="--muon_momentum 0.9 with --optimizer adamw"),
+    "muon_cautious_weight_decay": Case(
+        {"muon_cautious_weight_decay": True}, refused="--muon_cautious_weight_decay True with --optimizer adamw"
+    ),
     # sharding: [shape of the mesh, whether weights are freed after the forward pass]
     "sharding_strategy": Case({"sharding_strategy": "SHARD_GRAD_OP"}, probe("sharding"), [[2], True], [[2], False]),
     "shard_group_size": Case(
@@ -223,7 +228,7 @@ CASES: dict[str, Case] = {
 FURTHER: dict[str, Case] = {
     "base": Case({}),  # the run that the others resume from its step 4
     "unchanged": Case({}),
-    "optimizer": Case(
+    "schedule": Case(
         {"lr_schedule": "wsd", "decay_steps": 3, "weight_decay": 20.0, "beta1": 0.5, "beta2": 0.5, "grad_clip": 0.01},
         rates,
         UNCHANGED,

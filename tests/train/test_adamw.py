@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lit_gpt.train.adamw import AdamW, RoundingAdamW, _hash, rounding_update, stochastic_round
+from lit_gpt.train.adamw import AdamW, RoundingAdamW, rounding_update
 from lit_gpt.train.optimizer import gradient_norm
+from lit_gpt.train.rounding import hashed, stochastic_round
 
 ADAM = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -68,14 +69,14 @@ def test_second_moments_keep_their_mean() -> None:
 
 def test_chance_is_even_and_the_mean_exact() -> None:
     """Of 2^20 elements, by how far x is between two neighbours, here 1 and 1 + 2^-7."""
-    chance = _hash(torch.arange(1 << 20, dtype=torch.int32))
+    chance = hashed(torch.arange(1 << 20, dtype=torch.int32))
     for share in (0.0, 0.25, 0.9):
         rounded = stochastic_round(torch.full((1 << 20,), 1 + share * 2**-7), chance).float()
         assert set(rounded.unique().tolist()) <= {1.0, 1 + 2**-7}
         assert (rounded > 1).float().mean().item() == pytest.approx(share, abs=0.002)
     assert torch.equal(stochastic_round(torch.tensor([-0.0, 3.0, -2.5]), chance[:3]), torch.tensor([-0.0, 3.0, -2.5]))
     neighbours = torch.corrcoef(torch.stack(((chance[1:] & 0xFFFF).float(), (chance[:-1] & 0xFFFF).float())))
-    next_step = torch.corrcoef(torch.stack([(_hash(x) & 0xFFFF).float() for x in (chance, chance + 1)]))
+    next_step = torch.corrcoef(torch.stack([(hashed(x) & 0xFFFF).float() for x in (chance, chance + 1)]))
     assert abs(neighbours[0, 1].item()) < 0.005
     assert abs(next_step[0, 1].item()) < 0.005
 
