@@ -35,7 +35,6 @@ setup(
         "gpu": [  # for Hopper GPUs; the versions that docs/benchmarks.md was measured with
             "flash-attn-4==4.0.0b36",
             "quack-kernels>=0.6.5,<0.7",
-            "nvidia-ml-py>=12,<14",
         ],
         # FlashAttention 2 shares its package with flash-attn-4, so not with "gpu". Only a stand-in of it was called.
         "flash-attn": ["flash-attn>=2.8,<3"],

@@ -113,7 +113,7 @@ def test_imports_are_declared() -> None:
     for source in SOURCES:
         roots = {name.split(".")[0] for name in imports((ROOT / source).read_text(encoding="utf-8"))}
         for name in roots - {"lit_gpt"} - apart - sys.stdlib_module_names:
-            package = {"yaml": "pyyaml"}.get(name, name.replace("_", "-"))
+            package = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py"}.get(name, name.replace("_", "-"))
             assert re.search(rf"^\W*{package}\b", declared, re.MULTILINE), f"{source} imports {name}"
 
 

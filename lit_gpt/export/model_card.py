@@ -127,10 +127,33 @@ def _training(checkpoint: Checkpoint, metrics: list[dict[str, str]]) -> Iterator
     environment = facts.get("environment", {})
     yield "processes", str(facts.get("world_size", "unknown"))
     yield "hardware", environment.get("hardware", "not recorded")
-    yield "energy", environment.get("energy", "not recorded")
+    yield "energy", _energy(metrics, tokens)
     yield "code", f"`{environment.get('git_commit', 'unknown')}`"
     packages = environment.get("packages", {})
     yield "packages", ", ".join(f"{name} {version}" for name, version in packages.items()) or "not recorded"
+
+
+def _energy(metrics: list[dict[str, str]], tokens: int) -> str:
+    """Of the steps that led to the checkpoint; those that a crash or a rollback threw away are not in it."""
+    used: dict[str, list[float]] = {}
+    counted = 0.0
+    for row in metrics:
+        if row.get("joules_per_token"):
+            joules = {
+                part: float(row[f"{part.lower()}_energy_j"])
+                for part in ("GPU", "host")
+                if row[f"{part.lower()}_energy_j"]
+            }
+            counted += sum(joules.values()) / float(row["joules_per_token"])
+            for part, value in joules.items():
+                used.setdefault(part, []).append(value)
+    if not counted:
+        return "not recorded"
+    parts = [f"{part}s {sum(values) / 3.6e6:,.3g} kWh" for part, values in used.items()]
+    parts += [f"{part}s not recorded" for part in ("GPU", "host") if part not in used]
+    share = [] if counted > 0.99 * tokens else [f"recorded for {counted / tokens:.0%} of the tokens"]
+    total = sum(map(sum, used.values()))
+    return f"{total / counted:.3g} J a token: {', '.join([*parts, *share])}"
 
 
 def _record(checkpoint: Checkpoint) -> Iterator[str]:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from lit_gpt.launch.sensors import throttled_by
+
 PACKAGES = ("lightning", "numpy", "pyarrow", "xxhash", "tokenizers", "tensorboard")
 SLOW_GPU = 0.9
 """A GPU whose matmul rate is below this share of the median is unfit."""
@@ -28,11 +30,6 @@ CLOCK_OFFSET_S = 1.0
 """Largest offset between ranks, and between a node and its file system, that log times and Slurm's job end allow."""
 MATMUL_SIZE, MATMUL_REPEATS = 8192, 30
 ALL_REDUCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
-THROTTLED = {
-    0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
-    0x80: "power brake slowdown",
-}  # fmt: skip
-"""NVML's reasons for a lower clock that a healthy GPU does not show, by bit."""
 
 
 class GpuState(NamedTuple):
@@ -41,7 +38,7 @@ class GpuState(NamedTuple):
     uncorrected_ecc_errors: int
     """Since the driver was loaded."""
     throttled: list[str]
-    """Names from THROTTLED."""
+    """Names from sensors.THROTTLED."""
 
 
 class Measured(NamedTuple):
@@ -173,7 +170,7 @@ def parse_gpu(line: str) -> GpuState:
     """Parse a line such as "0, 0x0000000000000004"; a GPU without ECC has "[N/A]" in the first place."""
     errors, reasons = (part.strip() for part in line.strip().split(","))
     bits = int(reasons, 16)
-    return GpuState(int(errors) if errors.isdigit() else 0, [name for bit, name in THROTTLED.items() if bits & bit])
+    return GpuState(int(errors) if errors.isdigit() else 0, throttled_by(bits))
 
 
 def judge(ranks: list[Measured], needed_bytes: int) -> list[Finding]:

@@ -31,18 +31,24 @@ COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "tokens_per_s", "step_s", "data_wait_s",
     "mfu", "mfu_palm", "memory_gib", "compiled_graphs", "skipped_steps", "val_loss", "val_perplexity",
     "val_bits_per_byte", "time", "attempt", "validate_s", "sample_s", "save_s",
+    "compute_s", "slowest_compute_s", "slowest_rank", "longest_data_wait_s", "gpu_clock_mhz", "gpu_temperature_c",
+    "gpu_power_w", "throttled_gpus", "gpu_energy_j", "host_energy_j", "joules_per_token",
 )  # fmt: skip
 """step: updates done; loss: nats a target, mean of the step; targets: valid targets of the step; tokens: valid targets
 of the run so far; skipped_steps: steps of the run so far whose update was skipped; time: when the line was written;
 attempt: the start of the program that wrote it, as datapoints/run.json counts them; validate_s, sample_s, save_s: how
-long training waited for each since the line before, in seconds. Lines of earlier versions have none of these."""
+long training waited for each since the line before, in seconds; compute_s, slowest_compute_s: seconds a step in the
+blocks' forward passes, median and most of the ranks, and slowest_rank whose that is; longest_data_wait_s: of a rank;
+gpu_clock_mhz: lowest; gpu_temperature_c: highest; gpu_power_w: mean; throttled_gpus: how many are slowed by heat or a
+fault; gpu_energy_j, host_energy_j: joules of all GPUs and hosts since the line before; joules_per_token: their sum, as
+far as they are known, for each valid target. Lines of earlier versions have none of these."""
 
 
 _GROUPS = {
     "train": ("loss", "learning_rate", "grad_norm", "targets", "epoch", "tokens", "skipped_steps"),
     "speed": (
         "tokens_per_s", "step_s", "data_wait_s", "mfu", "mfu_palm", "compiled_graphs", "validate_s", "sample_s",
-        "save_s",
+        "save_s", "compute_s", "slowest_compute_s", "slowest_rank", "longest_data_wait_s",
     ),
 }  # fmt: skip
 """TensorBoard's groups; val_ columns are in `val`, all others, which are of devices, in `device`."""

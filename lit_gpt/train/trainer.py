@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lit_gpt.checkpoint.checkpoint import unwrapped
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED
 from lit_gpt.data.loader import StepLoader
@@ -37,6 +38,7 @@ from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.pauses import Pauses
 from lit_gpt.train.profiler import StepProfiler
 from lit_gpt.train.progress import ProgressBar
+from lit_gpt.train.rank_watch import RankWatch
 from lit_gpt.train.replicas import require_equal_copies
 from lit_gpt.train.resolve import in_words, resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
@@ -99,6 +101,8 @@ class Trainer:
         self._follow_length()
         stop.note_save(self.state.load_s)
         self.monitor = SpeedMonitor(inputs.config, inputs.world.size, self.device)
+        blocks = unwrapped(self.model).transformer.h
+        self.watch = RankWatch(blocks, self.device, name, inputs.run_dir, first_of_node=fabric.local_rank == 0)
         self.pauses = Pauses(settings, inputs, validation, self.train_step, stop, self.watchdog, self.monitor)
         self.profiler = StepProfiler(settings.profile_steps if self.rank == 0 else None, inputs.run_dir, self.device)
         self.saver = CheckpointSaver(
@@ -174,7 +178,9 @@ class Trainer:
             self.phases.step_done(done[1].verdict)
             state.step_done(data, agreed.targets, agreed.digest)
             guard.note(state.step, data.first_slot, data.rows, done[1].verdict, done[1].grad_norm)
-            self.monitor.count(agreed.targets, loader.take_wait_s())
+            waited_s = loader.take_wait_s()
+            self.monitor.count(agreed.targets, waited_s)
+            self.watch.step_done(agreed.targets, waited_s)
             rollback = self._end_step(*done, progress, last)
             if rollback is not None:
                 return rollback
@@ -259,6 +265,7 @@ class Trainer:
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
         """Read the step's numbers from the device (which waits for it), log them, and return the line of metrics."""
         self.watchdog.at("log")
+        of_ranks = self.watch.columns(self.state.step)
         if dist.is_initialized():
             dist.all_reduce(update.loss_sum)
         row: dict[str, Any] = {
@@ -271,6 +278,7 @@ class Trainer:
             "tokens": self.state.total_targets,
             "skipped_steps": self.train_step.guard.skipped,
             **self.monitor.read()._asdict(),
+            **of_ranks,
         }
         if evaluate:
             row |= self.pauses.validate(self.state.step)

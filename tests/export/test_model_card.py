@@ -94,6 +94,24 @@ def test_it_tells_the_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("host_j", "told"),
+    [
+        (None, "0.4 J a token: GPUs 0.1 kWh, hosts not recorded, recorded for 90% of the tokens"),
+        (90_000.0, "0.6 J a token: GPUs 0.1 kWh, hosts 0.05 kWh, recorded for 90% of the tokens"),
+    ],
+)
+def test_it_tells_the_energy(checkpoint: Checkpoint, tmp_path: Path, host_j: float | None, told: str) -> None:
+    """Of steps 10 and 20, 450,000 tokens each; 1 kWh is 3.6 MJ. Step 30 is not of this checkpoint."""
+    trackers = Trackers(tmp_path / "run", 0, TrackerSettings(tensorboard=False), {})
+    for step in (10, 20, 30):
+        joules = dict(gpu_energy_j=180_000.0, host_energy_j=host_j)
+        trackers.log({"step": step, "loss": 4.0, **joules, "joules_per_token": (180_000 + (host_j or 0)) / 450_000})
+    trackers.close()
+    write_card(tmp_path, checkpoint, CARD)
+    assert f"| energy | {told} |" in (tmp_path / "README.md").read_text().splitlines()
+
+
 def test_what_is_not_at_hand_is_unknown(checkpoint: Checkpoint, tmp_path: Path) -> None:
     facts = {**checkpoint.facts, "train_data_dir": str(tmp_path / "absent")}
     bare = published(tmp_path / "elsewhere" / "iter-00000020-ckpt.pth", facts)

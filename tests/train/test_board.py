@@ -24,9 +24,12 @@ def test_groups(column: str, shown: str) -> None:
     assert tag(column) == shown
 
 
-def test_only_the_memory_is_of_a_device() -> None:
+def test_what_is_of_a_device() -> None:
     columns = [column for column in COLUMNS if column not in ("step", "time", "attempt")]
-    assert [column for column in columns if tag(column).startswith("device/")] == ["memory_gib"]
+    assert [column for column in columns if tag(column).startswith("device/")] == [
+        "memory_gib", "gpu_clock_mhz", "gpu_temperature_c", "gpu_power_w", "throttled_gpus", "gpu_energy_j",
+        "host_energy_j", "joules_per_token",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
