@@ -9,22 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lit_gpt.launch.mesh import make_mesh
 from lit_gpt.train.optimizer import gradient_norm
 from lit_gpt.train.replicas import CopiesDiffer, hash_of, odd_ranks, require_equal_copies
-from tests.support.programs import environment, run_program
+from tests.support.programs import call_on_ranks, environment, run_program
 from tests.support.training import command
 from tests.train.test_step_guard import FAULTY
 
 
 def as_copies(rank: int, folder: Path) -> None:
     """Two copies on one process each; what they find goes to a file of each rank."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = make_mesh("cpu", {"replicate": 2, "shard": 1}, timedelta(seconds=60))
 
     def sharded(values: list[float]) -> DTensor:
@@ -51,13 +48,12 @@ def as_copies(rank: int, folder: Path) -> None:
     except CopiesDiffer as error:
         said = str(error)
     torch.save((norms, said), folder / f"{rank}.pth")  # type: ignore[attr-defined]
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_copies_take_one_norm_and_a_bit_that_differs_is_found(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(as_copies, (tmp_path,), nprocs=2)
+    call_on_ranks(as_copies, tmp_path, 2)
     for rank in (0, 1):
         norms, said = torch.load(tmp_path / f"{rank}.pth")
         assert norms[:2] == [5.0, torch.tensor(5.000001).item()], "the largest, also by the last bit"

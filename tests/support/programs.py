@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +64,13 @@ def run_ranks(
     sizes = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     places = [environment(**variables, **place, **sizes, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
     return _server().run([program, *arguments], places, Path.cwd(), timeout_s)
+
+
+def call_on_ranks(function: Callable[[int, Path], None], folder: Path, ranks: int) -> None:
+    """Call function(rank, folder) on so many gloo ranks."""
+    program = ROOT / "tests" / "support" / "rank_function.py"
+    done = run_ranks([sys.executable, program, function.__module__, function.__name__, folder], ranks)
+    assert done.returncode == 0, done.stderr
 
 
 def _differs(env: Mapping[str, str]) -> bool:

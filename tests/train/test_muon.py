@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_gpt.checkpoint.checkpoint import load, verified
+from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.model.gpt import GPT, initialize
 from lit_gpt.train import muon
+from lit_gpt.train.adamw import AdamW
 from lit_gpt.train.muon import Muon, orthogonalized
-from lit_gpt.train.optimizer import gradient_norm, make_optimizer
+from lit_gpt.train.optimizer import gradient_norm, make_optimizer, require_same_optimizer
 from lit_gpt.train.settings import OptimizerSettings, Settings
-from tests.support.training import make_store, train
 
 COEFFICIENTS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -253,28 +256,41 @@ def test_bad_settings(flags: dict[str, object], message: str) -> None:
         Settings(train_data_dir="x", **flags).check()  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
-def test_a_run_learns_and_goes_on_exactly(tmp_path: Path) -> None:
-    """Stopped at step 8 and resumed, in bf16-true: the bits of a run without a stop. AdamW cannot go on."""
-    store = make_store(tmp_path / "store")
-    settings = dict(optimizer="muon", precision="bf16-true", learning_rate=1e-2, keep_last_checkpoints=0)
-    train(store, tmp_path / "whole", **settings)
-    whole = next((tmp_path / "whole").rglob("iter-00000012-ckpt.pth")).parent
-    lines = (whole / "metrics.csv").read_text().splitlines()
-    place = lines[0].split(",").index("loss")
-    losses = [float(line.split(",")[place]) for line in lines[1:]]
-    assert losses[-1] < losses[0] - 1.0
-    resumed = dict(settings, resume=str(whole / "iter-00000008-ckpt.pth"))
-    train(store, tmp_path / "resumed", **resumed)
-    states = [
-        torch.load(next(folder.rglob("iter-00000012-ckpt.pth")) / "state.pth", weights_only=True)
-        for folder in (whole, tmp_path / "resumed")
-    ]
-    assert states[0]["model"].keys() == states[1]["model"].keys()
-    for name, weight in states[0]["model"].items():
-        assert torch.equal(weight, states[1]["model"][name]), name
-    for name, tensors in states[0]["optimizer"]["state"].items():
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, states[1]["optimizer"]["state"][name][key]), (name, key)
-    refused = train(store, tmp_path / "refused", expect=2, **(resumed | {"optimizer": "adamw"}))
-    assert "was trained by muon, whose state adamw cannot take. Go on with --optimizer muon" in refused.stderr
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_exactly_from_a_checkpoint(tmp_path: Path, dtype: torch.dtype, full: bool) -> None:
+    """Four updates at once, or two of them and two after a load: the same bits of weights and state."""
+    model = make_model(dtype, torch.bfloat16)
+    optimizer = make_optimizer(model, MUON, compiled=False)
+
+    def update(model: GPT, optimizer: AdamW, step: int) -> None:
+        set_gradients(model, step)
+        optimizer.step_clipped(gradient_norm(model.parameters()), 1.0, torch.tensor(0.0))
+
+    for step in range(2):
+        update(model, optimizer, step)
+    saver = CheckpointSaver(tmp_path, model, optimizer, full=full, overlap=False, keep_last=0)
+    saver.save({"step": 2, "slot": 16, "tokens": 120, "settings": asdict(MUON)})
+    saver.close()
+    other = GPT(model.config, compute_dtype=torch.bfloat16).to(dtype)
+    other_optimizer = make_optimizer(other, MUON, compiled=False)
+    saved = verified(tmp_path / "iter-00000002-ckpt.pth")
+    load(saved, other, other_optimizer)
+    for step in (2, 3):
+        update(model, optimizer, step)
+        update(other, other_optimizer, step)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert optimizer.state[ours].keys() == other_optimizer.state[theirs].keys()
+        assert all(
+            torch.equal(value, other_optimizer.state[theirs][key]) for key, value in optimizer.state[ours].items()
+        )
+    require_same_optimizer(saved, MUON)
+    with pytest.raises(BadInput, match=r"trained by muon, whose state adamw cannot take\. Go on with --optimizer muon"):
+        require_same_optimizer(saved, OptimizerSettings())
+    of_before = saved._replace(facts=saved.facts | {"settings": {"learning_rate": 1e-3}})
+    require_same_optimizer(of_before, OptimizerSettings())
+    with pytest.raises(BadInput, match="was trained by adamw"):
+        require_same_optimizer(of_before, MUON)
+    imported = saved._replace(facts=saved.facts | {"settings": {}})
+    require_same_optimizer(imported, MUON)
