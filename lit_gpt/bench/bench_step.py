@@ -25,6 +25,8 @@ from lit_gpt.bench.timing import device_seconds
 from lit_gpt.config import IGNORE_INDEX, Config
 from lit_gpt.data.loader import Batch, cu_seqlens_entries
 from lit_gpt.launch.world import find_world, launch
+from lit_gpt.train.memory_plan import stored_bytes
+from lit_gpt.train.muon_plan import matrix_numbers, muon_step
 from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.resolve import resolve_step
 from lit_gpt.train.settings import StepSettings
@@ -252,12 +254,17 @@ def _floors(bench: StepBench, flops_s: float, bytes_s: float) -> dict[str, float
     faster = 1 if settings.float8 == "none" else 2
     lengths = [np.diff(batch.cu_seqlens.numpy()).astype(np.float64) for step in bench._steps for batch in step]
     pairs = sum(float((x * x).sum()) for x in lengths) / 2 / len(bench._steps)
-    stored = 2 if settings.precision == "bf16-true" else 4
+    # AdamW reads four numbers and writes three; Muon three and two, and it writes and reads updates in bf16
+    stored, by_muon = stored_bytes(settings), settings.optimizer == "muon"
+    matrices = matrix_numbers(config) if by_muon else 0
+    optimizer_bytes = (7 * stored * config.parameters - (2 * stored - 4) * matrices) / bench.ranks
+    shards = settings.shards(settings.devices or 1, bench.ranks)
+    muon = muon_step(config, shards, number_bytes=2, in_a_node=True)
     return {
         "attention": 14 * pairs * config.n_embd * config.n_layer / flops_s,  # two GEMMs forward, five backward
         "products": recompute * blocks * tokens / flops_s / faster,
         "loss": 6 * config.padded_vocab_size * config.n_embd * tokens / flops_s,
-        "optimizer": 7 * stored * config.parameters / bench.ranks / bytes_s,  # four numbers read, three written
+        "optimizer": optimizer_bytes / bytes_s + (muon.flops / flops_s if by_muon else 0.0),
     }
 
 

@@ -124,6 +124,9 @@ def _training(checkpoint: Checkpoint, metrics: list[dict[str, str]]) -> Iterator
     for name, title in (("loss", "training loss"), ("val_loss", "validation loss"), ("val_bits_per_byte", "")):
         if values := [row[name] for row in metrics if row.get(name)]:
             yield title or "validation bits per byte", f"{float(values[-1]):.4f}"
+    if settings := facts.get("settings"):
+        muon = settings.get("optimizer") == "muon"
+        yield "optimizer", "Muon for the matrices of the blocks, AdamW for the rest" if muon else "AdamW"
     environment = facts.get("environment", {})
     yield "processes", str(facts.get("world_size", "unknown"))
     yield "hardware", environment.get("hardware", "not recorded")

@@ -61,9 +61,10 @@ class MatrixExchange:
             return rows.view(-1, *self.shape)
         found = self._exchange(rows, self._sent, [sum(numbers) for numbers in self._received])
         pieces = found.split([n for numbers in self._received for n in numbers])
-        count = len(self._own)
-        whole = [torch.cat(pieces[number::count]) for number in range(count)]
-        return (torch.stack(whole) if whole else found).view(-1, *self.shape)
+        whole = found.new_empty(len(self._own), self.shape[0] * self.shape[1])
+        for number, matrix in enumerate(whole):
+            torch.cat(pieces[number :: len(whole)], out=matrix)
+        return whole.view(-1, *self.shape)
 
     def scatter(self, whole: Tensor) -> Tensor:
         """The reverse: this rank's matrices (B, R, C) to its rows of all matrices (numbers,)."""

@@ -31,7 +31,8 @@ from typing import NamedTuple
 from lit_gpt.config import Config
 from lit_gpt.model.loss import CHUNK_TOKENS
 from lit_gpt.model.settings import ModelSettings
-from lit_gpt.train.settings import StepSettings
+from lit_gpt.train.muon_plan import matrix_numbers, working_numbers
+from lit_gpt.train.settings import OptimizerSettings, StepSettings
 
 # Sizes: N tokens of a micro-batch, T tokens a row, C width, H query heads, G key-value heads, D head size, I MLP width,
 # V padded vocabulary, L blocks.
@@ -49,7 +50,8 @@ class Memory(NamedTuple):
     gradients: int
     optimizer: int
     compute_weights: int
-    """Weights beside the shard: copies in the compute dtype, and all-gathered units with their buffers."""
+    """Weights beside the shard: copies in the compute dtype, all-gathered units with their buffers, and the matrices
+    that Muon works on."""
     activations: int
     loss: int
     """Logits of one chunk and the gradients that the fused loss holds."""
@@ -67,10 +69,12 @@ class _Sizes(NamedTuple):
     compute_bytes: int
     """Of a number in the compute dtype."""
     stored_bytes: int
-    """Of a number in weights, Adam's moments and the gradients of one micro-batch."""
+    """Of a number in weights, the optimizer's moments and the gradients of one micro-batch."""
     shards: int
     single: bool
     """One process, which shards nothing."""
+    state: int
+    """Bytes of the optimizer's moments on this rank."""
     sums: int
     """Bytes of the gradients of earlier micro-batches, fp32."""
     sums_are_gradients: bool
@@ -85,7 +89,8 @@ def step_memory(config: Config, settings: StepSettings, world_size: int, shards:
     sizes = _Sizes(
         tokens=settings.micro_batch_size * config.block_size,
         compute_bytes=_compute_bytes(settings),
-        stored_bytes=2 if settings.precision == "bf16-true" else 4,
+        stored_bytes=stored_bytes(settings),
+        state=stored_bytes(settings) * state_numbers(config, settings) // shards,
         shards=shards,
         single=world_size == 1,
         sums=sums if micro_batches > 1 else 0,
@@ -95,13 +100,23 @@ def step_memory(config: Config, settings: StepSettings, world_size: int, shards:
     return (
         _end_of_forward(config, settings, sizes),
         _last_block_backward(config, settings, sizes),
-        _update(config, sizes),
+        _update(config, settings, sizes),
     )
 
 
 def peak_bytes(config: Config, settings: StepSettings, world_size: int, shards: int) -> int:
     """Bytes at the fullest moment."""
     return max(memory.total for memory in step_memory(config, settings, world_size, shards))
+
+
+def stored_bytes(settings: ModelSettings) -> int:
+    """Bytes of a number in weights and optimizer state."""
+    return 2 if settings.precision == "bf16-true" else 4
+
+
+def state_numbers(config: Config, settings: OptimizerSettings) -> int:
+    """Numbers of the optimizer's state, over all ranks that share it: AdamW's two moments, or Muon's momentum."""
+    return 2 * config.parameters - (matrix_numbers(config) if settings.optimizer == "muon" else 0)
 
 
 def largest_gathered_unit(config: Config, settings: ModelSettings) -> int:
@@ -182,17 +197,18 @@ def _last_block_backward(config: Config, settings: StepSettings, sizes: _Sizes) 
     )
 
 
-def _update(config: Config, sizes: _Sizes) -> Memory:
+def _update(config: Config, settings: StepSettings, sizes: _Sizes) -> Memory:
     """All gradients are there; with several processes the outer unit's reduce-scatter is still running."""
     outer = config.parameters - config.n_layer * config.block_parameters
     share = sizes.stored_bytes * config.parameters // sizes.shards
     reduction = 0 if sizes.single else outer * (2 * sizes.compute_bytes + 4)  # weights, gradients, and these in fp32
+    matrices = working_numbers(config, sizes.shards) if settings.optimizer == "muon" else 0
     return _memory(
         "update",
         config,
         sizes,
         gradients=sizes.sums if sizes.sums and sizes.sums_are_gradients else share,
-        compute_weights=reduction,
+        compute_weights=reduction + matrices * sizes.compute_bytes,
         activations=0,
         loss=0,
     )
@@ -202,7 +218,7 @@ def _memory(
     moment: str, config: Config, sizes: _Sizes, *, gradients: int, compute_weights: int, activations: int, loss: int
 ) -> Memory:
     share = sizes.stored_bytes * config.parameters // sizes.shards
-    return Memory(moment, share, gradients, 2 * share, compute_weights, activations, loss)
+    return Memory(moment, share, gradients, sizes.state, compute_weights, activations, loss)
 
 
 def _weights_in_use(config: Config, settings: StepSettings, sizes: _Sizes, *, in_backward: bool) -> int:

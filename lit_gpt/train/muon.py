@@ -51,6 +51,10 @@ class _Part(NamedTuple):
     start: Tensor
     """Hash input of the first number (rounding.py)."""
 
+    @property
+    def numbers(self) -> int:
+        return self.place.stop - self.place.start
+
 
 class Muon(AdamW):
     """The first parameter group is Muon's: its weights are those of `matrices`; "momentum", "cautious" are its options.
@@ -109,24 +113,31 @@ class Muon(AdamW):
         draw = hashed(counts[0].int())  # the count is the same for all weights
         keep = torch.full((), 1 - group["lr"] * group["weight_decay"], device=skip.device)
         for exchange, parts in self._rounds:
-            updates = torch.empty(exchange.own_numbers, dtype=self._dtype, device=skip.device)
-            pieces = updates.split([part.place.stop - part.place.start for part in parts])
-            for part, update in zip(parts, pieces, strict=True):
-                momentum = self.state[part.weight]["momentum_buffer"]
-                assert part.weight.grad is not None
-                shards = (local_shard(x)[part.place] for x in (momentum, part.weight.grad))
-                self._momentum_step(*shards, update, part.start, draw, clip, skip, decay=group["momentum"])
-            updates = exchange.scatter(orthogonalized(exchange.gather(updates)))
-            rate = group["lr"] * UPDATE_RMS * math.sqrt(max(exchange.shape))
-            rate = torch.full((), rate, device=skip.device)
-            pieces = updates.split([len(piece) for piece in pieces])
-            for part, update in zip(parts, pieces, strict=True):
+            # nested, so that each tensor is freed with its last use
+            updates = exchange.scatter(orthogonalized(exchange.gather(self._updates(parts, draw, clip, skip))))
+            rate = torch.full((), group["lr"] * UPDATE_RMS * math.sqrt(max(exchange.shape)), device=skip.device)
+            for part, update in zip(parts, _split(updates, parts), strict=True):
                 weight = local_shard(part.weight)[part.place]
                 self._weight_step(weight, update, part.start, draw, rate, keep, skip, cautious=group["cautious"])
+
+    def _updates(self, parts: Sequence[_Part], draw: Tensor, clip: Tensor, skip: Tensor) -> Tensor:
+        """Nesterov's momentum of the parts, one after another, after it has moved."""
+        updates = torch.empty(sum(part.numbers for part in parts), dtype=self._dtype, device=skip.device)
+        decay = self.param_groups[0]["momentum"]
+        for part, update in zip(parts, _split(updates, parts), strict=True):
+            momentum = self.state[part.weight]["momentum_buffer"]
+            assert part.weight.grad is not None
+            shards = (local_shard(x)[part.place] for x in (momentum, part.weight.grad))
+            self._momentum_step(*shards, update, part.start, draw, clip, skip, decay=decay)
+        return updates
 
 
 class RoundingMuon(Muon, RoundingAdamW):
     """For bf16 weights, momentum and moments."""
+
+
+def _split(updates: Tensor, parts: Sequence[_Part]) -> tuple[Tensor, ...]:
+    return updates.split([part.numbers for part in parts])
 
 
 def momentum_step(

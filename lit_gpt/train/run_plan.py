@@ -10,7 +10,16 @@ from typing import Literal, NamedTuple
 from lit_gpt.config import Config
 from lit_gpt.data.loader import check_batch_sizes
 from lit_gpt.data.row_reader import RowReader, open_sources
-from lit_gpt.train.memory_plan import USABLE_SHARE, Memory, largest_gathered_unit, peak_bytes, step_memory
+from lit_gpt.train.memory_plan import (
+    USABLE_SHARE,
+    Memory,
+    largest_gathered_unit,
+    peak_bytes,
+    state_numbers,
+    step_memory,
+    stored_bytes,
+)  # fmt: skip
+from lit_gpt.train.muon_plan import MuonStep, muon_step
 from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.run_length import Progress, RunLength, run_length
 from lit_gpt.train.settings import Settings
@@ -60,7 +69,7 @@ def plan(settings: Settings, flags: Collection[str] = ()) -> Plan:
         data_tokens = sum(store.tokens for store in stores)
         data = RowReader(stores, config.block_size, settings.seed, weights=weights, packing=settings.packing)
     length = run_length(settings, flags, data, Progress())
-    stored = 2 if settings.precision == "bf16-true" else 4
+    numbers = config.parameters + state_numbers(config, settings)
     return Plan(
         config=config,
         settings=settings,
@@ -69,7 +78,7 @@ def plan(settings: Settings, flags: Collection[str] = ()) -> Plan:
         memory=step_memory(config, settings, world_size, shards),
         largest_micro_batch=_largest_micro_batch(config, settings, world_size, shards),
         input_tokens_per_step=settings.global_batch_size * config.block_size,
-        checkpoint_bytes=3 * stored * config.parameters,  # weights and AdamW's two moments
+        checkpoint_bytes=stored_bytes(settings) * numbers,
         checkpoints=_checkpoints(settings, length.steps if length else None),
         data_tokens=data_tokens,
         length=length,
@@ -114,6 +123,7 @@ def lines(plan: Plan) -> Iterator[str]:
         scores = 4 * settings.micro_batch_size * config.n_layer * config.n_head * config.block_size**2
         yield f"not counted, for want of a measurement: attention's scores in fp32, some {scores / GIB:.2f} GiB"
     yield from _other_gradient_sync(plan)
+    yield from _muon(plan)
     yield _fit(plan)
     yield ""
     yield from _length(plan)
@@ -161,6 +171,25 @@ def _other_gradient_sync(plan: Plan) -> Iterator[str]:
         f"{other.replace('_', '-')} the total is at most {peak / GIB:.2f} GiB. A reduce-scatter sends "
         f"{once / GIB:.2f} GiB a GPU, and a step has {micro_batches} micro-batches"
     )
+
+
+def _muon(plan: Plan) -> Iterator[str]:
+    """What Muon computes and sends in a step, here and on other numbers of GPUs."""
+    if plan.settings.optimizer != "muon" or plan.settings.precision == "32-true":
+        return
+    devices = plan.settings.devices or 1
+
+    def step(shards: int, node: int) -> MuonStep:
+        return muon_step(plan.config, shards, number_bytes=2, in_a_node=shards <= node)
+
+    here = step(plan.shards, devices)
+    yield (
+        f"Muon: a GPU orthogonalizes at most {here.matrices} matrices in a step, {here.flops / 1e12:.1f} TFLOP, and "
+        f"sends at most {here.sent_bytes / GIB:.3f} GiB: some {here.seconds * 1e3:.1f} ms, by calculation"
+    )
+    others = [2**n for n in range(0, 10)]
+    times = ", ".join(f"{step(shards, 8).seconds * 1e3:.1f}" for shards in others)
+    yield f"  with a copy of the weights on 1, 2, 4 ... {others[-1]} GPUs, 8 a node: {times} ms"
 
 
 def _fit(plan: Plan) -> str:

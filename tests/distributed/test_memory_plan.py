@@ -36,6 +36,7 @@ SMALL = dict(model_name="debug", block_size=64, devices=2, accelerator="cpu", tr
             sharding_strategy="HYBRID_SHARD",
             shard_group_size=2,
             precision="bf16-true",
+            optimizer="muon",
             global_batch_size=4,
             micro_batch_size=1,
         ),

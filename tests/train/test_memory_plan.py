@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from lit_gpt.config import Config
 from lit_gpt.model import attention
 from lit_gpt.model.activation_checkpointing import checkpoint_activations
 from lit_gpt.model.float8 import use_float8
-from lit_gpt.model.gpt import Block, rotary_angles
+from lit_gpt.model.gpt import GPT, Block, rotary_angles
 from lit_gpt.train.memory_plan import kept_bytes_per_token, peak_bytes, step_memory
+from lit_gpt.train.muon_plan import matrix_numbers, matrix_shapes, muon_step
 from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.run_plan import lines, plan
 from lit_gpt.train.settings import Settings, StepSettings
@@ -115,6 +117,39 @@ def test_four_gpus_by_hand() -> None:
         assert (forward.gradients, update.gradients) == (sums, at_update)
     whole = replace(settings, sharding_strategy="SHARD_GRAD_OP")
     assert step_memory(settings.config, whole, 4, 4)[0].compute_weights == 2 * (1_048_704 + 5 * 184_576)
+
+
+def test_muon_by_hand() -> None:
+    """In a block of debug: q and proj 128 x 128, k and v 64 x 128, gate and up 352 x 128, down 128 x 352: 184,320."""
+    config, settings = DEBUG.config, replace(DEBUG, optimizer="muon")
+    numbers = 4 * 184_320
+    assert matrix_numbers(config) == numbers
+    model = GPT(config)
+    stacked = [(weight, rows) for weight, parts in model.hidden_matrices() for rows in parts]
+    found = Counter((rows, weight.shape[1]) for weight, rows in stacked)
+    assert matrix_shapes(config) == found == {(128, 128): 8, (64, 128): 8, (352, 128): 8, (128, 352): 4}
+    forward, _, update = step_memory(config, settings, 1, 1)
+    assert forward.optimizer == update.optimizer == 4 * (2 * 1_787_008 - numbers)
+    assert update.compute_weights == 2 * 8 * (2 * 352 * 128 + 128 * 128)  # all of a shape together, in bf16
+    shared = step_memory(config, replace(settings, micro_batch_size=1), 4, 4)[2]
+    assert shared.optimizer == 2 * 1_787_008 - numbers
+    assert shared.compute_weights - 8 * 1_048_704 == 2 * 2 * 3 * 352 * 128  # two of eight on a rank
+    one = 5 * (4 * 128**3 + 2 * 128**3), 5 * (4 * 64**2 * 128 + 2 * 64**3), 5 * (4 * 128**2 * 352 + 2 * 128**3)
+    alone = muon_step(config, 1, number_bytes=2, in_a_node=True)
+    assert (alone.matrices, alone.sent_bytes) == (28, 0)
+    assert alone.flops == 8 * one[0] + 8 * one[1] + 12 * one[2]
+    four = muon_step(config, 4, number_bytes=2, in_a_node=True)  # which own 2, 2, 2 and 1 of the shapes
+    assert (four.matrices, four.flops * 4) == (7, alone.flops)
+    assert four.sent_bytes == 2 * (2 * numbers // 4 * 3 // 4)  # rows to three others, and as many back
+    far = [muon_step(config, ranks, number_bytes=2, in_a_node=False) for ranks in (8, 64, 512)]
+    assert [step.matrices for step in far] == [4, 4, 4]
+    assert far[0].seconds < far[1].seconds < far[2].seconds < 10e-3
+    planned = "\n".join(lines(plan(Settings(model_name="LLaMmlein_1B", optimizer="muon", devices=4, plan=True))))
+    assert (
+        "Muon: a GPU orthogonalizes at most 39 matrices in a step, 12.4 TFLOP, and sends at most 0.685 GiB" in planned
+    )
+    both = [plan(Settings(model_name="debug", optimizer=name, plan=True)) for name in ("adamw", "muon")]
+    assert both[0].checkpoint_bytes - both[1].checkpoint_bytes == 4 * numbers
 
 
 @pytest.mark.parametrize(("gib", "run"), MEASURED, ids=[f"{gib}" for gib, _ in MEASURED])
