@@ -25,10 +25,10 @@ CODES = {"kill": (1, -9), "stop": (1, -9), "error": (1,), "bad_input": (2,)}
 """Of rank 0, which starts the other; if it is itself killed, that."""
 
 
-def check(store: Path, out: Path, moment: str, rank: int, kind: str) -> None:
+def check(store: Path, out: Path, moment: str, rank: int, kind: str, **settings: object) -> None:
     run = command(
         store, out, program=FAULTY, devices=2, micro_batch_size=2, eval_interval_steps=2, save_interval_steps=3,
-        silent_rank_s=15,
+        silent_rank_s=15, **settings,
     )  # fmt: skip
     process = subprocess.Popen(
         run, env=environment(FAULTS=f"{moment}:{rank}:{kind}"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -43,7 +43,8 @@ def check(store: Path, out: Path, moment: str, rank: int, kind: str) -> None:
     told = [(at, line) for at, line in lines if TOLD[kind] in line and ("all ranks end" in line)]
     assert len(told) == 1, log
     assert f"rank {rank} on " in told[0][1]
-    print(f"{kind:9} rank {rank} {moment:8} exit code {code}: {told[0][1][20:]}")
+    ended = time.monotonic() - told[0][0]
+    print(f"{kind:9} rank {rank} {moment:8} exit code {code}, ended {ended:.1f} s after: {told[0][1][20:]}")
     assert log.count("Traceback") == (kind == "error"), "only that of the rank that fails"
 
 
