@@ -170,18 +170,23 @@ def say_loading(what: object, *packages: str) -> None:
 
 
 def end_failed(where: str, error: Exception, then: Callable[[], None]) -> NoReturn:
-    """End this process with EXIT_FAILURE, after the traceback, a last line that says what failed, and `then`.
-
-    For one process of several: an orderly end would wait for the others, which wait for this one.
-    """
+    """End this process with EXIT_FAILURE, after the traceback, a last line that says what failed, and `then`."""
     try:
         traceback.print_exception(error)
         logging.getLogger(__name__).error("%s: %s: %s", where, type(error).__name__, " ".join(str(error).split()))
+    finally:  # also where the screen is a file on a full disk
+        end_at_once(EXIT_FAILURE, then)
+
+
+def end_at_once(exit_code: int, then: Callable[[], None]) -> NoReturn:
+    """End this process after `then`, for one of several: an orderly end would wait for the others, which wait for this
+    one (NCCL's groups do, when they are destroyed)."""
+    try:
         logging.shutdown()
         sys.stdout.flush()
         then()
-    finally:  # also where the screen is a file on a full disk
-        os._exit(EXIT_FAILURE)
+    finally:
+        os._exit(exit_code)
 
 
 class _Screen(logging.StreamHandler):

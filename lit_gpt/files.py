@@ -33,7 +33,7 @@ MAX_JSON_BYTES = 16 << 20
 """Of JSON from elsewhere: parsed, it takes up to some thirty times its size, and what describes a model has 1 MB."""
 OWN_JSON_BYTES = 256 << 20
 """Of what our programs write, which grows with a run's starts and a data set's files: two million of them."""
-_HASH_CHUNK_BYTES = 16 << 20
+_HASH_CHUNK_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\.?(?P<name>.+?)(\.(?P<host>[^.]+)-(?P<pid>\d+))?\.partial")
 """Our temporary names; earlier versions left out host and pid."""
 
@@ -216,10 +216,10 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
 
 def xxh3(path: Path) -> str:
     """xxh3 of a file's bytes (64 bits), as 16 hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
+    digest, chunk = xxhash.xxh3_64(), memoryview(bytearray(_HASH_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
     return digest.hexdigest()
 
 

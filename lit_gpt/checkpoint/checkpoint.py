@@ -16,9 +16,11 @@ Cost of publishing: the files are read once more for their hashes, from the page
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,9 @@ from lit_gpt.model.gpt import GPT
 
 log = logging.getLogger(__name__)
 
+HASHED_AT_ONCE = 8
+"""Files; one thread reads some 4 GB/s from the page cache."""
+
 # Publishing
 
 
@@ -70,7 +75,12 @@ def _describe(temporary: Path, facts: dict[str, Any]) -> None:
     """Add run.json and MANIFEST.json to the folder of a state."""
     (temporary / RUN).write_text(json.dumps(facts, indent=1))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    listing = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": xxh3(path)} for path in files}
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        hashes = threads.map(xxh3, files)
+        listing = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3": found}
+            for path, found in zip(files, hashes, strict=True)
+        }
     (temporary / MANIFEST).write_text(json.dumps(listing, indent=1))
 
 
@@ -140,8 +150,9 @@ def verified(path: Path) -> Checkpoint:
     Cost: the files are read once for their hashes, the weights once more from the page cache.
     """
     found = described(path)
-    for name, entry in read_manifest(path).items():
-        require_hash(path, name, entry)
+    manifest = read_manifest(path)
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        list(threads.map(require_hash, itertools.repeat(path), manifest, manifest.values()))
     try:
         _require_weights(found)
         if not (path / FULL).is_file():

@@ -86,7 +86,17 @@ class CheckpointSaver:
         use_device = partial(torch.cuda.set_device, device) if on_gpu else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device)
         self._running: Future[None] | None = None
+        self._prepared: Future[None] | None = None
         self._progress = SaveProgress(self._state_bytes())
+
+    def prepare(self) -> None:
+        """Begin to allocate the host memory of copies, after the first update; later calls do nothing.
+
+        It is page-locked beside training, in the thread that writes; else training would wait for it at the first save.
+        """
+        if self._prepared is None and self._overlap and not self._gathers and self._host_copy.from_gpu:
+            state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=False)
+            self._prepared = self._thread.submit(self._host_copy.prepare, state)
 
     def save(self, facts: dict[str, Any], *, wait: bool = False) -> None:
         """Save the state after `facts["step"]` updates; with wait=True, or without overlap, it is over on return.
@@ -141,6 +151,7 @@ class CheckpointSaver:
         """Wait for a running save; its error is logged, so as not to hide the one that may be ending the run."""
         if (error := self._outcome()) is not None:
             log.error("a checkpoint could not be written", exc_info=error)
+        self._host_copy.close_soon()
         self._thread.shutdown()
         self._host_copy.close()
 
@@ -165,10 +176,16 @@ class CheckpointSaver:
             dist.all_reduce(bad, group=self._group)
         return not bad.item()
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether rank 0 collects the whole state, instead of a copy of its own part on each rank."""
+        return self._full and self._group is not None
+
     def _staged_state(self) -> dict[str, Any]:
-        gathered = self._full and self._group is not None
-        state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=gathered)
-        if not gathered:
+        state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=self._gathers)
+        if not self._gathers:
+            if self._prepared is not None:
+                self._prepared.result()
             return self._host_copy.of(state)
         # Gathering has copied sharded tensors; the others (step counters) are still the optimizer's own.
         tensors = [*self._model.parameters(), *(t for s in self._optimizer.state.values() for t in s.values())]

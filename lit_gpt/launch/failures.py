@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import Store
 
-from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_FAILURE, BadInput, KnownBadInput, end_failed, print_bad_input
+from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_FAILURE, BadInput, KnownBadInput, end_at_once, end_failed, print_bad_input
 from lit_gpt.launch.cause import FAILED
 from lit_gpt.launch.fabric import Fabric
 from lit_gpt.launch.job import end_after_parent, report_cause
@@ -58,7 +58,8 @@ class Failures:
     def end(self, where: str, error: Exception) -> NoReturn:
         """End all ranks after an error of this one: with exit code 2 after a BadInput, else with 1 and a traceback.
 
-        where: the rank and the step. Raises the BadInput where there is no other rank, or all know of it.
+        where: the rank and the step. Raises the BadInput where there is no other rank, or all know of it; else this
+        process ends here.
         """
         if self._heard.is_set():  # the error follows from that of another rank
             self._thread.join()  # it ends this process
@@ -73,8 +74,7 @@ class Failures:
         if self._store is None or isinstance(error, KnownBadInput):
             raise error
         print_bad_input(error)
-        self._tell(EXIT_BAD_INPUT, str(error), error)
-        raise SystemExit(EXIT_BAD_INPUT)
+        end_at_once(EXIT_BAD_INPUT, then=lambda: self._tell(EXIT_BAD_INPUT, str(error), error))
 
     def close(self) -> None:
         """Hear and tell no more."""

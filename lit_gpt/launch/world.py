@@ -51,6 +51,9 @@ Azure ML set as well), Open MPI, MPICH and Intel MPI, PMIx, MVAPICH, PALS, Flux,
 RECORDED_COLLECTIVES = 2000
 """Newest collectives of each rank that PyTorch's flight recorder keeps."""
 
+NO_MULTIPROCESSOR = "2"
+"""Value of NCCL_CTA_POLICY (NCCL_CTA_POLICY_ZERO); `launch` sets it on one node, if the environment has none."""
+
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 """Workspaces with which cuBLAS is deterministic, by its documentation; the first is faster."""
 
@@ -225,6 +228,8 @@ def launch(
         be_deterministic()
     if world.size > 1:
         _refuse_taken_port(world)
+        if world.nodes == 1:  # read when NCCL's groups are made; train/copy_engines.py says what for
+            os.environ.setdefault("NCCL_CTA_POLICY", NO_MULTIPROCESSOR)
     for name in ("lightning.fabric", "lightning.pytorch"):  # each rank would log a line
         logging.getLogger(name).setLevel(logging.WARNING)
     if world.size == 1:
@@ -280,8 +285,8 @@ def _refuse_taken_port(world: World) -> None:
 
 
 def takes_no_multiprocessor() -> bool:
-    """Whether NCCL has been told to compute on none where it can do without (NCCL_CTA_POLICY_ZERO)."""
-    return os.environ.get("NCCL_CTA_POLICY") == "2"
+    """Whether NCCL has been told to compute on none where it can do without."""
+    return os.environ.get("NCCL_CTA_POLICY") == NO_MULTIPROCESSOR
 
 
 def record_collectives(folder: Path) -> None:

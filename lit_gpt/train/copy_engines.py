@@ -3,7 +3,8 @@
 NCCL does so from version 2.28 on, between GPUs of one host, where the gathered weights lie in symmetric memory and its
 policy is to take no multiprocessor (https://docs.pytorch.org/docs/2.11/symmetric_memory.html#copy-engine-collectives).
 Its own kernels take some beside the model's products, for as long as the transfer lasts. docs/benchmark_log.md has
-numbers.
+numbers. The program chooses that policy for a run on one node; with NCCL_CTA_POLICY=0 in the environment it keeps to
+kernels.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class CopyEngineAllGather:
 
 
 def gather_by_copy_engines(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let all FSDP units of `model` gather by copy engines, if NCCL_CTA_POLICY=2 asks for it and it works here.
+    """Let all FSDP units of `model` gather by copy engines, if NCCL's policy asks for it and it works here.
 
     mesh: its last dimension are the ranks that share one copy of the weights. A collective.
     """
@@ -59,7 +60,7 @@ def gather_by_copy_engines(model: nn.Module, mesh: DeviceMesh) -> None:
                 unit.set_custom_all_gather(cast(Any, CopyEngineAllGather()))  # the protocol's module is private
         log.info("weights are gathered by the GPUs' copy engines")
     else:
-        log.warning("NCCL_CTA_POLICY=2, but weights are gathered by NCCL's kernels: %s", why)
+        log.info("weights are gathered by NCCL's kernels, not by the GPUs' copy engines: %s", why)
 
 
 def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:

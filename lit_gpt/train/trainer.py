@@ -177,6 +177,7 @@ class Trainer:
             done = agreed.targets, self.train_step.update(state.step, data.batches, agreed.targets)
             self.phases.step_done(done[1].verdict)
             state.step_done(data, agreed.targets, agreed.digest)
+            self.saver.prepare()
             guard.note(state.step, data.first_slot, data.rows, done[1].verdict, done[1].grad_norm)
             waited_s = loader.take_wait_s()
             self.monitor.count(agreed.targets, waited_s)

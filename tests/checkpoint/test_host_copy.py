@@ -35,3 +35,17 @@ def test_another_shape_or_type_gets_another_buffer() -> None:
         assert torch.equal(copied, tensor)
     copies.close()
     assert torch.equal(copies.of({"w": torch.full((3,), 2.0)})["w"], torch.full((3,), 2.0))
+
+
+def test_prepared_memory_is_that_of_the_copies() -> None:
+    state = {"w": torch.randn(3, 4), "step": torch.tensor(7.0), "lr": 0.1}
+    copies = HostCopy(from_gpu=False)
+    copies.prepare(state)
+    prepared = [buffer.data_ptr() for buffer in copies._buffers.values()]
+    copied = copies.of(state)
+    assert [copied["w"].data_ptr(), copied["step"].data_ptr()] == prepared
+    assert torch.equal(copied["w"], state["w"])
+    left = HostCopy(from_gpu=False)
+    left.close_soon()
+    left.prepare(state)
+    assert not left._buffers

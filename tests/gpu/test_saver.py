@@ -32,7 +32,7 @@ def test_three_saves_beside_updates(tmp_path: Path, full: bool) -> None:
         optimizer.step()
         optimizer.zero_grad()
         wanted.append([p.detach().clone() for p in model.parameters()])
-        saver.save({"step": step, "slot": 8 * step, "settings": {}})
+        saver.save({"step": step, "slot": 8 * step, "tokens": 0, "settings": {}})
         with torch.no_grad():  # what comes after must not reach the file
             for p in model.parameters():
                 p.add_(1)
@@ -51,9 +51,9 @@ def test_writing_does_not_wait_for_the_training_stream(tmp_path: Path, full: boo
     saver = CheckpointSaver(
         tmp_path, model, make_optimizer(model, OptimizerSettings(), compiled=True), full=full, overlap=True, keep_last=0
     )
-    saver.save({"step": 1, "slot": 8, "settings": {}})
+    saver.save({"step": 1, "slot": 8, "tokens": 0, "settings": {}})
     saver.wait()  # the first allocates
-    saver.save({"step": 2, "slot": 16, "settings": {}})
+    saver.save({"step": 2, "slot": 16, "tokens": 0, "settings": {}})
     torch.cuda._sleep(6_000_000_000)  # 3 s at 2 GHz, far longer than writing takes
     asleep = torch.cuda.Event()
     asleep.record()
@@ -63,9 +63,12 @@ def test_writing_does_not_wait_for_the_training_stream(tmp_path: Path, full: boo
     saver.close()
 
 
-def test_large_buffers_are_page_locked_once() -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_large_buffers_are_page_locked_once(prepared: bool) -> None:
     copies = HostCopy(from_gpu=True)
     state = {"large": torch.randn(1 << 20, device="cuda"), "small": torch.randn(3, device="cuda")}
+    if prepared:
+        copies.prepare(state)
     first = copies.of(state)["large"]
     assert first.is_pinned()
     state["large"].add_(1)
