@@ -3,9 +3,10 @@
 torch's weights_only loader runs no code. But it builds what a few hundred bytes ask for: a bytearray or a sparse tensor
 of any size, a tuple nested so deeply that hashing it overflows the C stack, parts that a zip file compressed a
 thousandfold. So before anything is built, the pickle is scanned: its names must be those of plain tensors and values,
-its nesting and its memo's indexes bounded; and the parts of the zip file must be stored, and no larger than the file.
+its nesting and its memo's indexes bounded; and the parts of the zip file must be stored, no larger than the file, and
+where its directory says, for torch maps a tensor without a look at what it finds there.
 Anything else raises MalformedState.
-Cost: some microseconds for each operation of the pickle; the tensors are not read.
+Cost: some microseconds for each operation of the pickle and each part; the tensors are not read.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import logging
 import os
 import pickletools
 import re
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,10 @@ _NAMES = re.compile(
     r"|torch (bool|complex\d+|u?int\d+|b?float\d+\w*)"
 )
 """What the pickle of plain tensors, numbers, texts, lists and dictionaries names."""
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Of a part: signature, length of the name, length of the extra field (.ZIP File Format Specification, 4.3.7)."""
+_AFTER_A_PART = (b"PK\x07\x08", b"PK\x03\x04", b"PK\x01\x02")
+"""Its data descriptor, the next part, or the directory."""
 _MAX_DEPTH = 500
 _FILLS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 """What adds to the lowest of its operands."""
@@ -68,6 +74,7 @@ def require_plain(file: IO[bytes], *, check_crc: bool = False) -> bool:
     if zipped:
         with zipfile.ZipFile(file) as archive:
             _require_stored(archive, size, check_crc)
+            _require_in_place(archive.infolist(), file)
             pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
             if len(pickles) != 1:
                 raise MalformedState(f"{len(pickles)} parts data.pkl, not one")
@@ -93,6 +100,24 @@ def _require_stored(archive: zipfile.ZipFile, size: int, check_crc: bool) -> Non
             log.warning("%s was written without checksums: damage to its weights cannot be seen", archive.filename)
     elif check_crc and (damaged := archive.testzip()) is not None:
         raise MalformedState(f"{damaged} does not match its CRC-32")
+
+
+def _require_in_place(entries: Sequence[zipfile.ZipInfo], file: IO[bytes]) -> None:
+    """Raise MalformedState unless each part begins and ends where the directory says, and has a name of its own."""
+    names = {entry.filename.lower() for entry in entries}  # torch finds a part by its name in any case
+    if len(names) < len(entries):
+        raise MalformedState("two of its parts have one name")
+    for entry in entries:
+        file.seek(entry.header_offset)
+        signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        name = file.read(name_bytes)
+        file.seek(extra_bytes + entry.file_size, os.SEEK_CUR)
+        if (
+            signature != zipfile.stringFileHeader  # type: ignore[attr-defined]
+            or name != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+            or file.read(4) not in _AFTER_A_PART
+        ):
+            raise MalformedState(f"{entry.filename} is not where the zip file's directory says")
 
 
 def require_bounded(content: bytes) -> None:

@@ -94,6 +94,26 @@ def pickle_of(content: bytes) -> Callable[[Path], None]:
     return rezipped(lambda name, old: content if name.endswith("data.pkl") else old)
 
 
+def misplaced(at: int, byte: int) -> Callable[[Path], None]:
+    """A byte of the own header of a weight's part, at which the directory does not look."""
+
+    def act(file: Path) -> None:
+        with zipfile.ZipFile(file) as archive:
+            offset = next(entry.header_offset for entry in archive.infolist() if entry.filename.endswith("/data/26"))
+        content = bytearray(file.read_bytes())
+        content[offset + at] = byte
+        file.write_bytes(content)
+
+    return act
+
+
+def twin_of_the_pickle(file: Path) -> None:
+    """torch finds a part by its name in any case: it may read another pickle than the one that was looked at."""
+    with zipfile.ZipFile(file, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        archive.writestr(name.upper(), b"\x80\x02}.")
+
+
 NORM = "transformer.h.0.norm_1.weight"
 CALL = b"\x80\x02c%s\n%sR."
 HUGE = (1 << 40,)
@@ -112,6 +132,10 @@ SPARSE = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones
         resaved(lambda s: s.update(rng=torch.ones_like(s["rng"]))),
         resaved(lambda s: s.update(more=bytearray(9))),
         rezipped(lambda name, old: old + bytes(1 << 20), zipfile.ZIP_DEFLATED),
+        misplaced(0, 0x91),
+        misplaced(28, 0),
+        misplaced(30, 0x41),
+        twin_of_the_pickle,
         pickle_of(CALL % (b"builtins\nbytearray", b"(\x8a\x05" + struct.pack("<q", 1 << 33)[:5] + b"t")),
         pickle_of(b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"Ns."),
         pickle_of(b"\x80\x02}r\xff\xff\xff\x7f."),
@@ -120,7 +144,8 @@ SPARSE = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones
     ],
     ids=[
         "expanded", "sparse", "complex", "bool", "number as name", "list", "no generator's state",
-        "bytearray", "compressed", "giant bytearray", "deep tuple", "giant memo", "empty", "nothing",
+        "bytearray", "compressed", "no header", "weights shifted",
+        "other name", "twin of the pickle", "giant bytearray", "deep tuple", "giant memo", "empty", "nothing",
     ],
 )  # fmt: skip
 def test_a_hostile_full_state_is_one_line(tmp_path: Path, act: Callable[[Path], None]) -> None:
