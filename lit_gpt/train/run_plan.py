@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from lit_gpt.config import Config
 from lit_gpt.data.loader import check_batch_sizes
 from lit_gpt.data.row_reader import RowReader, open_sources
+from lit_gpt.train.cluster_plan import cluster_lines
 from lit_gpt.train.memory_plan import (
     USABLE_SHARE,
     Memory,
@@ -132,6 +133,9 @@ def lines(plan: Plan) -> Iterator[str]:
     if plan.checkpoints:
         on_disk = f"; at most {plan.checkpoints} on disk: {plan.checkpoints * plan.checkpoint_bytes / GIB:.2f} GiB"
     yield f"a checkpoint is {plan.checkpoint_bytes / GIB:.2f} GiB{on_disk}"
+    if plan.world_size > 1:
+        yield ""
+        yield from cluster_lines(config, settings, plan.checkpoint_bytes)
 
 
 def _length(plan: Plan) -> Iterator[str]:

@@ -103,6 +103,11 @@ CASES: dict[str, Case] = {
     "plan": Case({}),
     "plan_gpu_gib": Case({"plan_gpu_gib": 40.0}),
     "plan_tokens_per_s": Case({"plan_tokens_per_s": 1e4}),
+    "plan_network_gb_per_s": Case({"plan_network_gb_per_s": 1e4}),
+    "plan_storage_gb_per_s": Case({"plan_storage_gb_per_s": 1e4}),
+    "plan_failures_per_gpu_day": Case({"plan_failures_per_gpu_day": 1e4}),
+    "plan_restart_s": Case({"plan_restart_s": 1e4}),
+    "plan_save_s": Case({"plan_save_s": 1e4}),
     # the watchdog
     "watchdog_factor": Case({"watchdog_factor": 20.0}, probe("stall_of_long_steps_s"), 10_000.0, 20_000.0),
     "watchdog_floor_s": Case({"watchdog_floor_s": 500.0}, probe("stall_of_short_steps_s"), 400.0, 500.0),
