@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -18,6 +19,8 @@ from lit_gpt.model.gpt import GPT
 from lit_gpt.train.adamw import AdamW, RoundingAdamW
 from lit_gpt.train.muon import Matrix, Muon, RoundingMuon
 from lit_gpt.train.settings import OptimizerSettings
+
+log = logging.getLogger(__name__)
 
 
 def learning_rate(step: int, settings: OptimizerSettings) -> float:
@@ -67,6 +70,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, *, compiled: b
     groups: list[dict[str, Any]] = [{"params": list(hidden), "weight_decay": settings.weight_decay, **options}]
     groups += parameter_groups(model, settings.weight_decay, hidden)
     matrices = [Matrix(weight, first, rows) for weight, parts in hidden.items() for first, rows in _stacked(parts)]
+    log.info("optimizer: Muon for %d matrices in %d weights, AdamW for the rest", len(matrices), len(hidden))
     return (RoundingMuon if rounding else Muon)(groups, matrices, dtype=inner.compute_dtype, **adam)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -273,9 +273,11 @@ def test_it_goes_on_exactly_from_a_checkpoint(tmp_path: Path, dtype: torch.dtype
     saver.save({"step": 2, "slot": 16, "tokens": 120, "settings": asdict(MUON)})
     saver.close()
     other = GPT(model.config, compute_dtype=torch.bfloat16).to(dtype)
-    other_optimizer = make_optimizer(other, MUON, compiled=False)
+    other_optimizer = make_optimizer(other, replace(MUON, muon_momentum=0.5), compiled=False)
     saved = verified(tmp_path / "iter-00000002-ckpt.pth")
     load(saved, other, other_optimizer)
+    assert other_optimizer.param_groups[0]["momentum"] == 0.5  # the settings of now
+    other_optimizer.param_groups[0]["momentum"] = 0.95
     for step in (2, 3):
         update(model, optimizer, step)
         update(other, other_optimizer, step)
