@@ -206,11 +206,14 @@ def _value(kind: Any, given: Given) -> Any:
 
 def _config_file(given: Given, recipes: Sequence[Path]) -> Path:
     path = Path(_value(PathText, given))
-    if path.is_dir() and (path / "settings.yaml").is_file():
-        raise BadInput(f"{given.where} {path}: is a folder; did you mean --config {path / 'settings.yaml'}?")
     if path.is_file():
         return path
     paths = [os.path.relpath(recipe) for recipe in recipes]
+    if path.is_dir():
+        own = path / "settings.yaml"
+        here = [str(own)] if own.is_file() else [name for name in paths if Path(name).parent.samefile(path)]
+        files = here or [str(file) for file in sorted(path.glob("*.y*ml"))[:4]] or paths
+        raise BadInput(f"{given.where} {path}: is a folder; did you mean --config {' or '.join(files)}?")
     meant = did_you_mean(path.stem, [recipe.stem for recipe in recipes])
     hints = [name for name in paths if Path(name).stem in re.findall(r"\w+", meant)] or paths
     raise BadInput(f"{given.where} {path}: no such file; did you mean {' or '.join(hints)}?")

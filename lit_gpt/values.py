@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -172,7 +173,20 @@ def did_you_mean(name: str, names: Collection[str], prefix: str = "") -> str:
         close = difflib.get_close_matches(written, plain.values(), 3, CLOSE)
         nearest = difflib.get_close_matches(written, close, 1, NEAREST)
         found = [known for known in names if plain[known] in (nearest or close)]
-    *others, last = [prefix + known for known in found[:4]] or [""]
+    return _suggestion([prefix + known for known in found[:4]])
+
+
+def near_path(path: Path) -> str:
+    """ "; did you mean ...?" with paths that exist and are spelt like this one, which does not; "" if there is none."""
+    while not path.parent.is_dir():  # the first part that is not there
+        path = path.parent
+    names = {name.lower(): name for name in (os.listdir(path.parent) if os.access(path.parent, os.R_OK) else [])}
+    close = difflib.get_close_matches(path.name.lower(), names, 3, CLOSE)
+    return _suggestion([str(path.with_name(names[name])) for name in close])
+
+
+def _suggestion(found: Sequence[str]) -> str:
+    *others, last = found or [""]
     return f"; did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if last else ""
 
 
@@ -180,8 +194,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[-\s.]", "_", name.lower()).strip("_")
 
 
-def no_such_folder() -> str:
+def no_such_folder(path: Path) -> str:
     """What to say of a folder that is not there; in a container, it may only not be bound."""
     if "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ:
         return "there is no such folder in this container: name it in APPTAINER_BIND if the host has it"
-    return "there is no such folder"
+    return f"there is no such folder{near_path(path)}"

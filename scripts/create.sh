@@ -74,6 +74,17 @@ find_checkpoint() {
     echo "$newest"
 }
 
+# Refuses a checkpoint that is not there, with the newest steps of its folder.
+require_checkpoint() {
+    local path steps=()
+    [[ ! -e $1 ]] || return 0
+    for path in "$(dirname "$1")"/iter-*-ckpt.pth; do
+        [[ ! -e $path ]] || steps+=("$(basename "$path" | sed 's/^iter-0*\([0-9][0-9]*\)-ckpt\.pth$/\1/')")
+    done
+    ((${#steps[@]} <= 10)) || steps=(... "${steps[@]: -10}")
+    fail "no checkpoint $1${steps:+; its folder has the steps ${steps[*]}}"
+}
+
 # The tokenizer folder that the run's settings name; else, as something to bind, the run folder.
 run_tokenizer() {
     local run=$source named=''
@@ -110,7 +121,7 @@ if [[ -n $all ]]; then
 else
     source=${positional[0]:-}
     [[ -n $source ]] || source=$(find_checkpoint)
-    [[ -e $source ]] || fail "no checkpoint $source"
+    require_checkpoint "$source"
     [[ ! -f $source/settings.yaml ]] || fail "$source is a run folder: OUT_DIR=$source exports its newest checkpoint"
     source=$(cd "$(dirname "$source")" && pwd)/$(basename "$source")
     step=$(basename "$source" | sed -n 's/^iter-\([0-9]*\)-ckpt\.pth$/\1/p')

@@ -26,14 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
-
 from lit_gpt.cli import BadInput, Parser, run_program
 from lit_gpt.datapoints.line_log import whole_lines
 from lit_gpt.files import discard
+
+# isort: split
+# After lit_gpt, which says what to do where these are missing.
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".made-by-demo"

@@ -16,11 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
-
 from lit_gpt.cli import BadInput, Parser, command_line, run_program
 from lit_gpt.data.tokenizer import NEWLINES, Tokenizer
 from lit_gpt.files import publish, sweep, write_json
@@ -28,6 +24,11 @@ from lit_gpt.prepare.document_source import read_documents
 from lit_gpt.prepare.records import Document
 from lit_gpt.prepare.source_files import KINDS, open_sources
 from lit_gpt.prepare.source_flags import add_source_flags, fields_of, guard_of
+
+# isort: split
+# After lit_gpt, which says what to do where it is missing.
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 BOS, EOS = "<s>", "</s>"
 MIN_VOCABULARY = 256 + 2

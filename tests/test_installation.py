@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.cli import EXIT_OK
+from lit_gpt.cli import EXIT_BAD_INPUT, EXIT_OK
 from scripts.fetch_german_text import from_grammar
 from tests.support.programs import environment
 from tests.support.training import command
@@ -31,6 +31,32 @@ def python(*arguments: object, first: Path, cwd: Path) -> str:
     )  # fmt: skip
     assert done.returncode == EXIT_OK, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "before", "message"),
+    [
+        ("pretrain/tinyllama_fabric.py", "", "lacks the package "),
+        ("scripts/prepare_data.py", "", "lacks the package "),
+        ("scripts/demo.py", "", "lacks the package "),
+        ("scripts/train_tokenizer.py", "sys.version_info = (3, 9, 18)", "Python 3.10 to 3.14 is needed, "),
+    ],
+)
+def test_another_python_is_one_line(tmp_path: Path, program: str, before: str, message: str) -> None:
+    """-I -S: an interpreter that has no packages."""
+    path = str(ROOT / program)
+    code = f"import sys, runpy; sys.argv = [{path!r}]; {before}\nrunpy.run_path({path!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (EXIT_BAD_INPUT, "", 1), done.stderr
+    assert message in done.stderr
+    assert f"python3 -m venv .venv-train && .venv-train/bin/pip install -r {ROOT}/requirements.txt" in done.stderr
+
+
+def test_another_packages_absence_is_told_as_ever(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import lit_gpt, absent_package")
+    done = subprocess.run([sys.executable, program], env=environment(), capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'absent_package'"
 
 
 @pytest.mark.slow

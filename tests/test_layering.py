@@ -328,7 +328,10 @@ def test_a_planted_circle_is_seen(form: str) -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_modules_only_define(source: str) -> None:
-    """A file's top level holds imports, constants, functions, classes, a program's shim and last line; no `global`."""
+    """A file's top level holds imports, constants, functions, classes, a program's shim and last line; no `global`.
+
+    Only lit_gpt/__init__.py checks which Python it is, before anything else is imported.
+    """
     tree = ast.parse(read(source))
     assert ast.get_docstring(tree), f"{source} has no docstring"
     defining = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
@@ -339,7 +342,8 @@ def test_modules_only_define(source: str) -> None:
         is_registration = re.match(r"\w+\.register_\w+\(", ast.unparse(node))
         is_guard = isinstance(node, ast.If) and ast.unparse(node.test) in guards
         is_shim = source in PROGRAMS and ast.unparse(node) == SHIM
-        allowed = isinstance(node, defining) or is_docstring or is_registration or is_guard or is_shim
+        is_check = source == "lit_gpt/__init__.py" and ast.unparse(node) == "_require_environment()"
+        allowed = isinstance(node, defining) or is_docstring or is_registration or is_guard or is_shim or is_check
         assert allowed, f"{source}:{node.lineno} works at import"
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)], f"{source} has a global statement"
 

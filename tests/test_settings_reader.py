@@ -112,7 +112,11 @@ def test_lists(tmp_path: Path) -> None:
         (["--seed", "1", "max_steps=5"], "max_steps=5: the value of no flag; did you mean --max_steps=5?"),
         (["--config", "debug"], "--config debug: no such file; did you mean pretrain/configs/debug.yaml?"),
         (["--config", "llammlein_1b.yaml"], "did you mean pretrain/configs/LLaMmlein_1B.yaml?"),
-        (["--config", "/"], "--config /: no such file; did you mean pretrain/configs/LLaMmlein_120M.yaml or "),
+        (
+            ["--config", "pretrain/configs"],
+            "a folder; did you mean --config pretrain/configs/LLaMmlein_120M.yaml or ",
+        ),
+        (["--config", "/"], "--config /: is a folder; did you mean --config pretrain/configs/LLaMmlein_120M.yaml or "),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lit_gpt.cli import BadInput, Parser
 from lit_gpt.settings_reader import setting_types
 from lit_gpt.train.settings import Settings
-from lit_gpt.values import SYNONYMS, PathText, did_you_mean, read_value
+from lit_gpt.values import SYNONYMS, PathText, did_you_mean, near_path, read_value
 
 NAMES = list(setting_types(Settings))
 WANDB = Literal["off", "online", "offline"]
@@ -113,6 +113,17 @@ def test_names(written: str, meant: str) -> None:
 
 def test_a_name_like_no_other_suggests_nothing() -> None:
     assert did_you_mean("qqqq", NAMES) == ""
+
+
+def test_near_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "notes").touch()
+    monkeypatch.chdir(tmp_path)
+    assert near_path(Path("data/trian")) == "; did you mean data/train?"
+    assert near_path(Path("Date/train/MANIFEST.json")) == "; did you mean data?"
+    assert near_path(tmp_path / "nots/x/y") == f"; did you mean {tmp_path}/notes?"
+    assert near_path(Path("corpus")) == ""
+    assert near_path(Path("notes/x")) == "; did you mean notes?"
 
 
 def test_no_name_of_ours_is_taken_for_another() -> None:

@@ -27,6 +27,7 @@ from lit_gpt.files import publishing
 from lit_gpt.prepare.document_source import read_pieces
 from lit_gpt.prepare.records import Fields, Reject, SourceFile
 from lit_gpt.prepare.source_files import KINDS, given_file
+from lit_gpt.values import near_path
 
 STAGE = "decontaminate"
 LEAST = 8
@@ -143,7 +144,7 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
         elif given.is_file():
             yield given
         else:
-            raise BadInput(f"--evaluation_texts {given}: there is no such file or folder")
+            raise BadInput(f"--evaluation_texts {given}: there is no such file or folder{near_path(given)}")
 
 
 def _texts_of(path: Path) -> Iterator[EvaluationText]:

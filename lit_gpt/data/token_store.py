@@ -121,9 +121,8 @@ class TokenStore:
 
 def _why_no_manifest(path: Path) -> str:
     if not path.is_dir():
-        return (
-            "that is a file; give a folder that scripts/prepare_data.py wrote" if path.is_file() else no_such_folder()
-        )
+        wanted = "that is a file; give a folder that scripts/prepare_data.py wrote"
+        return wanted if path.is_file() else no_such_folder(path)
     splits = sorted(child.parent.name for child in path.glob(f"*/{MANIFEST}"))
     if splits:
         return f"{MANIFEST} is missing; did you mean {' or '.join(str(path / split) for split in splits)}?"

@@ -92,7 +92,7 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.is_dir():
-            said = f"that is a file; give its folder, {path.parent}" if path.is_file() else no_such_folder()
+            said = f"that is a file; give its folder, {path.parent}" if path.is_file() else no_such_folder(path)
             raise BadInput(f"tokenizer folder {path}: {said}")
         with one_line(f"tokenizer folder {path}"):
             tokenizer = cls(read_folder(path))

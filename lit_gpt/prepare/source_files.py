@@ -22,6 +22,7 @@ from lit_gpt.prepare.document_source import read_pieces
 from lit_gpt.prepare.records import Document, Fields, SourceFile, parse_piece
 from lit_gpt.prepare.reject_guard import RejectGuard
 from lit_gpt.prepare.streams import MAGIC, looks_like
+from lit_gpt.values import near_path
 
 FORMATS = {
     "jsonl": (".jsonl", ".ndjson"),
@@ -102,12 +103,19 @@ def _once(files: Sequence[SourceFile], unread: list[Unread]) -> list[SourceFile]
 
 def _given(path: Path) -> SourceFile:
     if not path.exists():
-        raise BadInput(f"source {path}: there is no such file or folder")
+        raise BadInput(f"source {path}: there is no such file or folder{near_path(path)}")
     if not path.is_file():
         raise BadInput(f"source {path} is no regular file")
+    _refuse_token_store(path)
     if (kind := _kind(path)) is None:
         raise BadInput(f"source {path} is of no known kind: {KINDS}, or a folder of them")
     return _source_file(path, path.name, kind, None)
+
+
+def _refuse_token_store(path: Path) -> None:
+    shard = [path.with_name(path.name.partition(".")[0] + suffix) for suffix in (".tokens", ".docs.parquet")]
+    if path in shard and all(file.is_file() for file in shard):
+        raise BadInput(f"source {path.parent} is a token store: tokenised already, as --train_data_dir takes it")
 
 
 def given_file(path: Path) -> SourceFile | None:
@@ -146,6 +154,7 @@ def _in_folder(root: Path, outside: Path | None, unread: list[Unread]) -> list[S
         elif kind[0] == "text" and not path.stat().st_size:
             unread.append(Unread(path, "empty"))
         else:
+            _refuse_token_store(path)
             files.append(_source_file(path, path.relative_to(root).as_posix(), kind, root))
     return files
 

@@ -28,6 +28,7 @@ from lit_gpt.files import read_json
 from lit_gpt.report import metrics
 from lit_gpt.report.life import Beat, Life, life_of, read_beats
 from lit_gpt.report.metrics import Metrics
+from lit_gpt.values import near_path
 
 Result = TypeVar("Result")
 MARKS = ("settings.yaml", "metrics.csv", FOLDER)
@@ -149,7 +150,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunView]:
 def read_run(folder: Path) -> RunView:
     """Read a run folder, also an empty one, or one of an earlier version; BadInput if there is no folder."""
     if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; give the folder of a run (out/<model_name>)")
+        raise BadInput(f"{folder}: no such folder{near_path(folder) or '; give that of a run (out/<model_name>)'}")
     if (folder / "MANIFEST.json").exists():
         raise BadInput(f"{folder} is a data set, a corpus or a checkpoint; give the folder of a run (out/<model_name>)")
     if _is_of_something_else(folder):

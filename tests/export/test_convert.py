@@ -361,6 +361,11 @@ def test_create_takes_the_newest_checkpoint_of_the_run(run_dir: Path, tmp_path: 
         ([], {"OUT_DIR": ".", "ITERATION_NUM": "8"}, "no checkpoint ./iter-00000008-ckpt.pth"),
         ([], {"OUT_DIR": ".", "ITERATION_NUM": "x"}, "ITERATION_NUM=x: must be a step"),
         (["absent"], {}, "no checkpoint absent"),
+        (
+            ["steps/iter-00000011-ckpt.pth"],
+            {},
+            "iter-00000011-ckpt.pth; its folder has the steps 9 10",
+        ),
         (["run"], {}, "run is a run folder: OUT_DIR=run exports its newest checkpoint"),
         (["a", "b", "c"], {}, "two arguments at most"),
         (["."], {"CONTAINER_PATH": "absent.sif"}, "no container CONTAINER_PATH=absent.sif"),
@@ -371,6 +376,8 @@ def test_create_refuses_in_one_line(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/settings.yaml").touch()
+    for step in (9, 10):
+        (tmp_path / f"steps/iter-{step:08d}-ckpt.pth").mkdir(parents=True)
     done = create(*arguments, cwd=tmp_path, **variables)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

@@ -531,6 +531,9 @@ def test_build_inside_its_source_folder_does_not_read_itself(tokenizer: Path, tm
 
 MISTAKES = [
     ({"--source": "absent"}, "absent: there is no such file or folder"),
+    ({"--source": "A.jsnl"}, "A.jsnl: there is no such file or folder; did you mean "),
+    ({"--source": "store"}, "store/train is a token store: tokenised already"),
+    ({"--source": "store/train/00000.tokens"}, "store/train is a token store: tokenised already"),
     ({"--source": "folder"}, "no file to read in folder"),
     ({"--source": "empty.jsonl"}, "the source is empty"),
     ({"--source": "a.doc"}, "a.doc is of no known kind: .jsonl"),
@@ -550,6 +553,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[message[:40] for _, message in MISTAKES])
 def test_mistakes_get_one_line(tokenizer: Path, tmp_path: Path, changes: dict[str, str], message: str) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "store/train").mkdir(parents=True)
+    for name in ("00000.tokens", "00000.docs.parquet"):
+        (tmp_path / "store/train" / name).touch()
     (tmp_path / "a.jsonl").write_bytes(lines_of(made_up(5)))
     for name in ("empty.jsonl", "a.doc", "broken.parquet"):
         (tmp_path / name).write_bytes(b"")
