@@ -48,6 +48,7 @@ setup(
             "psutil>=5.9,<8",
             "tqdm>=4.66,<5",
         ],
+        "text": ["resiliparse>=1,<3"],  # scripts/collect_debian_text.py
         "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
         "dev": [
             "pytest>=8,<10",
@@ -64,6 +65,7 @@ setup(
             "xllamacpp>=2026.9.11063",
             "torchao>=0.14,<0.19",
             "lm-eval[hf]>=0.4.9,<0.5",
+            "resiliparse>=1,<3",
             "sentence-transformers>=6,<7",  # as a user of exports
         ],
     },
