@@ -150,7 +150,7 @@ class _Rounds:
         return members, np.load(self._layout.of_dedup("bounds.npy", partition))
 
     def _firsts(self, members: Any, bounds: Any) -> tuple[Any, Any, Any]:
-        """Number of each member's group; where the first member is whose document stays; whether each one's does."""
+        """Number of each member's group; where the first member is whose document stays; each member's document."""
         documents = self._offsets[members[0].astype(np.int64)] + (members[1] >> _SPOT).astype(np.int64)
         alive = ~self._dead[documents]
         none = members.shape[1]
@@ -162,10 +162,15 @@ class _Rounds:
         members, bounds = self._members(partition)
         found = np.zeros(0, _REPEAT)
         if len(bounds) > 1:
-            group, first, _ = self._firsts(members, bounds)
-            later = np.flatnonzero(np.arange(members.shape[1]) > first[group])
+            group, first, documents = self._firsts(members, bounds)
+            position = np.arange(members.shape[1])
+            # its own first one counts even if it falls: its fate depends on documents before it, never on itself
+            changes = np.append(True, (documents[1:] != documents[:-1]) | (group[1:] != group[:-1]))
+            own_first = np.maximum.accumulate(np.where(changes, position, 0))
+            earliest = np.minimum(first[group], own_first)
+            later = np.flatnonzero(position > earliest)
             found = np.zeros(len(later), _REPEAT)
-            of = first[group[later]]
+            of = earliest[later]
             found["part"], found["spot"] = members[:, later]
             found["first_part"], found["first_spot"] = members[:, of]
             found["copies"] = np.diff(bounds)[group[later]]

@@ -164,6 +164,19 @@ def test_the_next_survivor_keeps_what_a_fallen_document_had_first(
     assert stats["paragraph_dedup"]["vanished_texts"] == (0 if keep_next else 1)
 
 
+@pytest.mark.timeout(120)
+def test_a_document_falls_by_its_own_repeats(build_corpus: Build, tmp_path: Path) -> None:
+    """one keeps 5 of its 25 words. Its fate is its own: rounds must end, with A in two."""
+    texts = {"one": "\n".join([A] * 5), "two": f"{A}\nund noch ein eigener Absatz"}
+    source = write_documents(tmp_path / "in.jsonl", [{"id": id, "text": text} for id, text in texts.items()])
+    stats = build_corpus(source, tmp_path / "out", min_kept_fraction=0.5, min_kept_words=0)
+    corpus = Corpus(tmp_path / "out")
+    assert documents_of(corpus) == [("two", texts["two"])]
+    assert removals_of(corpus) == [("one", None, "min_kept_fraction", None, None)]
+    assert stats["paragraph_dedup"]["rounds"] == 2
+    assert verify(corpus).faults == []
+
+
 @pytest.mark.parametrize(
     ("first", "second", "equal"),
     [
