@@ -1,9 +1,10 @@
-"""Collect real text from Debian packages: their German and English manuals and books, some 100 M tokens.
+"""Collect real text from Debian packages: their German and English manuals and books, some 80 M tokens.
 
 Each package is downloaded from where apt is configured to, unpacked, not installed. HTML and manual pages become plain
 text (resiliparse, mandoc), a paragraph a line; pages in other languages are left out. DIR/documents/ gets a file a
 package, in it a page a line: "id" (package and path), "text", "source" (package=version) and "language". Written last,
-DIR/MANIFEST.json holds versions and digests: the same versions give the same bytes. A rerun keeps the downloads.
+DIR/MANIFEST.json holds versions and digests: the same versions give the same bytes. After a kill at any moment, the
+same command continues.
 
 Needs apt and dpkg, mandoc (a package of Debian) for manual pages, and resiliparse: pip install --editable '.[text]'.
 
@@ -14,8 +15,6 @@ Example: python scripts/collect_debian_text.py --destination_path raw && python 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import importlib.util
 import io
 import json
 import logging
@@ -26,13 +25,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lit_gpt, installed or not
 
 from lit_gpt.cli import BadInput, Parser, require_at_least, run_program
-from lit_gpt.files import publish, sweep, write_json
+from lit_gpt.files import publish, read_json, sweep, write_json
 from lit_gpt.prepare.worker_pool import usable_cores
 
 GERMAN = (
@@ -42,11 +43,11 @@ GERMAN = (
 )  # fmt: skip
 """German manuals and handbooks; some hold English pages too."""
 ENGLISH = (
-    "anarchism", "apache2-doc", "cppreference-doc-en-html", "debian-policy", "erlang-doc", "ghc-doc", "git-doc",
+    "anarchism", "apache2-doc", "cppreference-doc-en-html", "debian-policy", "erlang-doc", "git-doc",
     "libboost1.81-doc", "libreoffice-help-en-us", "linux-doc-6.1", "manpages", "manpages-dev", "nodejs-doc",
-    "openjdk-17-doc", "perl-doc", "petsc3.18-doc", "postgresql-doc-15", "python-django-doc", "python-pandas-doc",
+    "openjdk-17-doc", "perl-doc", "postgresql-doc-15", "python-django-doc", "python-pandas-doc",
     "python-scipy-doc", "python-sklearn-doc", "python-sympy-doc", "python3.11-doc", "qtbase5-doc-html", "racket-doc",
-    "rust-web-doc", "sqlite3-doc",
+    "sqlite3-doc",
 )  # fmt: skip
 """A book and the large manuals, of Debian 12."""
 PAGE = re.compile(r"\.x?html?(\.[a-z]{2}(-[a-z]+)?)?(\.gz)?$", re.IGNORECASE)
@@ -70,35 +71,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--destination_path", type=Path, required=True, help="folder to write")
     add("--source", nargs="+", metavar="PACKAGE", default=[*GERMAN, *ENGLISH],
         help="NAME, NAME=VERSION, or a file that ends in .deb (default: some 40 packages, see the source)")  # fmt: skip
-    add("--languages", nargs="+", default=["de", "en"], help="languages to keep, two letters each (%(default)s)")
+    add("--languages", nargs="+", default=["de", "en"], help="two letters each (default: de en)")
     add("--workers", type=int, default=usable_cores(), help="processes (%(default)s)")
     arguments = parser.parse_args(argv)
     require_at_least(arguments, 1, "workers")
-    if importlib.util.find_spec("resiliparse") is None:
-        raise BadInput("resiliparse is not installed: pip install --editable '.[text]'")
     try:
-        collect(arguments.source, arguments.destination_path, frozenset(arguments.languages), arguments.workers)
+        collect(arguments.source, arguments.destination_path, arguments.languages, arguments.workers)
     except OSError as error:
         raise BadInput(f"{error.filename or arguments.destination_path}: {error.strerror}") from None
 
 
-def collect(sources: Sequence[str], destination: Path, languages: frozenset[str], workers: int) -> None:
+def collect(sources: Sequence[str], destination: Path, languages: Sequence[str], workers: int) -> None:
     """Write DIR/documents and then DIR/MANIFEST.json."""
-    documents = destination / "documents"
-    documents.mkdir(parents=True, exist_ok=True)
-    sweep(documents)
+    made_by: dict[str, Any] = {"languages": sorted(set(languages)), **tool_versions()}
+    for name in ("documents", "packages"):
+        (destination / name).mkdir(parents=True, exist_ok=True)
+        sweep(destination / name)
     (destination / "MANIFEST.json").unlink(missing_ok=True)
     archives = find_archives(sources, destination / "archives")
-    for old in {*documents.glob("*.jsonl.gz")} - {documents / f"{archive.package}.jsonl.gz" for archive in archives}:
-        old.unlink()  # of an earlier call with other packages
+    wanted = {archive.package for archive in archives}
+    for record in (destination / "packages").glob("*.json"):
+        if record.stem not in wanted:  # of an earlier call with other packages
+            (destination / f"documents/{record.stem}.jsonl.gz").unlink(missing_ok=True)
+            record.unlink()
     with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(collect_package, archive, documents, languages) for archive in archives]
+        jobs = [pool.submit(collect_package, archive, destination, made_by) for archive in archives]
         packages = [job.result() for job in jobs]
-    write_json(destination / "MANIFEST.json", {"languages": sorted(languages), "packages": packages})
-    for language in sorted(languages):
+    write_json(destination / "MANIFEST.json", {**made_by, "packages": packages})
+    for language in made_by["languages"]:
         found = [package["languages"].get(language, {}) for package in packages]
         pages, characters = (sum(part.get(key, 0) for part in found) for key in ("documents", "characters"))
         print(f"{language}: {pages:,} documents, {characters:,} characters")
+
+
+def tool_versions() -> dict[str, str | None]:
+    """Of what makes text out of pages; None for a missing mandoc, which only manual pages need."""
+    try:
+        resiliparse = version("resiliparse")
+    except PackageNotFoundError:
+        raise BadInput("resiliparse is not installed: pip install --editable '.[text]'") from None
+    try:
+        mandoc = run("dpkg-query", "--show", "--showformat", "${Version}", "mandoc").decode()
+    except BadInput:
+        mandoc = None
+    return {"resiliparse": resiliparse, "mandoc": mandoc}
 
 
 def find_archives(sources: Sequence[str], folder: Path) -> list[Archive]:
@@ -140,8 +156,40 @@ def run(*command: str, folder: Path | None = None, stdin: bytes = b"") -> bytes:
     return done.stdout
 
 
-def collect_package(archive: Archive, folder: Path, languages: frozenset[str]) -> dict[str, Any]:
-    """Write folder/PACKAGE.jsonl.gz; returns the package's entry in the manifest."""
+def collect_package(archive: Archive, destination: Path, made_by: dict[str, Any]) -> dict[str, Any]:
+    """Write documents/PACKAGE.jsonl.gz unless it is there already; returns the package's entry in the manifest.
+
+    made_by: what the bytes depend on beside the package; packages/PACKAGE.json holds it with the entry.
+    """
+    file, record = (
+        destination / f"documents/{archive.package}.jsonl.gz",
+        destination / f"packages/{archive.package}.json",
+    )
+    archive_sha256 = sha256(archive.path.read_bytes()).hexdigest()
+    if file.is_file() and record.is_file():
+        saved = read_json(record)
+        entry: dict[str, Any] = saved["entry"]
+        same_input = saved["made_by"] == made_by and entry["archive_sha256"] == archive_sha256
+        if same_input and entry["file_sha256"] == sha256(file.read_bytes()).hexdigest():
+            return entry
+    content, counts = documents(archive, made_by["languages"])
+    entry = {
+        "package": archive.package,
+        "version": archive.version,
+        "archive_sha256": archive_sha256,
+        "file": f"documents/{file.name}",
+        "file_sha256": sha256(content).hexdigest(),
+        "languages": counts,
+    }
+    publish(file, [content])
+    write_json(record, {"made_by": made_by, "entry": entry})
+    found = [f"{n['documents']:,} {language}" for language, n in counts.items()]
+    log.info("%s: %s", archive.package, ", ".join(found) or "no page in these languages")
+    return entry
+
+
+def documents(archive: Archive, languages: Sequence[str]) -> tuple[bytes, dict[str, dict[str, int]]]:
+    """The lines of a package, gzipped; documents and characters of each language."""
     from resiliparse.parse.lang import detect_fast
 
     counts: dict[str, Counter[str]] = {}
@@ -156,22 +204,11 @@ def collect_package(archive: Archive, folder: Path, languages: frozenset[str]) -
                 "id": f"{archive.package}/{path}",
                 "text": text,
                 "source": f"{archive.package}={archive.version}",
+                "language": language,
             }
-            file.write((json.dumps({**document, "language": language}, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps(document, ensure_ascii=False) + "\n").encode())
             counts.setdefault(language, Counter()).update(documents=1, characters=len(text))
-    name = f"{archive.package}.jsonl.gz"
-    publish(folder / name, [content.getvalue()])
-    log.info(
-        "%s: %s", archive.package, ", ".join(f"{n['documents']} {key}" for key, n in sorted(counts.items())) or "none"
-    )
-    return {
-        "package": archive.package,
-        "version": archive.version,
-        "archive_sha256": hashlib.sha256(archive.path.read_bytes()).hexdigest(),
-        "file": f"documents/{name}",
-        "file_sha256": hashlib.sha256(content.getvalue()).hexdigest(),
-        "languages": {key: dict(n) for key, n in sorted(counts.items())},
-    }
+    return content.getvalue(), {language: dict(counts[language]) for language in sorted(counts)}
 
 
 def pages(root: Path) -> Iterator[tuple[str, str]]:

@@ -48,7 +48,8 @@ def package(folder: Path, name: str, files: dict[str, bytes], version: str = "1:
 def collected(destination: Path, *packages: Path) -> dict[str, bytes]:
     words = ["--destination_path", str(destination), "--workers", "2", "--source", *map(str, packages)]
     collect_debian_text.main(words)
-    return {path.name: path.read_bytes() for path in sorted(destination.rglob("*.*")) if path.is_file()}
+    paths = [destination / "MANIFEST.json", *sorted((destination / "documents").iterdir())]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def test_pages_become_documents_with_versions_and_digests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +85,11 @@ def test_pages_become_documents_with_versions_and_digests(tmp_path: Path, capsys
     assert eins["languages"] == {"de": {"documents": 1, "characters": length}}
 
     assert collected(tmp_path / "again", second, first) == found
+    written = (tmp_path / "again/documents/zwei.jsonl.gz").stat().st_mtime_ns
+    (tmp_path / "again/documents/eins.jsonl.gz").write_bytes(b"cut off")
+    (tmp_path / "again/MANIFEST.json").unlink()
+    assert collected(tmp_path / "again", first, second) == found, "a rerun repairs what is not what was written"
+    assert (tmp_path / "again/documents/zwei.jsonl.gz").stat().st_mtime_ns == written, "and keeps the rest"
     assert sorted(collected(tmp_path / "raw", second)) == ["MANIFEST.json", "eins.jsonl.gz"]
 
 
