@@ -82,15 +82,15 @@ class DatapointLog:
             set_damaged_aside(folder)
             attempts = read_attempts(folder)
             head, matches = _read_log(folder / STEPS_FILE, parent)
-            lost = not attempts and parent is not None and head.bytes > 0 and not foreign
+            lost = not attempts and parent is not None and head.size > 0 and not foreign
             if lost:
                 attempts = lost_attempts(max(head.last_attempt, parent.attempt if parent else 0) + 1)
-            here = bool(attempts) and not lost and not (foreign and head.bytes == 0)
+            here = bool(attempts) and not lost and not (foreign and head.size == 0)
             if parent and here and not (matches and parent.attempt < len(attempts)):
                 if parent != lineage(attempts)[-1].parent:  # else this log began with that checkpoint of another run
                     _refuse_or_warn(folder / STEPS_FILE, parent, allow_changed_data)
                 here = False
-            begin_bytes = head.bytes + head.torn
+            begin_bytes = head.size + bool(head.cut)
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
             parent_here = parent is not None and here
             attempts.append(
@@ -107,9 +107,10 @@ class DatapointLog:
         self._folder, self._lock = folder, lock
         self._attempts, self._attempts_written = attempts, write_attempts(folder, attempts)
         self._lines = LineLog(folder / STEPS_FILE)
-        self._bytes, self._running = head.bytes, head.running
+        self._bytes, self._running = head.size, head.running
         self._step = attempt.parent.step if attempt.parent else 0
-        if head.torn:
+        if head.cut:
+            log.warning("%s: %s", folder / STEPS_FILE, _said_of_cut(head.cut))
             self._count(self._lines.append("\n"))
 
     def append(self, step: int, first_slot: int, rows: int, targets: int, digest: int) -> None:
@@ -166,17 +167,19 @@ def _lock(folder: Path) -> Lock:
 class _Head(NamedTuple):
     """What steps.jsonl holds when an attempt begins."""
 
-    bytes: int
+    size: int
+    """In bytes."""
     running: xxhash.xxh3_64
     """Of all its bytes."""
-    torn: bool
-    """A crash cut its last line."""
+    cut: bytes
+    """Its last line, if a crash cut it; of a longer one the last 1 MiB."""
     last_attempt: int
     """That wrote its last line; 0 if it has none."""
 
 
 def _read_log(path: Path, parent: Mark | None) -> tuple[_Head, bool]:
-    """Hash the whole file; also returns whether it begins with the bytes of `parent`."""
+    """Hash the whole file; also returns whether it begins with the bytes of `parent`, or lacks only their last newline,
+    which the next attempt writes."""
     size, matches, running, tail = 0, parent is not None and parent.bytes == 0, xxhash.xxh3_64(), b""
     if path.exists():
         with path.open("rb") as file:
@@ -188,8 +191,22 @@ def _read_log(path: Path, parent: Mark | None) -> tuple[_Head, bool]:
                 running.update(chunk)
                 size += len(chunk)
                 tail = (tail + chunk)[-_CHUNK_BYTES:]
+    if parent and size + 1 == parent.bytes:
+        ended = running.copy()
+        ended.update(b"\n")
+        matches = ended.hexdigest() == parent.xxh3
     last = max((int(number) for number in _ATTEMPT.findall(tail)), default=0)
-    return _Head(size, running, bool(tail) and not tail.endswith(b"\n"), last), matches
+    return _Head(size, running, tail[tail.rfind(b"\n") + 1 :], last), matches
+
+
+def _said_of_cut(line: bytes) -> str:
+    """What becomes of a last line without its newline."""
+    try:
+        json.loads(line)
+    except ValueError:
+        nul = " of NUL" if not line.strip(b"\0") else ""
+        return f"it ends in {len(line):,} bytes{nul} that are no whole line, as a crash leaves them: no steps"
+    return "its last line lacked its newline, which is added"
 
 
 def _refuse_or_warn(path: Path, parent: Mark, allowed: bool) -> None:

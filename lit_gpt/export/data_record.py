@@ -35,9 +35,8 @@ from lit_gpt.datapoints.query import Replay
 from lit_gpt.datapoints.run_folder import PATHS
 from lit_gpt.datapoints.run_record import RunRecord
 from lit_gpt.datapoints.tables import write_documents
-from lit_gpt.export.model_card import RECORD
 from lit_gpt.report.run_page import run_page
-from lit_gpt.report.run_view import RunView, read_run
+from lit_gpt.report.run_view import RECORD, RunView, read_run
 
 log = logging.getLogger(__name__)
 

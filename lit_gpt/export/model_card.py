@@ -16,10 +16,9 @@ from lit_gpt.data.token_store import TokenStore
 from lit_gpt.datapoints.run_folder import read_metrics
 from lit_gpt.export.parity import Parity
 from lit_gpt.files import rewrite, save_figure
+from lit_gpt.report.run_view import RECORD
 
 PICTURE = "loss.png"
-RECORD = "training_record"
-"""The folder with the training's record (data_record.py)."""
 _PATH_ENDINGS = ("_dir", "_path", "resume")
 """Settings that are paths."""
 

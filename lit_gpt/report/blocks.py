@@ -102,14 +102,14 @@ class Table:
     caption: str = ""
 
     def html(self, data: list[dict[str, Any]]) -> str:
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        note = f'<p class="note">{escape(self.caption)}</p>' if self.caption else ""  # a caption would scroll sideways
         right = [any(_is_number(row[at]) for row in self.rows) for at in range(len(self.columns))]
         heads = zip(self.columns, right, strict=True)
         head = "".join(f"<th{' class=number' if number else ''}>{escape(name)}</th>" for name, number in heads)
         head = f"<thead><tr>{head}</tr></thead>" if self.columns else ""
         body = "".join(f"<tr>{''.join(map(_table_cell, row))}</tr>" for row in self.rows)
         kind = "" if self.columns else ' class="facts"'
-        return f'<div class="wide"><table{kind}>{caption}{head}<tbody>{body}</tbody></table></div>'
+        return f'{note}<div class="wide"><table{kind}>{head}<tbody>{body}</tbody></table></div>'
 
 
 def facts(values: Mapping[str, object], caption: str = "") -> Table:

@@ -33,6 +33,8 @@ from lit_gpt.values import near_path
 Result = TypeVar("Result")
 MARKS = ("settings.yaml", "metrics.csv", FOLDER)
 """What a run folder has, one of them at least."""
+RECORD = "training_record"
+"""Folder in an exported model: what of its run goes with it."""
 BESIDE = ("report.html", "watchdog", "environment.json", "resolved.json", "plan.json", "samples.jsonl", "tensorboard")
 """What else a run folder may have before these."""
 _STATE = re.compile(r"xxh3 `([0-9a-f]{16})`")
@@ -153,6 +155,8 @@ def read_run(folder: Path) -> RunView:
         raise BadInput(f"{folder}: no such folder{near_path(folder) or '; give that of a run (out/<model_name>)'}")
     if (folder / "MANIFEST.json").exists():
         raise BadInput(f"{folder} is a data set, a corpus or a checkpoint; give the folder of a run (out/<model_name>)")
+    if (folder / RECORD).is_dir() and not any((folder / mark).exists() for mark in MARKS):
+        raise BadInput(f"{folder} is an exported model; the record of its run is {folder / RECORD}")
     if _is_of_something_else(folder):
         raise BadInput(f"{folder} is no run folder; python scripts/runs.py {folder} lists the runs below it")
     view = RunView(folder, metrics.read(folder / "metrics.csv"), life_of([], 0, None, None, [], None))

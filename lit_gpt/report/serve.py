@@ -7,10 +7,12 @@ and not again before PAUSE_SHARE times what it took, so that a large run does no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import logging
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -79,7 +81,10 @@ class ReportServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise BadInput(f"--serve {port} on {host}: {error}; --serve 0 takes a free port") from None
+            wrong_host = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+            way_out = "--host takes an address of this machine, or 0.0.0.0 for all of them"
+            way_out = way_out if wrong_host else "--serve 0 takes a free port"
+            raise BadInput(f"--serve {port} --host {host}: {error}; {way_out}") from None
 
     @property
     def address(self) -> str:

@@ -151,6 +151,38 @@ def test_a_torn_line_is_closed_counted_and_costs_no_other(folder: Path) -> None:
     assert b'{"step":3,"slo\n' in (folder / "steps.jsonl").read_bytes()
 
 
+def test_a_log_that_lacks_only_its_last_newline_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with DatapointLog.open(folder, FACTS) as log:
+        mark = write(log, 1, 2)
+    path = folder / "steps.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with DatapointLog.open(folder, FACTS, parent=mark) as log:
+        later = write(log, 3, 4)
+    assert caplog.messages == [f"{path}: its last line lacked its newline, which is added"]
+    assert path.read_bytes().startswith(whole)
+    assert later.xxh3 == xxhash.xxh3_64_hexdigest(path.read_bytes())
+    with RunRecord(folder) as run:
+        assert [record.step for record in run.steps()] == [1, 2, 3, 4]
+        assert run.torn == set()
+    path.write_bytes(whole[:-2] + b" ")  # as long as it should be, but for the newline
+    with pytest.raises(BadInput, match="does not begin with the"):
+        DatapointLog.open(folder, FACTS, parent=mark)
+
+
+@pytest.mark.parametrize(("tail", "said"), [(bytes(37), "37 bytes of NUL"), (b'{"step":3,"slo', "14 bytes")])
+def test_what_a_crash_left_behind_the_mark_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture, tail: bytes, said: str
+) -> None:
+    with DatapointLog.open(folder, FACTS) as log:
+        mark = write(log, 1, 2)
+    with open(folder / "steps.jsonl", "ab") as file:
+        file.write(tail)
+    DatapointLog.open(folder, FACTS, parent=mark).close()
+    (told,) = caplog.messages
+    assert told.startswith(f"{folder}/steps.jsonl: it ends in {said} that are no whole line")
+
+
 def test_steps_only_rise_within_an_attempt(folder: Path) -> None:
     with DatapointLog.open(folder, FACTS) as log:
         write(log, 1, 2)

@@ -74,6 +74,8 @@ def test_a_page_opens_without_fault_on_a_screen_and_a_phone(
         assert browser.faults() == []
         assert browser.requests() == [pages[name].as_uri()]
         assert browser.evaluate("document.documentElement.scrollWidth") == width, "it scrolls sideways"
+        notes = "[...document.querySelectorAll('.note, caption')].map(note => note.getBoundingClientRect().right)"
+        assert max(browser.evaluate(notes), default=0) <= width, "a note is cut"
         drawn = browser.evaluate("report.plots().every(p => p.u.width === p.holder.clientWidth && p.u.width > 250)")
         assert drawn
         browser.screenshot(tmp_path / f"{width}.png")

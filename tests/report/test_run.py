@@ -327,7 +327,10 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_damage(
 def test_bad_input(tmp_path: Path, resumed: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "MANIFEST.json").touch()
+    (tmp_path / "model" / "training_record").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").touch()
     cases: list[tuple[list[Any], str]] = [
+        ([tmp_path / "model"], "model is an exported model; the record of its run is .*/model/training_record"),
         ([tmp_path / "no"], "no such folder"),
         ([tmp_path / "store"], "store is a data set, a corpus or a checkpoint; give the folder of a run"),
         ([tmp_path], "is no run folder; python scripts/runs.py .* lists the runs below it"),

@@ -109,9 +109,12 @@ def test_bad_input(tmp_path: Path, server: ReportServer) -> None:
     for argv, said in (
         ([run, "--serve", "0", "--output", "x.html"], "choose one"),
         ([run, "--host", "0.0.0.0"], "goes with --serve"),
-        ([run, "--serve", str(server.server_address[1])], "Address already in use"),
+        ([run, "--serve", str(server.server_address[1])], "Address already in use; --serve 0 takes a free port"),
         ([run, "--serve", "70000"], "--serve 70000"),
-        ([run, "--serve", "0", "--host", "203.0.113.9"], "203.0.113.9"),
+        (
+            [run, "--serve", "0", "--host", "203.0.113.9"],
+            "--host 203.0.113.9: .*; --host takes an address of",
+        ),
         ([str(tmp_path / "no"), "--serve", "0"], "no such folder"),
     ):
         with pytest.raises(BadInput, match=said):
