@@ -59,6 +59,21 @@ class GuardFields(TypedDict):
     recent_norms: list[float]
 
 
+class PartFields(TypedDict):
+    """A checkpoint in an average."""
+
+    step: Count
+    weight: float
+    state_xxh3: Digest
+
+
+class AverageFields(TypedDict):
+    """What average.py made the weights of, oldest first."""
+
+    half_life_steps: float | None
+    checkpoints: list[PartFields]
+
+
 class _Needed(TypedDict):
     step: Count
     slot: Count
@@ -85,6 +100,7 @@ class Facts(_Needed, total=False):
     tokenizer_path: str | None
     tokenizer_fingerprint: str
     world_size: Positive
+    average: AverageFields
 
 
 class DamagedCheckpoint(ValueError):

@@ -209,6 +209,11 @@ def _said_of_cut(line: bytes) -> str:
     return "its last line lacked its newline, which is added"
 
 
+def begins_with(folder: Path, mark: Mark) -> bool:
+    """Whether steps.jsonl in `folder` begins with the bytes of `mark`. Cost: the file is hashed."""
+    return _read_log(folder / STEPS_FILE, mark)[1]
+
+
 def _refuse_or_warn(path: Path, parent: Mark, allowed: bool) -> None:
     said = f"{path} does not begin with the {parent.bytes} bytes that the checkpoint was saved with"
     if not allowed:

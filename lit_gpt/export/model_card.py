@@ -116,13 +116,18 @@ def _training(checkpoint: Checkpoint, metrics: list[dict[str, str]]) -> Iterator
     facts, config = checkpoint.facts, checkpoint.config
     tokens = facts.get("tokens", 0)
     yield "steps", f"{checkpoint.step:,}"
+    if average := facts.get("average"):
+        parts, half_life = average["checkpoints"], average["half_life_steps"]
+        how = "all alike" if half_life is None else f"half as much for every {half_life:g} steps before the newest"
+        yield "weights", f"the average of {len(parts)} checkpoints, {how}: {_parts(parts)}"
     yield "state of weights and optimizer", f"xxh3 `{checkpoint.state_xxh3}`"
     yield "tokens trained", f"{tokens:,}"
     flops = tokens * config.flops_per_token(with_embedding=False)
     yield "computation", f"{flops:.2e} FLOP (6 N + 12 L d T a token, N without the embedding)"
     for name, title in (("loss", "training loss"), ("val_loss", "validation loss"), ("val_bits_per_byte", "")):
         if values := [row[name] for row in metrics if row.get(name)]:
-            yield title or "validation bits per byte", f"{float(values[-1]):.4f}"
+            of = ", of the newest weights, not of the average" if average else ""
+            yield (title or "validation bits per byte") + of, f"{float(values[-1]):.4f}"
     if settings := facts.get("settings"):
         muon = settings.get("optimizer") == "muon"
         yield "optimizer", "Muon for the matrices of the blocks, AdamW for the rest" if muon else "AdamW"
@@ -156,6 +161,11 @@ def _energy(metrics: list[dict[str, str]], tokens: int) -> str:
     share = [] if counted > 0.99 * tokens else [f"recorded for {counted / tokens:.0%} of the tokens"]
     total = sum(map(sum, used.values()))
     return f"{total / counted:.3g} J a token: {', '.join([*parts, *share])}"
+
+
+def _parts(parts: list[dict[str, Any]]) -> str:
+    """The steps of an average with their states."""
+    return ", ".join(f"step {part['step']:,} (xxh3 `{part['state_xxh3']}`)" for part in parts)
 
 
 def _record(checkpoint: Checkpoint) -> Iterator[str]:

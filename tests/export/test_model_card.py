@@ -112,6 +112,17 @@ def test_it_tells_the_energy(checkpoint: Checkpoint, tmp_path: Path, host_j: flo
     assert f"| energy | {told} |" in (tmp_path / "README.md").read_text().splitlines()
 
 
+def test_it_tells_of_an_average(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    parts = [{"step": step, "weight": weight, "state_xxh3": "ab" * 8} for step, weight in ((10, 0.25), (20, 0.75))]
+    average = {"half_life_steps": 1500.0, "checkpoints": parts}
+    write_card(tmp_path, Checkpoint(checkpoint.path, {**checkpoint.facts, "average": average}), CARD)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    how = "half as much for every 1500 steps before the newest"
+    states = ", ".join(f"step {step} (xxh3 `{'ab' * 8}`)" for step in (10, 20))
+    assert f"| weights | the average of 2 checkpoints, {how}: {states} |" in lines
+    assert "| validation loss, of the newest weights, not of the average | 4.5000 |" in lines
+
+
 def test_what_is_not_at_hand_is_unknown(checkpoint: Checkpoint, tmp_path: Path) -> None:
     facts = {**checkpoint.facts, "train_data_dir": str(tmp_path / "absent")}
     bare = published(tmp_path / "elsewhere" / "iter-00000020-ckpt.pth", facts)
