@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lit_gpt.cli import BadInput
@@ -59,9 +58,11 @@ class Corpus:
                 for number in range(ledger.num_row_groups)
                 if _may_hold(ledger.metadata.row_group(number), columns, name, line)
             ]
-            table = ledger.read_row_groups(groups)
-        table = table.filter(pc.equal(table["line"], line))
-        rows: list[dict[str, Any]] = table.to_pylist()
+            table = ledger.read_row_groups(groups, use_threads=False)
+        rows: list[dict[str, Any]] = []
+        for batch in table.to_batches():
+            at = np.flatnonzero(np.from_dlpack(batch["line"]) == line)  # other ways import pandas, which takes 0.2 s
+            rows += [row for number in at.tolist() for row in batch.slice(number, 1).to_pylist()]
         return [row for row in rows if row["source_file"] == name]
 
 

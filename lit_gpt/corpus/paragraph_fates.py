@@ -118,8 +118,7 @@ class SettleStep(PipelineStep):
 class _Rounds:
     def __init__(self, layout: Layout, parts: int, settings: DedupSettings, ratio: TooHigh | None) -> None:
         self._layout, self._parts, self._settings, self._ratio = layout, parts, settings, ratio
-        self._starts = [np.load(layout.of_dedup("starts.npy", part), mmap_mode="r") for part in range(parts)]
-        sizes = [len(starts) - 1 for starts in self._starts]
+        sizes = [len(np.load(layout.of_dedup("starts.npy", part), mmap_mode="r")) - 1 for part in range(parts)]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._partitions = partitions(layout, parts)
         self._outside = np.zeros(self._offsets[-1], bool)  # removed by another stage: holds no first occurrence
@@ -146,8 +145,8 @@ class _Rounds:
                 return
 
     def _members(self, partition: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        members = np.load(self._layout.of_dedup("members.npy", partition), mmap_mode="r")
-        return members, np.load(self._layout.of_dedup("bounds.npy", partition))
+        members, bounds = (self._layout.of_dedup(kind, partition) for kind in ("members.npy", "bounds.npy"))
+        return np.load(members), np.load(bounds)
 
     def _firsts(self, members: Any, bounds: Any) -> tuple[Any, Any, Any]:
         """Number of each member's group; where the first member is whose document stays; each member's document."""
@@ -193,33 +192,35 @@ class _Rounds:
         for partition in range(self._partitions):
             found = np.load(self._layout.of_dedup("repeats.npy", partition), mmap_mode="r")
             begin, end = np.searchsorted(found["part"], [part, part + 1])
-            slices.append(np.asarray(found[begin:end]))
+            slices.append(np.array(found[begin:end]))  # a copy: a view would keep the whole file mapped
         repeats = np.concatenate(slices)
         return repeats[np.argsort(repeats["spot"], kind="stable")]
 
-    def _positions(self, part: int, spots: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        return self._starts[part][(spots >> _SPOT).astype(np.int64)] + (spots & _PARAGRAPH).astype(np.int64)
+    def _starts(self, part: int) -> npt.NDArray[np.int64]:
+        starts: npt.NDArray[np.int64] = np.load(self._layout.of_dedup("starts.npy", part))
+        return starts
 
     def _decided(self, part: int) -> Decision:
-        words = np.load(self._layout.of_dedup("words.npy", part), mmap_mode="r")
+        words, starts = np.load(self._layout.of_dedup("words.npy", part)), self._starts(part)
+        spots = self._repeats(part)["spot"]
         repeated = np.zeros(len(words), bool)
-        repeated[self._positions(part, self._repeats(part)["spot"])] = True
-        return decide(words, self._starts[part], repeated, self._settings)
+        repeated[starts[(spots >> _SPOT).astype(np.int64)] + (spots & _PARAGRAPH).astype(np.int64)] = True
+        return decide(words, starts, repeated, self._settings)
 
     def result(self, part: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Fates and cuts of a part."""
-        decision, repeats = self._decided(part), self._repeats(part)
+        """Fates and cuts of a part; also the cuts that documents fell by, which the review needs."""
+        decision, repeats, starts = self._decided(part), self._repeats(part), self._starts(part)
         fates = np.zeros(len(decision.fates), FATE)
         fates["rule"], fates["value"], fates["of_part"] = decision.fates, decision.values, -1
         if self._ratio is not None:
             dropped = self._ratio.dropped[part]
             fates["rule"][dropped], fates["value"][dropped] = RATIO, self._ratio.values[part][dropped]
         cut = np.flatnonzero(decision.cuts)
-        document = np.searchsorted(self._starts[part], cut, side="right") - 1
-        kept = fates["rule"][document] == KEPT
-        cut, document = cut[kept], document[kept]
+        document = np.searchsorted(starts, cut, side="right") - 1
+        here = fates["rule"][document] != RATIO
+        cut, document = cut[here], document[here]
         cuts = np.zeros(len(cut), CUT)
-        cuts["spot"] = document.astype(np.uint64) << _SPOT | (cut - self._starts[part][document]).astype(np.uint64)
+        cuts["spot"] = document.astype(np.uint64) << _SPOT | (cut - starts[document]).astype(np.uint64)
         cuts["rule"], cuts["first_part"] = decision.cuts[cut], -1
         at = np.searchsorted(repeats["spot"], cuts["spot"])
         known = np.flatnonzero(np.append(repeats["spot"], 0)[at] == cuts["spot"])

@@ -21,7 +21,7 @@ from lit_gpt.cli import BadInput
 from lit_gpt.corpus.corpus import fields as corpus_fields
 from lit_gpt.corpus.corpus_builder import claim, make_request, run_jobs, used_ngrams
 from lit_gpt.corpus.decontamination import write_ngrams
-from lit_gpt.corpus.paragraph_groups import PARTITION_KEYS
+from lit_gpt.corpus.paragraph_groups import KEY_BYTES, number_of_partitions
 from lit_gpt.corpus.parts import Layout, divide
 from lit_gpt.corpus.passes import passes_of
 from lit_gpt.corpus.settings import CorpusSettings
@@ -36,8 +36,6 @@ BASE_BYTES = 300_000_000
 """Memory of a worker that holds nothing: Python, numpy, pyarrow, datatrove, tables of characters."""
 PARAGRAPH_BYTES = 110
 """Memory for each paragraph of a part, while its keys are sorted."""
-KEY_BYTES = 200
-"""Memory for each key of a partition (paragraph_groups.py)."""
 DOCUMENT_BYTES = 1.5
 """Memory of the one task that settles paragraphs, for each document of all."""
 
@@ -97,7 +95,7 @@ def plan(settings: CorpusSettings) -> Plan:
     cpu_s = (more.cpu_s - less.cpu_s) / further * large.text_bytes if further else more.cpu_s
     parts = divide(sources, settings.part_bytes)
     largest = max(part.bytes for part in parts) * large.paragraphs / large.stored_bytes
-    keys = min(large.paragraphs * scale, PARTITION_KEYS)
+    keys = large.paragraphs * scale / number_of_partitions(int(large.paragraphs * scale))
     memory = [largest * PARAGRAPH_BYTES, keys * KEY_BYTES + large.documents * scale * DOCUMENT_BYTES]
     return Plan(
         len(sources), stored, large.text_bytes * scale, large.documents * scale, len(passes_of(settings)), len(parts),

@@ -1,8 +1,9 @@
 """After the last pass: texts that are lost, as stages after paragraph_dedup removed the documents that had them first.
 
 With keep_next_survivor the documents that later stages removed count as holders of nothing, fates are settled again,
-and the later passes run again, until they remove the same documents: then of each text the first occurrence stays whose
-document stays. Where no later stage removes a document, this finds nothing and costs nothing.
+and the later passes run again, until no text is lost any more. A document that was removed in a round counts as holder
+of nothing in all that follow, so they end; with other texts around it, it may stay in the last one: then its texts
+may stay twice, and it is counted. Where no later stage removes a document, this finds nothing and costs nothing.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ class ReviewStep(PipelineStep):
         later = [self._removed_later(part) for part in range(self._parts)]
         before = read_later(self._layout, [len(one) for one in later])
         lost = sum(self._lost(part, later, before) for part in range(self._parts))
-        changed = any(np.any(new != old) for new, old in zip(later, before, strict=True))
-        if self._keep_next and changed and (lost or any(np.any(old) for old in before)):
+        if self._keep_next and lost:
             log.info("paragraph_dedup: later stages removed what %d paragraphs repeat: another round", lost)
             for job in self._again:
                 shutil.rmtree(self._layout.logs(job) / "completions", ignore_errors=True)
             with publishing(self._layout.work / LATER) as partial, open(partial, "wb") as file:
-                np.save(file, np.concatenate(later))
+                np.save(file, np.concatenate(later) | np.concatenate(before))
             raise AnotherRound("give the same command again: stages after paragraph_dedup removed first occurrences")
-        write_json(self._layout.work / FOUND, {"lost_later": lost})
+        twice = sum(int(np.count_nonzero(old & ~new)) for old, new in zip(before, later, strict=True))
+        write_json(self._layout.work / FOUND, {"lost_later": lost, "kept_twice": twice})
         yield from ()
 
     def _removed_later(self, part: int) -> npt.NDArray[np.bool_]:
@@ -69,7 +70,7 @@ class ReviewStep(PipelineStep):
         return np.load(self._layout.of_pass(self._number, "fates.npz", part))
 
     def _lost(self, part: int, later: list[npt.NDArray[np.bool_]], before: list[npt.NDArray[np.bool_]]) -> int:
-        """Paragraphs that were cut from documents that stay, as copies of what later stages removed."""
+        """Paragraphs cut as copies of what later stages removed, but those of documents that these removed."""
         cuts = self._fates(part)["cuts"]
         document = (cuts["spot"] >> np.uint64(SPOT_BITS)).astype(np.int64)
         cuts = cuts[~later[part][document] & (cuts["first_part"] >= 0)]

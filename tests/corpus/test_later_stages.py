@@ -106,6 +106,40 @@ def test_a_text_goes_on_to_the_next_document_that_all_stages_keep(build_corpus: 
     assert stats["paragraph_dedup"]["lost_later"] == 4, "two of second, one of third, one of fourth"
 
 
+def test_a_document_that_fell_as_a_copy_stays_if_a_later_stage_removes_the_other(
+    build_corpus: Build, tmp_path: Path
+) -> None:
+    """copy has nothing of its own, so it goes whole; but the document that it repeats has an evaluation's text."""
+    text = "dieser Absatz steht in zwei Dokumenten\nund dieser andere Absatz steht auch in beiden"
+    documents = [{"id": "evaluation", "text": f"{text}\n{QUESTION}"}, {"id": "copy", "text": text}]
+    build_corpus(
+        write_documents(tmp_path / "in.jsonl", documents), tmp_path / "out", min_kept_words=0,
+        stages=["paragraph_dedup", "decontaminate"], evaluation_texts=[str(evaluation(tmp_path / "task"))],
+    )  # fmt: skip
+    assert documents_of(Corpus(tmp_path / "out")) == [("copy", text)]
+
+
+@pytest.mark.slow
+def test_rounds_end_where_each_removal_brings_another_about(build_corpus: Build, tmp_path: Path) -> None:
+    """Families of four pages, in which one word of 60 differs: what one round removes, the next would keep, without
+    end. Of each family at least one page stays, and no text is lost."""
+    choice, letters = random.Random(17), "abdefghiklmnoprstuwz"
+    words = ["".join(choice.choices(letters, k=choice.randint(3, 9))) for _ in range(3000)]
+    pages = []
+    for family in range(30):
+        lines = [choice.choices(words, k=30) for _ in range(8)]
+        for copy in range(4):
+            own = [[choice.choice(words) if copy and choice.random() < 1 / 60 else w for w in line] for line in lines]
+            pages.append({"id": f"{family}-{copy}", "text": "\n".join(map(" ".join, own))})
+    choice.shuffle(pages)
+    source = write_documents(tmp_path / "in.jsonl", pages)
+    stats = build_corpus(source, tmp_path / "out", stages=["paragraph_dedup", "minhash"])
+    corpus = Corpus(tmp_path / "out")
+    assert {id.split("-")[0] for id, _ in documents_of(corpus)} == {str(family) for family in range(30)}
+    assert stats["paragraph_dedup"]["lost_later"] == 0
+    assert verify(corpus).faults == []
+
+
 def labelled(pairs: int) -> tuple[list[dict[str, Any]], set[str]]:
     """Documents of 120 words, of which some have a copy with one or two words changed; the ids of the copies.
 
