@@ -185,9 +185,10 @@ def orthogonalized(x: Tensor) -> Tensor:
     if tall:
         x = x.mT
     for a, b, c in POLAR_EXPRESS:
-        square = x @ x.mT
+        square = torch.bmm(x, x.mT)
         square = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, square, x, beta=a)
+        square.diagonal(dim1=1, dim2=2).add_(a)  # baddbmm, with a x, would copy x first
+        x = torch.bmm(square, x)
     return x.mT if tall else x
 
 
