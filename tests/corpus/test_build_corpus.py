@@ -7,12 +7,13 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,11 +24,12 @@ from lit_gpt.cli import BadInput
 from lit_gpt.corpus.corpus import Corpus
 from lit_gpt.corpus.verify import verify
 from lit_gpt.corpus.why import explain
-from tests.corpus.conftest import Build, made_up, write_documents
+from tests.corpus.conftest import Build, built, made_up, write_documents
 from tests.corpus.test_paragraph_dedup import bytes_of, documents_of, removals_of
 from tests.support.programs import ROOT, environment, run_program
 
 PROGRAM = ROOT / "scripts/build_corpus.py"
+KILLED = ROOT / "tests/corpus/killed_build.py"
 SETTINGS: dict[str, Any] = {
     "stages": ["paragraph_dedup", "pii", "repetition"], "part_bytes": 4000, "max_duplicate_line_fraction": 0.5,
     "min_kept_words": 5,
@@ -48,6 +50,20 @@ def sources(folder: Path, count: int = 3) -> Path:
             document["id"] = f"{number}-{document['id']}"
         write_documents(folder / f"{number}.jsonl", documents)
     return folder
+
+
+class Whole(NamedTuple):
+    source: Path
+    corpus: Path
+    stats: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Sources, and a corpus of them that was built undisturbed. Tests change copies only."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = sources(folder / "in")
+    return Whole(source, folder / "out", built(source, folder / "out", **SETTINGS))
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -148,8 +164,8 @@ def test_masks_and_cuts_name_bytes_of_the_source(build_corpus: Build, tmp_path: 
         (lambda out: (out / "documents/00009.jsonl.zst").write_bytes(b""), "is not in the manifest"),
     ],
 )
-def test_verify_names_what_was_changed(build_corpus: Build, tmp_path: Path, damage: Any, said: str) -> None:
-    build_corpus(sources(tmp_path / "in"), tmp_path / "out", **SETTINGS)
+def test_verify_names_what_was_changed(whole: Whole, tmp_path: Path, damage: Any, said: str) -> None:
+    shutil.copytree(whole.corpus, tmp_path / "out")
     damage(tmp_path / "out")
     assert [fault for fault in verify(Corpus(tmp_path / "out")).faults if said in fault]
 
@@ -168,43 +184,19 @@ def test_verify_compares_every_document_with_its_source(
 
 # Kills and full disks
 
-KILLED = f"""
-import sys, os, signal
-sys.path.insert(0, {str(ROOT)!r})
-import lit_gpt.files as files
-left, rename = int(sys.argv.pop(1)), files.rename
-def counted(*arguments):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*arguments)
-files.rename = counted
-import lit_gpt.corpus.last_steps
-lit_gpt.corpus.last_steps.rename = counted
-import runpy
-sys.argv[0] = {str(PROGRAM)!r}
-runpy.run_path({str(PROGRAM)!r}, run_name="__main__")
-"""
-"""The program, which kills itself before it publishes the n-th file."""
-
 
 @pytest.mark.slow
-def test_a_killed_build_goes_on_to_the_same_bytes(build_corpus: Build, tmp_path: Path) -> None:
+def test_a_killed_build_goes_on_to_the_same_bytes(whole: Whole, tmp_path: Path) -> None:
     """Killed before the 7th file, then before the 11th of the next start, and so on, until a start comes to its end."""
-    source = sources(tmp_path / "in")
-    build_corpus(source, tmp_path / "whole", **SETTINGS)
+    source = whole.source
     command = ["--source", source, "--destination_path", tmp_path / "out", "--workers", "1", *FLAGS]
     codes = []
     for left in (7, 11, 8, 6, 1_000):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(left), *map(str, command)], env=environment(), capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
+        done = run_program([sys.executable, KILLED, left, *command])
         codes.append(done.returncode)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
     assert codes.count(-signal.SIGKILL) >= 3
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert bytes_of(tmp_path / "out") == bytes_of(whole.corpus)
     assert not list((tmp_path / "out").glob("build*"))
 
 
@@ -253,10 +245,8 @@ def test_the_same_bytes_after_sixty_kills_at_random_moments(build_corpus: Build,
 
 
 def test_a_full_disk_is_told_and_the_build_goes_on(
-    build_corpus: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build_corpus: Build, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = sources(tmp_path / "in")
-    build_corpus(source, tmp_path / "whole", **SETTINGS)
     real = files.fsync
     for allowed in (3, 9):
         left = allowed
@@ -270,12 +260,12 @@ def test_a_full_disk_is_told_and_the_build_goes_on(
 
         monkeypatch.setattr(files, "fsync", full)
         with pytest.raises(OSError, match="make room, and give the same command again") as caught:
-            build_corpus(source, tmp_path / "out", **SETTINGS)
+            build_corpus(whole.source, tmp_path / "out", **SETTINGS)
         assert caught.value.errno == errno.ENOSPC
         assert caught.value.filename
     monkeypatch.setattr(files, "fsync", real)
-    build_corpus(source, tmp_path / "out", **SETTINGS)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    build_corpus(whole.source, tmp_path / "out", **SETTINGS)
+    assert bytes_of(tmp_path / "out") == bytes_of(whole.corpus)
 
 
 # Inputs
@@ -322,12 +312,10 @@ def test_bad_settings_are_refused(build_corpus: Build, tmp_path: Path, settings:
         build_corpus(tmp_path, tmp_path / "out", **settings)
 
 
-def test_ledger_and_documents_together_are_all_documents(build_corpus: Build, tmp_path: Path) -> None:
-    source = sources(tmp_path / "in")
-    stats = build_corpus(source, tmp_path / "out", **SETTINGS)
-    corpus = Corpus(tmp_path / "out")
+def test_ledger_and_documents_together_are_all_documents(whole: Whole) -> None:
+    corpus = Corpus(whole.corpus)
     gone = {id for id, paragraph, *_ in removals_of(corpus) if paragraph is None}
     kept = {id for id, _ in documents_of(corpus)}
     assert gone
     assert not gone & kept
-    assert len(gone) + len(kept) == stats["documents"] == 75
+    assert len(gone) + len(kept) == whole.stats["documents"] == 75
