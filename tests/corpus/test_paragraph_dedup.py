@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,13 @@ def test_no_false_and_no_missed_removal_in_real_text(build_corpus: Build, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_bytes_are_the_same_for_any_number_of_workers(build_corpus: Build, tmp_path: Path) -> None:
+def test_the_bytes_are_the_same_for_any_number_of_workers(
+    build_corpus: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 18 workers are forked from a process that has their imports, which take most of their time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lit_gpt.corpus.corpus_builder", "pandas"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     for number in range(8):
         write_documents(tmp_path / f"{number}.jsonl", made_up(40, number))
     settings: dict[str, Any] = {"part_bytes": 1, "id_field": None, "stages": ["repetition", "paragraph_dedup", "pii"]}
