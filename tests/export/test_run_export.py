@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -236,7 +237,34 @@ def test_a_stopped_watch_leaves_nothing(german_run: Path, hub: tuple[Hub, str], 
     assert not (tmp_path / "out").exists()
 
 
+def export_all(run: Path, destination: Path, *more: str) -> None:
+    convert_lit_checkpoint.main(["--run_dir", str(run), "--destination_path", str(destination), *more])
+
+
+def assert_only_begun(state: Hub) -> None:
+    """The repository has no commit of ours."""
+    assert all(commits[0]["title"] == "initial commit" for commits in state.repositories.get(REPOSITORY, {}).values())
+
+
 @pytest.mark.slow
+def test_a_commit_that_the_hub_refuses_is_one_line(german_run: Path, hub: tuple[Hub, str], tmp_path: Path) -> None:
+    state, address = hub
+    state.faults += [("POST .*/commit/.*", "500")] * 3
+    run = copy_of(german_run, tmp_path / "run", STEPS[0])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/convert_lit_checkpoint.py"), "--run_dir", str(run), "--destination_path",
+         str(tmp_path / "out"), "--push_to", REPOSITORY, "--attempts", "3", "--first_wait_s", "0"],
+        env=environment(tmp_path, address), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    *_, last = done.stderr.splitlines()
+    assert "error: " in last
+    assert re.search("in 3 attempts: .*the same command goes on", last), last
+    assert "Traceback" not in done.stderr
+    assert_only_begun(state)
+    assert_no_token(tmp_path, done.stdout, done.stderr)
+
+
 @pytest.mark.parametrize(
     ("repository", "token", "faults", "message"),
     [
@@ -244,32 +272,23 @@ def test_a_stopped_watch_leaves_nothing(german_run: Path, hub: tuple[Hub, str], 
         ("other/model", TOKEN, [], "the Hub refuses to open other/model: .*403"),
         ("a/b/c", TOKEN, [], "cannot open a/b/c: HFValidationError"),
         (REPOSITORY, TOKEN, [("POST .*create", "cut")] * 3, "could not open lsx/model in 3 attempts"),
-        (REPOSITORY, TOKEN, [("POST .*/commit/.*", "500")] * 3, "in 3 attempts: .*the same command goes on"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(
+def test_a_repository_that_cannot_be_opened_is_bad_input(
     german_run: Path, hub: tuple[Hub, str], tmp_path: Path, repository: str, token: str,
-    faults: list[tuple[str, str]], message: str,
+    faults: list[tuple[str, str]], message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
+    """In this process, where huggingface_hub has read HF_ENDPOINT already."""
     state, address = hub
     state.faults += faults
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", token)
     run = copy_of(german_run, tmp_path / "run", STEPS[0])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/convert_lit_checkpoint.py"), "--run_dir", str(run), "--destination_path",
-         str(tmp_path / "out"), "--push_to", repository, "--attempts", "3", "--first_wait_s", "0"],
-        env=environment(tmp_path, address, token), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    *_, last = done.stderr.splitlines()
-    assert "error: " in last
-    assert re.search(message, last), last
-    assert "Traceback" not in done.stderr
-    assert all(commits[0]["title"] == "initial commit" for commits in state.repositories.get(REPOSITORY, {}).values())
-    assert_no_token(tmp_path, done.stdout, done.stderr)
-
-
-def export_all(run: Path, destination: Path, *more: str) -> None:
-    convert_lit_checkpoint.main(["--run_dir", str(run), "--destination_path", str(destination), *more])
+    with pytest.raises(BadInput, match=message) as refused:
+        export_all(run, tmp_path / "out", "--push_to", repository, "--attempts", "3", "--first_wait_s", "0")
+    assert state.faults == []
+    assert_only_begun(state)
+    assert_no_token(tmp_path, str(refused.value), caplog.text)
 
 
 @pytest.mark.slow
