@@ -20,9 +20,9 @@ BYTES_A_WORKER = 5 << 30
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """-n auto: one worker per core, as far as memory allows."""
+    """-n auto: one worker more than there are cores, as far as memory allows: tests of Slurm and signals wait long."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_A_WORKER))
+    return max(1, min(len(os.sched_getaffinity(0)) + 1, memory // BYTES_A_WORKER))
 
 
 @pytest.hookimpl(optionalhook=True)
