@@ -40,6 +40,7 @@ from lit_gpt.checkpoint.record import (
     MANIFEST,
     NAME,
     RUN,
+    SAVE,
     SHARDED,
     Checkpoint,
     DamagedCheckpoint,
@@ -143,9 +144,9 @@ def is_whole(path: Path) -> bool:
 # Checking
 
 
-def verified(path: Path) -> Checkpoint:
+def verified(path: Path, *, part: bool = False) -> Checkpoint:
     """The checkpoint at `path`; DamagedCheckpoint unless every file has the manifest's size and hash, the weights are
-    those of its model and finite, and all else is plain values.
+    those of its model and finite, and all else is plain values. part: it may be one node's (memory.py).
 
     Cost: the files are read once for their hashes, the weights once more from the page cache.
     """
@@ -154,9 +155,9 @@ def verified(path: Path) -> Checkpoint:
     with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
         list(threads.map(require_hash, itertools.repeat(path), manifest, manifest.values()))
     try:
-        _require_weights(found)
+        _require_weights(found, part=part)
         if not (path / FULL).is_file():
-            sharded_state.check_values(path / SHARDED)
+            sharded_state.check_values(path / SHARDED, part=part)
     except MalformedState as error:
         raise DamagedCheckpoint(f"{path} holds more than tensors and plain values; it was not run: {error}") from None
     except OSError as error:
@@ -164,10 +165,10 @@ def verified(path: Path) -> Checkpoint:
     return found
 
 
-def _require_weights(checkpoint: Checkpoint) -> None:
+def _require_weights(checkpoint: Checkpoint, *, part: bool) -> None:
     """Raise DamagedCheckpoint unless the weights are finite and have the names and shapes of the checkpoint's model."""
     shapes = {}
-    for name, tensor in model_tensors(checkpoint):
+    for name, tensor in model_tensors(checkpoint, part=part):
         if not tensor.is_floating_point():
             raise DamagedCheckpoint(f"{checkpoint.path} holds a weight of {tensor.dtype}: {name}")
         if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):  # NaN spreads to both
@@ -219,7 +220,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
         if full:
             full_state.read_into(state, path / FULL)
         else:
-            sharded_state.read_into(state, path / SHARDED)
+            sharded_state.read_into(state, path / SHARDED, part=SAVE in checkpoint.facts)
         _set_rng_state(state["rng"])
     except MalformedState as error:
         raise BadInput(f"{path} is not what this run could have saved: {error}") from None
@@ -234,6 +235,13 @@ def _set_rng_state(state: Tensor) -> None:
         raise MalformedState(f"rng: {error}") from None
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights by their names in a checkpoint, as this rank holds them."""
+    return {
+        name: tensor for name, tensor in get_model_state_dict(unwrapped(model)).items() if isinstance(tensor, Tensor)
+    }
+
+
 def require_model(checkpoint: Checkpoint, config: Config) -> None:
     """Raise BadInput if the checkpoint is of another model; says what differs."""
     if config != checkpoint.config:
@@ -244,13 +252,15 @@ def require_model(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def model_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The weights (name, tensor), one after another, on the CPU. Cost: memory for one at a time, from either kind."""
+def model_tensors(checkpoint: Checkpoint, *, part: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The weights (name, tensor), one after another, on the CPU. Cost: memory for one at a time, from either kind.
+
+    part: the checkpoint may be one node's; 0 stands for what others hold."""
     path = checkpoint.path
     if (path / FULL).is_file():
         yield from full_state.weights(path / FULL)
         return
-    yield from sharded_state.tensors(path / SHARDED, "model.")
+    yield from sharded_state.tensors(path / SHARDED, "model.", part=part)
 
 
 # Small parts

@@ -113,6 +113,18 @@ def whole_newest_first(run_dir: Path) -> Iterator[Checkpoint]:
             log.warning("passing over %s: %s", path, error)
 
 
+def is_newer(step: int, run_dir: Path) -> bool:
+    """Whether the history has no checkpoint of this step, or of a later one, in the run folder."""
+    others = left_behind(run_dir)
+    return not any(path.name >= checkpoint_name(step) for path in newest_first(run_dir) if path not in others)
+
+
+def is_of_history(checkpoint: Checkpoint, run_dir: Path) -> bool:
+    """Whether the checkpoint, which may lie elsewhere, is of the branch that the run in `run_dir` trained last."""
+    mark = checkpoint.facts.get("datapoint_log")
+    return mark is not None and is_in_lineage(Mark(**mark), read_attempts(run_dir / FOLDER))
+
+
 def left_behind(run_dir: Path) -> list[Path]:
     """The checkpoints of other branches, newest first; damaged ones are left out."""
     attempts = read_attempts(run_dir / FOLDER)

@@ -28,6 +28,8 @@ from lit_gpt.files import OWN_JSON_BYTES, read_json, xxh3
 NAME = re.compile(r"iter-(\d{8})-ckpt\.pth")
 RUN, MANIFEST, FULL, SHARDED = "run.json", "MANIFEST.json", "state.pth", "state"
 INDEX = f"{SHARDED}/.metadata"
+SAVE = "save"
+"""Of a checkpoint in node memory, the fact that is the same in all nodes' parts of it, and in no others: an id."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -101,6 +103,7 @@ class Facts(_Needed, total=False):
     tokenizer_fingerprint: str
     world_size: Positive
     average: AverageFields
+    save: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{14}$")]
 
 
 class DamagedCheckpoint(ValueError):

@@ -27,7 +27,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,16 +38,31 @@ from torch.utils._pytree import tree_map_only
 
 from lit_gpt.checkpoint import checkpoint, full_state, history, sharded_state
 from lit_gpt.checkpoint.host_copy import HostCopy
+from lit_gpt.checkpoint.memory import NodeMemory
 from lit_gpt.checkpoint.record import FULL, SHARDED, checkpoint_name
+from lit_gpt.checkpoint.together import LEAST_TIMEOUT, each_or_raise, no_room
 from lit_gpt.checkpoint.waiting import SaveProgress
-from lit_gpt.cli import NO_ROOM, BadInput
+from lit_gpt.cli import BadInput
 from lit_gpt.files import discard
 
 log = logging.getLogger(__name__)
 
-LEAST_TIMEOUT = timedelta(hours=2)
-"""How long a rank waits at least for another's part of a save, which may be written beside many steps; a rank that dies
-is noticed at once."""
+
+class _Place(NamedTuple):
+    """Where a checkpoint goes: the run folder, or the memory of this rank's node."""
+
+    folder: Path
+    full: bool
+    seals: bool
+    """Whether this rank makes and publishes the checkpoint."""
+    group: dist.ProcessGroup | None
+    """The ranks that write it."""
+    make_way: Callable[[str], None]
+    """Removes what may go before a checkpoint of this name is written."""
+    prune: Callable[[int], None]
+    """Removes what may go after that of this step is published."""
+    share: float = 1.0
+    """Of the state, that is written there."""
 
 
 class CheckpointSaver:
@@ -55,6 +70,7 @@ class CheckpointSaver:
 
     full: one state.pth (state_dict_type full), else a part per rank. overlap: write in a thread (async_save).
     keep_last, keep_every_steps: see history.prune. timeout: of the ranks' group, or LEAST_TIMEOUT if that is longer.
+    memory: where saves to node memory go, if any do.
     """
 
     def __init__(
@@ -68,17 +84,19 @@ class CheckpointSaver:
         keep_last: int,
         keep_every_steps: int = 0,
         timeout: timedelta = LEAST_TIMEOUT,
+        memory: NodeMemory | None = None,
     ) -> None:
         self.failure: str | None = None
         """Why the newest save failed; None if it is published or still being written."""
         self.longest_s = 0.0
         """Seconds of the longest save so far, from call to publication."""
         self._run_dir, self._model, self._optimizer = run_dir, model, optimizer
-        self._full, self._overlap = full, overlap
-        self._prune = partial(history.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
+        self._overlap, self._memory = overlap, memory
         timeout = max(timeout, LEAST_TIMEOUT)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._rank = dist.get_rank() if self._group is not None else 0
+        prune = partial(history.prune, run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
+        self._in_run_dir = _Place(run_dir, full, self._rank == 0, self._group, lambda _: None, prune)
         device = next(model.parameters()).device
         on_gpu = device.type == "cuda"
         self._host_copy = HostCopy(from_gpu=on_gpu)
@@ -94,30 +112,41 @@ class CheckpointSaver:
 
         It is page-locked beside training, in the thread that writes; else training would wait for it at the first save.
         """
-        if self._prepared is None and self._overlap and not self._gathers and self._host_copy.from_gpu:
-            state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=False)
+        copies = self._memory is not None or not self._gathers(self._in_run_dir)
+        if self._prepared is None and self._overlap and copies and self._host_copy.from_gpu:
+            full = self._in_run_dir.full and self._group is None
+            state = checkpoint.training_state(self._model, self._optimizer, full=full, to_host=False)
             self._prepared = self._thread.submit(self._host_copy.prepare, state)
 
-    def save(self, facts: dict[str, Any], *, wait: bool = False) -> None:
+    def save(self, facts: dict[str, Any], *, wait: bool = False, in_memory: bool = False) -> None:
         """Save the state after `facts["step"]` updates; with wait=True, or without overlap, it is over on return.
 
-        `facts` must be JSON; with the model's shape added, rank 0 writes them to run.json. Raises as `wait` does.
+        `facts` must be JSON; with the model's shape added, rank 0 writes them to run.json. in_memory: to node memory.
+        Raises as `wait` does.
         """
         began = time.monotonic()
         self.wait()
         self.failure = None
-        final = self._run_dir / checkpoint_name(facts["step"])
+        place = self._in_run_dir
+        if in_memory:
+            assert self._memory is not None
+            place, facts = self._place_in(self._memory), self._memory.facts(facts, self._group)
+        final = place.folder / checkpoint_name(facts["step"])
         self._progress.begin(checkpoint.temporary_path(final), final.name)
         facts = {**facts, "model": asdict(checkpoint.unwrapped(self._model).config)}
         if not self._weights_are_finite():
             self._give_up(facts["step"], "the weights are not finite numbers")
         elif self._overlap and not wait:
-            state = self._staged_state()
-            self._running = self._thread.submit(self._write, state, facts, began, time.monotonic() - began)
+            state = self._staged_state(place)
+            self._running = self._thread.submit(self._write, place, state, facts, began, time.monotonic() - began)
         else:
-            state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=self._full)
+            state = checkpoint.training_state(self._model, self._optimizer, full=place.full, to_host=place.full)
             with self._progress.told(by_this_rank=self._rank == 0):
-                self._write(state, facts, began, None)
+                self._write(place, state, facts, began, None)
+
+    @staticmethod
+    def _place_in(memory: NodeMemory) -> _Place:
+        return _Place(memory.folder, False, memory.seals, memory.group, memory.make_way, memory.keep_only, memory.share)
 
     def wait(self) -> None:
         """Return when no save is running; RuntimeError if one failed for another reason than lack of room."""
@@ -176,14 +205,14 @@ class CheckpointSaver:
             dist.all_reduce(bad, group=self._group)
         return not bad.item()
 
-    @property
-    def _gathers(self) -> bool:
+    def _gathers(self, place: _Place) -> bool:
         """Whether rank 0 collects the whole state, instead of a copy of its own part on each rank."""
-        return self._full and self._group is not None
+        return place.full and self._group is not None
 
-    def _staged_state(self) -> dict[str, Any]:
-        state = checkpoint.training_state(self._model, self._optimizer, full=self._full, to_host=self._gathers)
-        if not self._gathers:
+    def _staged_state(self, place: _Place) -> dict[str, Any]:
+        gathers = self._gathers(place)
+        state = checkpoint.training_state(self._model, self._optimizer, full=place.full, to_host=gathers)
+        if not gathers:
             if self._prepared is not None:
                 self._prepared.result()
             return self._host_copy.of(state)
@@ -200,41 +229,49 @@ class CheckpointSaver:
 
     # What a thread may do
 
-    def _write(self, state: dict[str, Any], facts: dict[str, Any], began: float, waited_s: float | None) -> None:
-        final = self._run_dir / checkpoint_name(facts["step"])
+    def _write(
+        self, place: _Place, state: dict[str, Any], facts: dict[str, Any], began: float, waited_s: float | None
+    ) -> None:
+        final = place.folder / checkpoint_name(facts["step"])
         temporary = checkpoint.temporary_path(final)
         try:
-            self._on_rank_zero_or_raise(lambda: self._make_room(temporary))
-            if self._full:
-                self._on_rank_zero_or_raise(lambda: full_state.write(state, temporary / FULL))
+            self._seal(place, lambda: self._make_room(place, facts["step"], temporary))
+            if place.full:
+                self._seal(place, lambda: full_state.write(state, temporary / FULL))
             else:
-                sharded_state.write(state, temporary / SHARDED, self._group)
+                each_or_raise(lambda: sharded_state.write(state, temporary / SHARDED, place.group), self._group)
             self._progress.written()
-            self._on_rank_zero_or_raise(lambda: checkpoint.seal(temporary, final, facts))
+            self._seal(place, lambda: checkpoint.seal(temporary, final, facts))
         except (OSError, CheckpointException) as error:
-            reason = _no_room(error)
+            reason = no_room(error)
             if reason is None:
                 raise
-            self._on_rank_zero_or_raise(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            self._seal(place, lambda: shutil.rmtree(temporary, ignore_errors=True))
             self._give_up(facts["step"], reason)
             return
         seconds = time.monotonic() - began
         self.longest_s = max(self.longest_s, seconds)
         if self._rank == 0:
             log.info("saved %s in %.2f s, training waited %.2f s", final, seconds, waited_s or seconds)
-            self._remove_old(facts["step"])
+        if place.seals:
+            self._remove_old(place, facts["step"])
 
-    def _make_room(self, temporary: Path) -> None:
+    def _make_room(self, place: _Place, step: int, temporary: Path) -> None:
         """Make an empty folder; OSError if the file system lacks the room by now, as others write there too."""
+        place.make_way(checkpoint_name(step))
         discard(temporary)  # left over by a save that was killed
-        size, free = self._state_bytes(), shutil.disk_usage(self._run_dir).free
+        size, free = round(place.share * self._state_bytes()), shutil.disk_usage(place.folder).free
         if free < size:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size} bytes needed, {free} free")
         temporary.mkdir(parents=True)
 
-    def _remove_old(self, newest_step: int) -> None:
+    def _seal(self, place: _Place, call: Callable[[], None]) -> None:
+        """Make the call on the ranks that seal; if it fails on one, all ranks raise."""
+        each_or_raise(call if place.seals else lambda: None, self._group)
+
+    def _remove_old(self, place: _Place, newest_step: int) -> None:
         try:
-            self._prune(newest_step)
+            place.prune(newest_step)
         except (OSError, BadInput) as error:  # the new checkpoint is published nevertheless
             log.error("old checkpoints could not be removed: %s", error)
 
@@ -242,33 +279,6 @@ class CheckpointSaver:
         self.failure = reason
         if self._rank == 0:
             log.error("the checkpoint of step %d was NOT saved: %s. Older ones are untouched", step, reason)
-
-    def _on_rank_zero_or_raise(self, call: Callable[[], None]) -> None:
-        """Make the call on rank 0; if it fails, all ranks raise (others OSError with its errno, or RuntimeError)."""
-        error: Exception | None = None
-        if self._rank == 0:
-            try:
-                call()
-            except Exception as caught:  # noqa: BLE001 - raised below, when the other ranks know
-                error = caught
-        told = [(getattr(error, "errno", None), str(error)) if error else None]
-        if self._group is not None:
-            dist.broadcast_object_list(told, src=0, group=self._group)
-        if error is not None:
-            raise error
-        if told[0] is not None:
-            number, text = told[0]
-            raise OSError(number, f"on rank 0: {text}") if number else RuntimeError(f"on rank 0: {text}")
-
-
-def _no_room(error: BaseException) -> str | None:
-    """The file system's message, if lack of room was the only failure on all ranks; else None."""
-    failures = [error]
-    if isinstance(error, CheckpointException):
-        failures = [failure for failure, _ in error.failures.values()]
-    if all(isinstance(failure, OSError) and failure.errno in NO_ROOM for failure in failures):
-        return str(failures[0])
-    return None
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ A failing disk raises the system's OSError, which torch.save hides behind a Runt
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -33,6 +34,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lit_gpt.checkpoint.torch_file import MalformedState, one_line, require_plain, scanned
 
@@ -57,29 +60,48 @@ def write(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) 
     dcp.save(state, storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
 
 
-def read_into(state: dict[str, Any], folder: Path) -> None:
+def read_into(state: dict[str, Any], folder: Path, *, part: bool = False) -> None:
     """Fill the tensors of `state` in place, and replace its other values; each rank reads the part it holds.
 
-    Raises MalformedState if the files do not hold this state.
+    part: the files are of this node only, and hold this rank's part (missing_part). Raises MalformedState if the files
+    do not hold this state.
     """
-    _load(state, _Reader(folder), no_dist=not dist.is_initialized())
+    _load(state, _Reader(folder, part=part), no_dist=part or not dist.is_initialized())
 
 
-def check_values(folder: Path) -> None:
+def missing_part(weights: Mapping[str, Tensor], folder: Path, prefix: str) -> str | None:
+    """The name of a weight whose part, as this rank holds it, is not one part in the files; None if all are.
+
+    weights: by name, without the prefix that the files' names have. Raises MalformedState.
+    """
+    entries = _read_index(folder, part=True).state_dict_metadata
+    for name, weight in weights.items():
+        own: tuple[Any, Any] = (tuple(weight.shape), (0,) * weight.dim())
+        if isinstance(weight, DTensor):
+            own = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+        entry = entries.get(prefix + name)
+        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else []
+        if math.prod(own[0]) and own not in [(tuple(chunk.sizes), tuple(chunk.offsets)) for chunk in chunks]:
+            return name
+    return None
+
+
+def check_values(folder: Path, *, part: bool = False) -> None:
     """Raise MalformedState unless every value that is not a tensor is a plain one. Needs no other rank."""
-    reader = _Reader(folder)
+    reader = _Reader(folder, part=part)
     entries = reader.read_metadata().state_dict_metadata.items()
     values = {key: None for key, entry in entries if isinstance(entry, BytesStorageMetadata)}
     if values:
         _load(values, reader, no_dist=True)
 
 
-def tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors whose names begin with `prefix`, which is cut off, one after another. Needs no other rank."""
-    reader = _Reader(folder)
+def tensors(folder: Path, prefix: str, *, part: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The tensors whose names begin with `prefix`, which is cut off, one after another; 0 in place of what other nodes
+    hold. Needs no other rank."""
+    reader = _Reader(folder, part=part)
     for key, entry in reader.read_metadata().state_dict_metadata.items():
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            tensor = (torch.zeros if part else torch.empty)(entry.size, dtype=entry.properties.dtype)
             _load({key: tensor}, reader, no_dist=True)
             yield key.removeprefix(prefix), tensor
 
@@ -126,9 +148,14 @@ class _Reader(dcp.FileSystemReader):
 
     _index: Metadata | None = None
 
+    def __init__(self, folder: Path, *, part: bool) -> None:
+        """part: the files may hold a part of the state."""
+        super().__init__(folder)
+        self._part = part
+
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         if self._index is None:
-            self._index = _read_index(Path(self.path))
+            self._index = _read_index(Path(self.path), part=self._part)
         self._index.storage_meta = StorageMeta(load_id=self.load_id)
         return self._index
 
@@ -165,7 +192,7 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-def _read_index(folder: Path) -> Metadata:
+def _read_index(folder: Path, *, part: bool) -> Metadata:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     try:
         if sizes[".metadata"] > max(_INDEX_BYTES, sum(sizes.values()) - sizes[".metadata"]):
@@ -174,7 +201,7 @@ def _read_index(folder: Path) -> Metadata:
         for _ in scanned(io.BytesIO(content)):
             pass
         index = _IndexUnpickler(io.BytesIO(content)).load()
-        _require_index(index, sizes)
+        _require_index(index, sizes, part=part)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle may raise any class
@@ -182,29 +209,29 @@ def _read_index(folder: Path) -> Metadata:
     return index
 
 
-def _require_index(index: Any, sizes: dict[str, int]) -> None:
+def _require_index(index: Any, sizes: dict[str, int], *, part: bool) -> None:
     """Raise MalformedState, or what an attribute of another type raises, unless all that it states is in the files."""
     if not isinstance(index, Metadata):
         raise MalformedState(f"it holds a {type(index).__name__}, not an index")
     for key, entry in index.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            _require_tensor(key, entry, sum(sizes.values()))
+            _require_tensor(key, entry, sum(sizes.values()), part=part)
         elif not isinstance(entry, BytesStorageMetadata) or not isinstance(key, str):
             raise MalformedState(f"{str(key)[:80]!r} is a {type(entry).__name__}, neither tensor nor value")
-    for where, part in index.storage_data.items():
-        if not isinstance(where, MetadataIndex) or not isinstance(part, _StorageInfo):
-            raise MalformedState(f"a part is a {type(part).__name__}")
-        if not 0 <= part.offset <= part.offset + part.length <= sizes.get(part.relative_path, -1):
-            raise MalformedState(f"a part of {where.fqn!r} is not in {str(part.relative_path)[:80]!r}")
-        if part.transform_descriptors:
+    for where, stored in index.storage_data.items():
+        if not isinstance(where, MetadataIndex) or not isinstance(stored, _StorageInfo):
+            raise MalformedState(f"a part is a {type(stored).__name__}")
+        if not 0 <= stored.offset <= stored.offset + stored.length <= sizes.get(stored.relative_path, -1):
+            raise MalformedState(f"a part of {where.fqn!r} is not in {str(stored.relative_path)[:80]!r}")
+        if stored.transform_descriptors:
             raise MalformedState(f"a part of {where.fqn!r} is compressed")
 
 
-def _require_tensor(key: Any, entry: TensorStorageMetadata, file_bytes: int) -> None:
+def _require_tensor(key: Any, entry: TensorStorageMetadata, file_bytes: int, *, part: bool) -> None:
     dtype = entry.properties.dtype if isinstance(entry.properties, TensorProperties) else None
     if not isinstance(key, str) or not isinstance(dtype, torch.dtype) or not isinstance(entry.size, torch.Size):
         raise MalformedState(f"{str(key)[:80]!r} is not a tensor")
-    if min(entry.size, default=0) < 0 or entry.size.numel() * dtype.itemsize > file_bytes:
+    if min(entry.size, default=0) < 0 or (entry.size.numel() * dtype.itemsize > file_bytes and not part):
         raise MalformedState(f"{key!r} of shape {tuple(entry.size)} exceeds the files")
     for chunk in entry.chunks:
         if not isinstance(chunk, ChunkStorageMetadata) or not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
@@ -212,6 +239,9 @@ def _require_tensor(key: Any, entry: TensorStorageMetadata, file_bytes: int) -> 
         for start, length, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
             if not 0 <= start <= start + length <= whole:
                 raise MalformedState(f"{key!r} has a chunk beyond its shape")
+    held = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+    if held * dtype.itemsize > file_bytes or (held < entry.size.numel() and not part):
+        raise MalformedState(f"{held} of the {entry.size.numel()} numbers of {key!r} are in the files")
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -42,7 +42,7 @@ PACKAGES = (
     "torchao",
 )
 RESOLVED = "resolved.json"
-PATHS = ("train_data_dir", "val_data_dir", "tokenizer_path", "cache_dir", "out_dir")
+PATHS = ("train_data_dir", "val_data_dir", "tokenizer_path", "cache_dir", "out_dir", "memory_checkpoint_dir")
 """The settings that are paths of a run."""
 _OF_ONE_START = ("resume", "new_data", "allow_changed_data")
 """Settings that belong to one start, not to the run."""

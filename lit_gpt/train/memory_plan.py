@@ -119,6 +119,11 @@ def state_numbers(config: Config, settings: OptimizerSettings) -> int:
     return 2 * config.parameters - (matrix_numbers(config) if settings.optimizer == "muon" else 0)
 
 
+def checkpoint_bytes(config: Config, settings: StepSettings) -> int:
+    """Size of a checkpoint: weights and the optimizer's state."""
+    return stored_bytes(settings) * (config.parameters + state_numbers(config, settings))
+
+
 def largest_gathered_unit(config: Config, settings: ModelSettings) -> int:
     """Bytes of the largest FSDP unit in the compute dtype: a block, or the outer unit."""
     outer = config.parameters - config.n_layer * config.block_parameters

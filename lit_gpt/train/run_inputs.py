@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lit_gpt.checkpoint.memory import NodeMemory, make_folder
 from lit_gpt.checkpoint.record import Checkpoint
 from lit_gpt.cli import BadInput
 from lit_gpt.config import IGNORE_INDEX, Config
@@ -20,7 +21,9 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.datapoints import run_folder
 from lit_gpt.datapoints.attempts import Mark
 from lit_gpt.datapoints.log import FOLDER, DatapointLog
+from lit_gpt.launch.job import node
 from lit_gpt.launch.world import World, default_run_dir, find_world
+from lit_gpt.train.memory_plan import checkpoint_bytes
 from lit_gpt.train.sampling import Prompts, open_prompts
 from lit_gpt.train.settings import Settings
 
@@ -37,6 +40,8 @@ class RunInputs(NamedTuple):
     world: World
     prompts: Prompts | None
     """What samples continue; None without samples."""
+    memory_dir: Path | None
+    """This node's folder for checkpoints in its memory; None without them."""
 
 
 def open_inputs(settings: Settings) -> RunInputs:
@@ -57,7 +62,12 @@ def open_inputs(settings: Settings) -> RunInputs:
     prompts = open_prompts(settings, settings.tokenizer_path, config.block_size, add_bos=train[0].add_bos)
     run_dir = Path(settings.out_dir or default_run_dir(settings.model_name))
     run_folder.create(run_dir)
-    return RunInputs(config, tuple(train), weights, val, run_dir, world, prompts)
+    memory_dir = None
+    if settings.memory_checkpoint_dir:
+        share = settings.share_of_node(world.devices, world.size)
+        size = round(share * checkpoint_bytes(config, settings))
+        memory_dir = make_folder(settings.memory_checkpoint_dir, run_dir, node(), size)
+    return RunInputs(config, tuple(train), weights, val, run_dir, world, prompts, memory_dir)
 
 
 def slot_facts(dataset: PackedDataset, settings: DataSettings) -> dict[str, Any]:
@@ -97,13 +107,14 @@ def open_datapoint_log(
         "data_from_step": data_from_step,
         "changed_settings": changed_settings,
     }
+    own_folders = [folder.resolve() for folder in (inputs.run_dir, inputs.memory_dir) if folder is not None]
     parent = start.facts.get("datapoint_log") if start else None  # an imported model has none
     return DatapointLog.open(
         inputs.run_dir / FOLDER,
         facts,
         parent=Mark(**parent) if parent else None,
         details=details,
-        foreign=start is not None and start.path.resolve().parent != inputs.run_dir.resolve(),
+        foreign=start is not None and start.path.resolve().parent not in own_folders,
         allow_changed_data=allow_changed_data,
     )
 
@@ -155,6 +166,15 @@ def _has_target(settings: Settings, val: TokenStore, block_size: int) -> bool:
     found = any((reader.read(np.array([slot]))[0].targets != IGNORE_INDEX).any() for slot in range(rows))
     reader.close()
     return found
+
+
+def node_memory(inputs: RunInputs, settings: Settings, first_rank: int) -> NodeMemory | None:
+    """The checkpoints in this node's memory, if the settings ask for them; first_rank: of the node. A collective."""
+    if inputs.memory_dir is None:
+        return None
+    world = inputs.world
+    ranks, share = range(first_rank, first_rank + world.devices), settings.share_of_node(world.devices, world.size)
+    return NodeMemory(inputs.memory_dir, ranks, share=share, timeout=settings.group_timeout)
 
 
 def open_cache(settings: DataSettings) -> ShardCache | None:

@@ -14,12 +14,11 @@ from lit_gpt.train.cluster_plan import cluster_lines
 from lit_gpt.train.memory_plan import (
     USABLE_SHARE,
     Memory,
+    checkpoint_bytes,
     largest_gathered_unit,
     peak_bytes,
-    state_numbers,
     step_memory,
-    stored_bytes,
-)  # fmt: skip
+)
 from lit_gpt.train.muon_plan import MuonStep, muon_step
 from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.run_length import Progress, RunLength, run_length
@@ -70,7 +69,6 @@ def plan(settings: Settings, flags: Collection[str] = ()) -> Plan:
         data_tokens = sum(store.tokens for store in stores)
         data = RowReader(stores, config.block_size, settings.seed, weights=weights, packing=settings.packing)
     length = run_length(settings, flags, data, Progress())
-    numbers = config.parameters + state_numbers(config, settings)
     return Plan(
         config=config,
         settings=settings,
@@ -79,7 +77,7 @@ def plan(settings: Settings, flags: Collection[str] = ()) -> Plan:
         memory=step_memory(config, settings, world_size, shards),
         largest_micro_batch=_largest_micro_batch(config, settings, world_size, shards),
         input_tokens_per_step=settings.global_batch_size * config.block_size,
-        checkpoint_bytes=stored_bytes(settings) * numbers,
+        checkpoint_bytes=checkpoint_bytes(config, settings),
         checkpoints=_checkpoints(settings, length.steps if length else None),
         data_tokens=data_tokens,
         length=length,
@@ -133,6 +131,10 @@ def lines(plan: Plan) -> Iterator[str]:
     if plan.checkpoints:
         on_disk = f"; at most {plan.checkpoints} on disk: {plan.checkpoints * plan.checkpoint_bytes / GIB:.2f} GiB"
     yield f"a checkpoint is {plan.checkpoint_bytes / GIB:.2f} GiB{on_disk}"
+    if plan.settings.memory_checkpoint_dir:
+        devices = plan.world_size // plan.settings.num_nodes
+        of_node = 2 * plan.settings.share_of_node(devices, plan.world_size) * plan.checkpoint_bytes
+        yield f"checkpoints in the memory of each node: {of_node / GIB:.2f} GiB, its part of two"
     if plan.world_size > 1:
         yield ""
         yield from cluster_lines(config, settings, plan.checkpoint_bytes)

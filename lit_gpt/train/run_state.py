@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lit_gpt.checkpoint import checkpoint, history
+from lit_gpt.checkpoint.memory import NodeMemory
 from lit_gpt.checkpoint.record import Checkpoint, checkpoint_name
 from lit_gpt.cli import command_line
 from lit_gpt.data.loader import PackedDataset, Step
@@ -29,7 +30,6 @@ from lit_gpt.datapoints.log import FOLDER, DatapointLog
 from lit_gpt.launch.ranks import Ranks
 from lit_gpt.train.data_start import DataStart, data_start, told
 from lit_gpt.train.equal_ranks import NODE_FOLDERS, require_equal_ranks
-from lit_gpt.train.optimizer import require_same_optimizer
 from lit_gpt.train.resolve import log_differences
 from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_left_out
 from lit_gpt.train.run_inputs import RunInputs, open_datapoint_log, slot_facts
@@ -57,10 +57,11 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         guard: StepGuard,
         flags: Collection[str],
+        memory: NodeMemory | None = None,
     ) -> None:
         """asked: the settings before they were resolved; resolved: the choices made (resolve.resolved_choices);
         repeated: those of the run whose settings.yaml this run repeats, or None; flags: names of the settings that the
-        command line gave."""
+        command line gave; memory: the checkpoints in node memory, if there are any."""
         self.step = 0
         """Updates done."""
         self.slot = 0
@@ -72,6 +73,8 @@ class RunState:
         self.length: RunLength
         """Where the run and its schedule end; known from `start` on, and again after each rollback."""
         self.rollbacks = Rollbacks(asked)
+        self.from_memory = False
+        """The step's checkpoint is in node memory only."""
         self.load_s = 0.0
         """Seconds that loading the last checkpoint took."""
         self.trackers: Trackers | None = None
@@ -80,7 +83,7 @@ class RunState:
         self._slot_facts = slot_facts(dataset, asked)
         self._data_from_step = 0
         self._ended_by: Path | None = None
-        self._inputs, self._ranks, self._dataset = inputs, ranks, dataset
+        self._inputs, self._ranks, self._dataset, self._memory = inputs, ranks, dataset, memory
         self._model, self._optimizer, self._guard = model, optimizer, guard
 
     def start(self) -> None:
@@ -110,23 +113,34 @@ class RunState:
             self._ranks.on_zero("looking into the run folder", lambda: history.refuse_used(run_dir))
             return None
         what = f"finding and verifying the checkpoint of --resume {resume}"
-        found_and_left_out = self._ranks.on_zero(what, lambda: self._found(resume), share=True)
+        found = self._in_memory() if resume == "auto" and self._memory is not None else None
+        found_and_left_out = self._ranks.on_zero(what, lambda: self._found(resume, found), share=True)
         assert found_and_left_out is not None
-        found, left_out = found_and_left_out
-        if found is None:
+        of_zero, left_out = found_and_left_out
+        if of_zero is None:
             log.info("no checkpoint in %s: a fresh start", run_dir)
             return None
         self.rollbacks.add(left_out)
-        return found
+        return found or of_zero
 
-    def _found(self, resume: str) -> tuple[Checkpoint | None, list[list[int]]]:
+    def _in_memory(self) -> Checkpoint | None:
+        """The checkpoint in node memory, if that is to be resumed; of each rank the one on its node."""
+        run_dir = self._inputs.run_dir
+        self._ranks.on_zero("looking at the datapoint log", lambda: set_damaged_aside(run_dir / FOLDER))
+        assert self._memory is not None
+        return self._memory.find(
+            wanted=lambda step: history.is_newer(step, run_dir),
+            current=lambda found: history.is_of_history(found, run_dir),
+            weights=checkpoint.weights_of(self._model),
+        )
+
+    def _found(self, resume: str, in_memory: Checkpoint | None) -> tuple[Checkpoint | None, list[list[int]]]:
         """The checkpoint that `resume` names, and the ranges of slots that rollbacks left out."""
         set_damaged_aside(self._inputs.run_dir / FOLDER)
-        found = history.find(resume, self._inputs.run_dir)
+        found = in_memory or history.find(resume, self._inputs.run_dir)
         if found is None:
             return None, []
         checkpoint.require_model(found, self._inputs.config)
-        require_same_optimizer(found, self._asked)
         data = self._data_start(found)
         saved = [] if data.anew else found.facts.get("left_out", [])
         return found, [*saved, *logged_left_out(self._inputs.run_dir, self._slot_facts, data.from_step)]
@@ -189,6 +203,7 @@ class RunState:
         self._resolved = {**self._resolved, "max_steps": length.steps}
 
     def _load(self, start: Checkpoint, data: DataStart) -> None:
+        self.from_memory = self._memory is not None and start.path.parent == self._memory.folder
         began = time.monotonic()
         checkpoint.load(start, self._model, self._optimizer)
         self.load_s = time.monotonic() - began

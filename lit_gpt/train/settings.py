@@ -166,6 +166,10 @@ class ShardingSettings(SettingsSlice):
             raise BadInput(f"--shard_group_size {group} does not divide {world_size} processes. Valid: {valid}")
         return group
 
+    def share_of_node(self, devices: int, world_size: int) -> float:
+        """Share of the weights that the ranks of a node hold together. Raises BadInput as `shards` does."""
+        return min(1.0, devices / self.shards(devices, world_size))
+
     def mesh_shape(self, devices: int, world_size: int) -> dict[str, int]:
         """Dimensions of the mesh: how many copies of the weights there are, where there may be several, and over how
         many neighbouring ranks each is sharded. Raises BadInput as `shards` does."""

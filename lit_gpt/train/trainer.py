@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lit_gpt.checkpoint.checkpoint import unwrapped
+from lit_gpt.checkpoint.record import checkpoint_name
 from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import EXIT_GAVE_UP, EXIT_NOT_SAVED
 from lit_gpt.data.loader import StepLoader
@@ -42,7 +43,7 @@ from lit_gpt.train.rank_watch import RankWatch
 from lit_gpt.train.replicas import require_equal_copies
 from lit_gpt.train.resolve import in_words, resolve, resolved_choices
 from lit_gpt.train.rollback import Rollback
-from lit_gpt.train.run_inputs import RunInputs, open_cache, training_rows, validation_rows
+from lit_gpt.train.run_inputs import RunInputs, node_memory, open_cache, training_rows, validation_rows
 from lit_gpt.train.run_report import RunReport
 from lit_gpt.train.run_state import RunState
 from lit_gpt.train.settings import Settings
@@ -88,8 +89,9 @@ class Trainer:
         self.cache = open_cache(settings)
         self.dataset = training_rows(inputs, settings, self.cache)
         validation = validation_rows(inputs, settings)
+        self.memory = node_memory(inputs, settings, self.rank - fabric.local_rank)
         parts = self.model, self.optimizer, self.train_step.guard
-        self.state = RunState(asked, resolved, repeated, inputs, self.ranks, self.dataset, *parts, flags)
+        self.state = RunState(asked, resolved, repeated, inputs, self.ranks, self.dataset, *parts, flags, self.memory)
         phases.end("model")
         self.state.start()
         phases.end("checkpoint")
@@ -114,6 +116,7 @@ class Trainer:
             keep_last=settings.keep_last_checkpoints,
             keep_every_steps=settings.keep_every_steps,
             timeout=settings.group_timeout,
+            memory=self.memory,
         )
         self._copies = settings.mesh_shape(inputs.world.devices, inputs.world.size).get("replicate", 1)
         self._name = name
@@ -123,6 +126,7 @@ class Trainer:
         last = self.state.length.steps
         if self.state.ended:
             self.state.log_finish()
+            self._clear_memory()
             return 0
         self.ranks.on_zero("looking at the job's end", self.stop.refuse_too_short_a_job)
         if any_rank(self.stop.signal is not None):
@@ -164,7 +168,8 @@ class Trainer:
         """
         state, guard = self.state, self.train_step.guard
         last, done = state.step + loader.steps, None
-        self._saved_at = self._logged_at = state.step
+        self._saved_at = -1 if state.from_memory else state.step
+        self._logged_at = state.step
         for data in loader:
             self.profiler.before_step(state.step + 1)
             self.watchdog.at("agree")
@@ -190,6 +195,8 @@ class Trainer:
         self.stop.note_ending()
         if self.stop.agreed and done and self._saved_at < state.step:
             return self._end_step(*done, progress, last)
+        if self._saved_at < state.step:
+            self._save(wait=True)
         self.watchdog.at("save")
         self.saver.wait()
         assert self._saved_at == state.step
@@ -202,7 +209,9 @@ class Trainer:
         ended = self.stop.agreed is not None or state.step == last
         log_now = "validate" in pauses or ended or state.step % settings.log_interval_steps == 0
         save_now = ended or state.step % settings.save_interval_steps == 0
-        if log_now or save_now:
+        in_memory = settings.memory_checkpoint_steps
+        memory_now = in_memory is not None and state.step % in_memory == 0
+        if log_now or save_now or memory_now:
             gc.collect()
             rollback = self._plan_rollback(guard.record(state.datapoints))
             if rollback is not None:
@@ -214,6 +223,8 @@ class Trainer:
         ended = ended or self.stop.agreed is not None or self._gave_up is not None  # the validation may have met a stop
         if save_now or ended:
             self._save(wait=ended)
+        elif memory_now:
+            self._save(wait=False, in_memory=True)
         self.watchdog.step_done(state.step)
         progress.advance(state.step)
         if "sample" in pauses and not self.stop.agreed:
@@ -255,6 +266,7 @@ class Trainer:
             if self.rank == 0:
                 log.error("ended after step %d, without its last checkpoint: %s", self.state.step, self.saver.failure)
             return EXIT_NOT_SAVED
+        self._clear_memory()
         if self._gave_up:
             log.error("gave up after step %d, saved: %s", self.state.step, self._gave_up)
             return EXIT_GAVE_UP
@@ -262,6 +274,10 @@ class Trainer:
             return self.stop.log_stop(self.state.step)
         self.state.log_finish()
         return 0
+
+    def _clear_memory(self) -> None:
+        if self.memory is not None and (self.inputs.run_dir / checkpoint_name(self.state.step)).exists():
+            self.memory.clear()
 
     def _log(self, targets: int, update: Update, *, evaluate: bool) -> dict[str, Any]:
         """Read the step's numbers from the device (which waits for it), log them, and return the line of metrics."""
@@ -291,17 +307,18 @@ class Trainer:
     def _require_equal_copies(self) -> None:
         require_equal_copies(self.optimizer, self._copies, self._name)
 
-    def _save(self, *, wait: bool) -> None:
+    def _save(self, *, wait: bool, in_memory: bool = False) -> None:
         self.watchdog.at("save")
         self._require_equal_copies()
         began = time.monotonic()
-        self.saver.save(self.state.checkpoint_facts(), wait=wait)
+        self.saver.save(self.state.checkpoint_facts(), wait=wait, in_memory=in_memory)
         seconds = time.monotonic() - began
         self.stop.note_save(seconds)
         self.monitor.note_pause("save", seconds)
-        self.report.write()
-        self._saved_at = self.state.step
         self.monitor.restart()
+        if not in_memory:
+            self.report.write()
+            self._saved_at = self.state.step
 
     def settle(self) -> None:
         """Finish the checkpoint that is being written, if one is: another rank has failed. Any thread may call it."""

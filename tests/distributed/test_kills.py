@@ -1,6 +1,7 @@
 """Training that is killed again and again, at random moments, is the training that nobody killed.
 
-20 series of 10 SIGKILLs: one and two processes, both kinds of checkpoint, saved beside the training every second step.
+30 series of 10 SIGKILLs: one and two processes, both kinds of checkpoint and those in node memory, saved beside the
+training every second step.
 A seed gives each moment: so many steps after the resume, some milliseconds more, and which ranks. Of two processes, one
 that is left must end by itself. Where the kill comes late, since the machine has much to do, the training waits for it.
 """
@@ -54,7 +55,8 @@ def logged(run: Path) -> int:
 def live_and_die(arguments: list[str], run: Path, log: Path, steps: int, delay_s: float, killed: list[int]) -> None:
     """Start the program and kill the ranks `killed`, `delay_s` after it has done so many steps."""
     until = logged(run) + steps
-    last = max((int(path.name.split("-")[1]) for path in run.glob("iter-*")), default=0) + steps + LATE
+    saved = [*run.glob("iter-*"), *run.parent.glob("memory/run-*/*/iter-*")]
+    last = max((int(path.name.split("-")[1]) for path in saved), default=0) + steps + LATE
     with log.open("a") as stderr:
         process = subprocess.Popen(arguments, env=environment(FAULTS=f"{last}:0:wait"), stderr=stderr)
         deadline = time.monotonic() + 600  # of which a machine with much to do may need some
@@ -70,15 +72,18 @@ def live_and_die(arguments: list[str], run: Path, log: Path, steps: int, delay_s
     wait_until_gone(ranks[1:])
 
 
-@pytest.mark.parametrize("kind", ["full", "sharded"])
+@pytest.mark.parametrize("kind", ["full", "sharded", "in memory"])
 @pytest.mark.parametrize("seed", range(5))
 def test_ten_kills_change_nothing(
     store: Path, unbroken: tuple[int, Path], tmp_path: Path, seed: int, kind: str
 ) -> None:
     processes, whole = unbroken
-    random = np.random.default_rng([seed, processes, kind == "full"])
+    random = np.random.default_rng([seed, processes, ["sharded", "full", "in memory"].index(kind)])
     run, log = tmp_path / "run", tmp_path / "log"
-    settings = dict(SETTINGS, devices=processes, state_dict_type=kind, resume="auto")
+    settings = dict(SETTINGS, devices=processes, state_dict_type="sharded" if kind == "in memory" else kind)
+    if kind == "in memory":
+        settings |= dict(save_interval_steps=40, memory_checkpoint_dir=tmp_path / "memory", memory_checkpoint_steps=2)
+    settings["resume"] = "auto"
     for _ in range(KILLS):
         moment = int(random.integers(1, MOST_STEPS + 1)), float(random.uniform(0, MOST_DELAY_S))
         killed = [[0], [1], [0, 1]][random.integers(3)] if processes == 2 else [0]

@@ -53,16 +53,23 @@ def run_program(
 
 
 def run_ranks(
-    command: Sequence[object], ranks: int, *, timeout_s: float = 300, **variables: str
+    command: Sequence[object], ranks: int, *, nodes: int = 1, timeout_s: float = 300, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """`run_program` for a program that torchrun starts `ranks` times on this machine, with `variables`; the outputs are
-    one, and the exit code is that of the first rank that has another than 0."""
+    one, and the exit code is that of the first rank that has another than 0.
+
+    nodes: the machine stands for so many, named n0, n1 ..., which share its disks and memory."""
     _, program, *arguments = map(str, command)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    place = dict(TORCHELASTIC_RUN_ID="x", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GROUP_RANK="0")
-    sizes = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    places = [environment(**variables, **place, **sizes, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+    there = dict(TORCHELASTIC_RUN_ID="x", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    there |= dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks // nodes))
+    places = []
+    for rank in range(ranks):
+        node, local = divmod(rank, ranks // nodes)
+        place = dict(RANK=str(rank), LOCAL_RANK=str(local), GROUP_RANK=str(node))
+        name = {"SLURMD_NODENAME": f"n{node}"} if nodes > 1 else {}
+        places.append(environment(**variables, **there, **place, **name))
     return _server().run([program, *arguments], places, Path.cwd(), timeout_s)
 
 

@@ -154,6 +154,12 @@ CASES: dict[str, Case] = {
     "state_dict_type": Case(
         {"state_dict_type": "sharded"}, lambda seen: (seen.run / "iter-00000008-ckpt.pth/state").is_dir(), False, True
     ),
+    "memory_checkpoint_dir": Case(
+        {"memory_checkpoint_dir": "ROOT/memory", "memory_checkpoint_steps": 1}, Seen.saved, [8], [5, 6, 7, 8]
+    ),
+    "memory_checkpoint_steps": Case(
+        {"memory_checkpoint_dir": "ROOT/memory", "memory_checkpoint_steps": 3}, Seen.saved, [8], [6, 8]
+    ),
     "async_save": Case({"async_save": True}, probe("saves_beside_training"), False, True),
     # the run folder
     "out_dir": Case({"out_dir": "ROOT/elsewhere"}, lambda seen: seen.run.name, "run", "elsewhere"),
