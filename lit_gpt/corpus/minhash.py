@@ -9,12 +9,14 @@ own first, so one that outlives a killed build harms nobody.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 from datatrove.io import get_datafolder
+from datatrove.pipeline.dedup import minhash as engine
 from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
     MinhashDedupBuckets,
@@ -32,6 +34,7 @@ from lit_gpt.files import discard, fsync, rename
 from lit_gpt.locks import temporary_path
 
 STAGE = "minhash"
+engine.tqdm = partial(engine.tqdm, disable=True)  # it would draw a bar between the lines of the log
 _PAIR = np.dtype([("document", "<u4"), ("cluster", "<u4")])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
+from lit_gpt.cli import BadInput
 from lit_gpt.corpus.draft import Draft, Mask
 from lit_gpt.corpus.fates import Fates
 from lit_gpt.corpus.ledger import by_document, read_rows
@@ -16,7 +17,7 @@ from lit_gpt.corpus.survivors import Survivors
 from lit_gpt.corpus.task import Task
 from lit_gpt.files import open_own
 from lit_gpt.prepare.document_source import read_pieces
-from lit_gpt.prepare.records import Document, Fields, parse_piece
+from lit_gpt.prepare.records import Document, Fields, SourceFile, parse_piece
 from lit_gpt.prepare.reject_guard import RejectGuard
 
 
@@ -51,7 +52,18 @@ class ReadStep(PipelineStep):
                         self._task.rejects.append((source.name, *record))
                     guard.count(source, record)
                 progress.add(piece.source_bytes)
+            _require_same(source)
         self._task.counts.update(lines=guard.lines, documents=guard.lines - guard.rejects)
+
+
+def _require_same(source: SourceFile) -> None:
+    """Raises BadInput if the file is not what it was when the build began: each pass must read the same."""
+    now = source.path.stat()
+    if (now.st_size, now.st_mtime_ns) != (source.bytes, source.mtime_ns):
+        raise BadInput(
+            f"{source.path} changed during the build ({source.bytes} bytes before, {now.st_size} now): sources must "
+            "stay as they are until its end; begin again with another --destination_path"
+        )
 
 
 class ReplayStep(PipelineStep):

@@ -67,12 +67,14 @@ def _rules(stats: dict[str, Any]) -> Block:
 
 
 def _dedup(stats: dict[str, Any], dedup: dict[str, Any]) -> list[Block]:
-    lost = dedup["vanished_texts"] + dedup.get("lost_later", 0)
+    lost, twice = dedup["vanished_texts"] + dedup.get("lost_later", 0), dedup.get("kept_twice", 0)
     said = f"Fates were settled in {dedup['rounds']} rounds; {lost} texts are in no document any more."
+    if twice:
+        said += f" {twice} documents that a later stage had removed in a round before may repeat others' texts."
     blocks: list[Block] = [Text(said, "warning" if lost else "plain")]
     if most := dedup.get("most_repeated"):
-        rows = [(one["copies"], one["document_id"], one["paragraph"], one["text"]) for one in most]
-        blocks.append(Table(("copies", "first in", "paragraph", "text"), rows, "Most repeated paragraphs"))
+        rows = [(one["copies"], one["text"], one["document_id"], one["paragraph"]) for one in most]
+        blocks.append(Table(("copies", "text", "first in", "paragraph"), rows, "Most repeated paragraphs"))
     return blocks
 
 

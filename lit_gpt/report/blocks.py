@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 Kind: TypeAlias = Literal["plain", "good", "warning", "bad"]
+LONG_CHARACTERS = 60
+"""A cell with more keeps a width at which it can be read, also on a telephone."""
 
 
 class Block(Protocol):
@@ -177,6 +179,7 @@ def _table_cell(value: object) -> str:
     cell = as_cell(value)
     names = [cell.kind] * (cell.kind != "plain") + ["number"] * _is_number(cell)
     text = shown(cell.value)
+    names += ["long"] * (len(text) > LONG_CHARACTERS and not cell.code)
     text = f"<code>{text}</code>" if cell.code else text
     text = f'<a href="{escape(cell.link)}">{text}</a>' if cell.link else text
     title = f' title="{escape(cell.title)}"' if cell.title else ""

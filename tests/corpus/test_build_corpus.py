@@ -22,6 +22,7 @@ import pytest
 from lit_gpt import files
 from lit_gpt.cli import BadInput
 from lit_gpt.corpus.corpus import Corpus
+from lit_gpt.corpus.paragraph_fates import SettleStep
 from lit_gpt.corpus.verify import verify
 from lit_gpt.corpus.why import explain
 from tests.corpus.conftest import Build, built, made_up, write_documents
@@ -285,6 +286,23 @@ def test_bad_lines_are_rejects_and_a_damaged_file_stops_the_build(build_corpus: 
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadInput, match=r"cut\.jsonl\.gz.*--allow_damaged_files"):
         build_corpus(tmp_path / "cut.jsonl.gz", tmp_path / "other")
+
+
+def test_a_source_that_changes_between_the_passes_ends_the_build(
+    build_corpus: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size, after paragraphs of it were counted: the ledger would name others."""
+    path = write_documents(tmp_path / "in.jsonl", made_up(30))
+    decide = SettleStep.run
+
+    def changing(*arguments: Any) -> Any:
+        path.write_text(path.read_text().replace("Wald", "Wolf"))
+        os.utime(path, ns=(0, 0))
+        return decide(*arguments)
+
+    monkeypatch.setattr(SettleStep, "run", changing)
+    with pytest.raises(BadInput, match=r"in\.jsonl changed during the build"):
+        build_corpus(path, tmp_path / "out")
 
 
 def test_same_ids_in_two_files_are_both_explained(build_corpus: Build, tmp_path: Path) -> None:
