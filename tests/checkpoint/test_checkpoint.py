@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from lit_gpt.checkpoint.saver import CheckpointSaver
 from lit_gpt.cli import BadInput
 from lit_gpt.config import Config
 from lit_gpt.model.gpt import GPT, initialize
+from tests.support.programs import ROOT, start_program
 
 TINY = Config.from_name("debug", n_layer=1, n_embd=16, n_head=2, intermediate_size=16, vocab_size=64, block_size=8)
 
@@ -324,25 +324,13 @@ def test_an_imported_model_leaves_the_optimizer_without_a_state(tmp_path: Path) 
     assert not optimizer.state
 
 
-SAVING = """
-import sys; sys.path[:0] = {paths!r}
-from pathlib import Path
-from tests.checkpoint.test_checkpoint import facts, model_and_optimizer, save
-step = 100
-while True:
-    save(Path({run_dir!r}), facts(step), *model_and_optimizer(step), full=step % 2 == 0)
-    step += 1
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "delay_ms", [0, 3, 7, 11, 17, 23, 31, *(pytest.param(ms / 4, marks=pytest.mark.long) for ms in range(200))]
 )
 def test_killed_while_saving(tmp_path: Path, delay_ms: float) -> None:
     """SIGKILL during endless saving: the newest published checkpoint is whole, and what is left over is swept."""
-    code = SAVING.format(paths=[str(Path(__file__).parents[2])], run_dir=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    process = start_program([sys.executable, ROOT / "tests/support/endless_saving.py", tmp_path])
     while len(list(tmp_path.glob("iter-*"))) < 3:
         assert process.poll() is None
         time.sleep(0.002)

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -49,10 +49,11 @@ def preload() -> None:
 
 
 def serve(descriptor: int) -> None:
-    """Answer requests until the other end is closed; a child never returns from here.
+    """Obey requests until the other end is closed; a child never returns from here.
 
-    A request is one message: JSON of argv, cwd and envs (one child for each, at the same time), with the three files.
-    The answers are the children's process ids, then their statuses from os.waitpid.
+    A request is one message: JSON of argv, cwd and envs (one child for each, at the same time), with the three files
+    and a socket for its answers: the children's process ids, then their statuses from os.waitpid. A process of its own
+    starts the children and waits for them, so that several requests may be under way.
     """
     connection = socket.socket(fileno=descriptor)
     path = [entry for entry in sys.path if entry != str(ROOT) or entry in os.environ.get("PYTHONPATH", "").split(":")]
@@ -62,24 +63,39 @@ def serve(descriptor: int) -> None:
     gc.freeze()  # so that a child's collector does not touch, and copy, the shared pages
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")} - {own, "jemalloc_bg_thd"}
     assert not threads, f"threads after the imports: {threads}; a fork would not be safe"
+    keepers: list[int] = []
     while True:
-        message, files, _, _ = socket.recv_fds(connection, LARGEST_REQUEST_BYTES, 3)
+        message, files, _, _ = socket.recv_fds(connection, LARGEST_REQUEST_BYTES, 4)
         if not message:
             sys.exit()
-        request, children = json.loads(message), []
-        for env in request["envs"]:
-            child = os.fork()
-            if child == 0:
-                connection.close()
-                for number, file in enumerate(files):
-                    os.dup2(file, number)
-                    os.close(file)
-                run(request["argv"], request["cwd"], env, path)
-            children.append(child)
+        if (keeper := os.fork()) == 0:
+            connection.close()
+            keep(json.loads(message), files[:3], socket.socket(fileno=files[3]), path)
         for file in files:
             os.close(file)
-        connection.send(json.dumps(children).encode())
-        connection.send(json.dumps([os.waitpid(child, 0)[1] for child in children]).encode())
+        keepers.append(keeper)
+        keepers = [keeper for keeper in keepers if os.waitpid(keeper, os.WNOHANG)[0] == 0]
+
+
+def keep(request: dict[str, Any], files: list[int], answers: socket.socket, path: list[str]) -> NoReturn:
+    """Start a request's children, and say how they ended."""
+    children = []
+    for env in request["envs"]:
+        child = os.fork()
+        if child == 0:
+            answers.close()
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+                os.close(file)
+            run(request["argv"], request["cwd"], env, path)
+        children.append(child)
+    for file in files:
+        os.close(file)
+    try:
+        answers.send(json.dumps(children).encode())
+        answers.send(json.dumps([os.waitpid(child, 0)[1] for child in children]).encode())
+    finally:
+        os._exit(0)  # the other end may be gone
 
 
 def run(argv: list[str], cwd: str, env: dict[str, str], path: list[str]) -> NoReturn:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 READ_AT_IMPORT = ("PYTHON", "LD_", "OMP_", "MKL_", "TORCH", "PYTORCH", "CUDA", "CUBLAS", "TRITON", "HF_", "TOKENIZERS_")
@@ -50,6 +51,55 @@ def run_program(
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
     return _server().run([program, *arguments], [values], cwd or Path.cwd(), timeout_s)
+
+
+def start_program(
+    command: Sequence[object], *, stderr: int | IO[Any] = subprocess.DEVNULL, **variables: str
+) -> StartedProgram:
+    """Start `python PROGRAM [argument ...]` with environment(**variables), for a test that looks at it while it runs.
+
+    Its parent is no process of the test, so it is for one process that starts no ranks.
+    """
+    python, program, *arguments = map(str, command)
+    values = environment(**variables)
+    assert python == sys.executable
+    assert Path(program).resolve().is_relative_to(ROOT)
+    assert not _differs(values)
+    with open(os.devnull, "r+") as nothing:
+        files = [nothing.fileno(), nothing.fileno(), nothing.fileno() if isinstance(stderr, int) else stderr.fileno()]
+        return StartedProgram(_server().start([program, *arguments], [values], Path.cwd(), files))
+
+
+class StartedProgram:
+    """The part of subprocess.Popen that tests use, for a child of the fork server."""
+
+    def __init__(self, answers: socket.socket) -> None:
+        self._answers = answers
+        (self.pid,) = json.loads(_answer(answers))
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code; -n if signal n ended it. Raises TimeoutError."""
+        if self.returncode is None:
+            self._answers.settimeout(timeout)
+            (status,) = json.loads(_answer(self._answers))
+            self.returncode = os.waitstatus_to_exitcode(status)
+            self._answers.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        try:
+            return self.wait(0)
+        except BlockingIOError:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def run_ranks(
@@ -106,12 +156,12 @@ class _ForkServer:
         self, argv: list[str], envs: list[dict[str, str]], cwd: Path, timeout_s: float
     ) -> subprocess.CompletedProcess[str]:
         with open(os.devnull) as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            request = json.dumps({"argv": argv, "cwd": str(cwd), "envs": envs}).encode()
-            socket.send_fds(self._connection, [request], [stdin.fileno(), stdout.fileno(), stderr.fileno()])
-            children = json.loads(self._answer())
+            answers = self.start(argv, envs, cwd, [stdin.fileno(), stdout.fileno(), stderr.fileno()])
+            children = json.loads(_answer(answers))
             timer = threading.Timer(timeout_s, lambda: [os.kill(child, signal.SIGKILL) for child in children])
             timer.start()
-            codes = [os.waitstatus_to_exitcode(status) for status in json.loads(self._answer())]
+            codes = [os.waitstatus_to_exitcode(status) for status in json.loads(_answer(answers))]
+            answers.close()
             too_late = timer.finished.is_set()
             timer.cancel()
             texts = []
@@ -122,10 +172,19 @@ class _ForkServer:
             raise subprocess.TimeoutExpired(argv, timeout_s, *texts)
         return subprocess.CompletedProcess([sys.executable, *argv], next(filter(None, codes), 0), *texts)
 
-    def _answer(self) -> bytes:
-        answer = self._connection.recv(1024)
-        assert answer, f"the fork server ended with {self._process.wait()}; its stderr stands above"
-        return answer
+    def start(self, argv: list[str], envs: list[dict[str, str]], cwd: Path, files: Sequence[int]) -> socket.socket:
+        """Start a child with each of the environments; from the socket come their process ids, then their statuses."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = json.dumps({"argv": argv, "cwd": str(cwd), "envs": envs}).encode()
+        socket.send_fds(self._connection, [request], [*files, theirs.fileno()])
+        theirs.close()
+        return ours
+
+
+def _answer(answers: socket.socket) -> bytes:
+    answer = answers.recv(1024)
+    assert answer, "the fork server ended; its stderr stands above"
+    return answer
 
 
 @functools.cache

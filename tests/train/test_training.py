@@ -17,7 +17,7 @@ import yaml
 from lit_gpt.checkpoint.checkpoint import model_tensors, verified
 from lit_gpt.cli import BadInput
 from lit_gpt.datapoints import run_folder
-from tests.support.programs import environment, run_program
+from tests.support.programs import environment, run_program, start_program
 from tests.support.training import command, full_state, make_store, metrics, seen_rows, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "golden_loss_debug_fp32.json"
@@ -91,11 +91,7 @@ def test_run_folder(unbroken: Path, store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("after_step", [2, 5, 9])
 def test_killed_and_resumed_equals_unbroken(store: Path, unbroken: Path, tmp_path: Path, after_step: int) -> None:
     """SIGKILL in the middle; then --resume auto: weights, optimizer, RNG, losses and rows are bit-identical."""
-    process = subprocess.Popen(
-        command(store, tmp_path, keep_last_checkpoints=0, async_save="true"),
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_program(command(store, tmp_path, keep_last_checkpoints=0, async_save="true"))
     log = tmp_path / "datapoints" / "steps.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= after_step):
@@ -157,16 +153,15 @@ def test_micro_batch_size_does_not_change_the_result(store: Path, unbroken: Path
 )
 def test_a_signal_saves_and_stops(store: Path, tmp_path: Path, number: signal.Signals, in_slurm: bool) -> None:
     extra = {"SLURM_JOB_ID": "1"} if in_slurm else {}
-    process = subprocess.Popen(
-        command(store, tmp_path, max_steps=5000, save_interval_steps=5000, max_epochs=1000),
-        env=environment(**extra), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    flags = command(store, tmp_path, max_steps=5000, save_interval_steps=5000, max_epochs=1000)
+    with (tmp_path / "log").open("w") as stderr:
+        process = start_program(flags, stderr=stderr, **extra)
     while not (tmp_path / "metrics.csv").exists() or not metrics(tmp_path):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)
     process.send_signal(number)
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == (75 if in_slurm else 0), log
+    code, log = process.wait(timeout=60), (tmp_path / "log").read_text()
+    assert code == (75 if in_slurm else 0), log
     assert f"stopped by a signal ({number.name})" in log
     last = metrics(tmp_path)[-1]["step"]
     assert (tmp_path / f"iter-{int(last):08d}-ckpt.pth" / "MANIFEST.json").is_file()
