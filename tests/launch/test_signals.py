@@ -15,7 +15,7 @@ import pytest
 
 from lit_gpt.data.token_store import write_store
 from lit_gpt.data.tokenizer import Tokenizer
-from tests.support.programs import ROOT, environment, run_program
+from tests.support.programs import ROOT, StartedProgram, environment, run_program, start_program
 from tests.support.small_tokenizer import write_byte_level
 from tests.support.training import command, metrics
 
@@ -24,10 +24,20 @@ ALONE = dict(program=SLOW_PAUSES, micro_batch_size=1, eval_interval_steps=2, sav
 """A validation of at least 12 batches after every second step; it is the first thing to save."""
 
 
-def start_pausing(flags: list[str], log: Path, *, slow_s: float, until: str = "validates") -> subprocess.Popen[bytes]:
-    """Start the program; returns it in its first validation or sample. Standard error goes to the log."""
+def start_pausing(
+    flags: list[str], log: Path, *, slow_s: float, until: str = "validates", fresh: bool = False
+) -> StartedProgram | subprocess.Popen[bytes]:
+    """Start the program; returns it in its first validation or sample. Standard error goes to the log.
+
+    fresh: as a child of this process, for one that starts ranks.
+    """
+    variables = {"SLOW_S": str(slow_s)}
     with log.open("w") as file:
-        process = subprocess.Popen(flags, env=environment(SLOW_S=str(slow_s)), stderr=file)
+        process = (
+            subprocess.Popen(flags, env=environment(**variables), stderr=file)
+            if fresh
+            else start_program(flags, stderr=file, **variables)
+        )
     deadline = time.monotonic() + 240
     while until not in log.read_text():
         assert process.poll() is None, log.read_text()
@@ -100,7 +110,8 @@ def test_the_time_limit_within_a_validation_saves_in_time(store: Path, tmp_path:
 @pytest.mark.distributed
 def test_a_second_ctrl_c_ends_at_once(store: Path, tmp_path: Path) -> None:
     """Two ranks in a batch that takes 10 minutes; the interrupts go to the first alone, which takes the other along."""
-    process = start_pausing(command(store, tmp_path / "run", **ALONE, devices=2), tmp_path / "log", slow_s=600)
+    flags = command(store, tmp_path / "run", **ALONE, devices=2)
+    process = start_pausing(flags, tmp_path / "log", slow_s=600, fresh=True)
     (child,) = (
         int(pid)
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_gpt.checkpoint.checkpoint import verified
-from tests.support.programs import ROOT, environment, run_program
+from tests.support.programs import ROOT, run_program, start_program
 from tests.support.training import command, metrics, seen_rows, small_disk
 
 STEPS = 120
@@ -40,7 +39,7 @@ def test_a_full_disk_that_is_freed_again(store: Path, tmp_path: Path) -> None:
     """Log lines, TensorBoard and a checkpoint fail meanwhile; at the end all are there, and verified."""
     with small_disk(tmp_path / "disk", size=40 << 20) as disk, (tmp_path / "log").open("w") as log:
         run = disk / "run"
-        process = subprocess.Popen(command(store, run, **SETTINGS), env=environment(), stderr=log)
+        process = start_program(command(store, run, **SETTINGS), stderr=log)
         deadline = time.monotonic() + 120
         while not (run / "iter-00000020-ckpt.pth").exists():
             assert process.poll() is None, (tmp_path / "log").read_text()
