@@ -26,7 +26,7 @@ from lit_gpt.config import IGNORE_INDEX, Config
 from lit_gpt.data.loader import Batch, cu_seqlens_entries
 from lit_gpt.launch.world import find_world, launch
 from lit_gpt.train.memory_plan import stored_bytes
-from lit_gpt.train.muon_plan import matrix_numbers, muon_step
+from lit_gpt.train.muon_plan import NODE_BYTES_PER_S, matrix_numbers, muon_step
 from lit_gpt.train.optimizer import make_optimizer
 from lit_gpt.train.resolve import resolve_step
 from lit_gpt.train.settings import StepSettings
@@ -259,7 +259,7 @@ def _floors(bench: StepBench, flops_s: float, bytes_s: float) -> dict[str, float
     matrices = matrix_numbers(config) if by_muon else 0
     optimizer_bytes = (7 * stored * config.parameters - (2 * stored - 4) * matrices) / bench.ranks
     shards = settings.shards(settings.devices or 1, bench.ranks)
-    muon = muon_step(config, shards, number_bytes=2, in_a_node=True)
+    muon = muon_step(config, shards, number_bytes=2, bytes_per_s=NODE_BYTES_PER_S)
     return {
         "attention": 14 * pairs * config.n_embd * config.n_layer / flops_s,  # two GEMMs forward, five backward
         "products": recompute * blocks * tokens / flops_s / faster,

@@ -124,7 +124,8 @@ def _update_s(config: Config, settings: Settings, nodes: int, shards: int) -> fl
     if settings.optimizer != "muon" or settings.precision == "32-true":
         return -saved
     inside = shards <= (settings.devices or 1)
-    return muon_step(config, shards, number_bytes=2, in_a_node=inside).seconds - saved
+    rate = NODE_BYTES_PER_S if inside else settings.plan_network_gb_per_s * 1e9
+    return muon_step(config, shards, number_bytes=2, bytes_per_s=rate).seconds - saved
 
 
 def goodput(gpus: int, settings: Settings, checkpoint_bytes: int) -> Goodput:

@@ -15,8 +15,8 @@ from lit_gpt.train.muon import BATCH_NUMBERS, POLAR_EXPRESS
 
 PRODUCTS_PER_S = 600e12
 """FLOP/s of an H100's bf16 products of these sizes."""
-NODE_BYTES_PER_S, NETWORK_BYTES_PER_S = 300e9, 50e9
-"""Of one GPU: NVLink inside a node, and a port of 400 Gbit/s beyond it."""
+NODE_BYTES_PER_S = 300e9
+"""Of one GPU, over NVLink inside a node."""
 MESSAGE_S = 2e-6
 """Of each message between two ranks."""
 
@@ -56,8 +56,8 @@ def working_numbers(config: Config, shards: int) -> int:
     return most
 
 
-def muon_step(config: Config, shards: int, *, number_bytes: int, in_a_node: bool) -> MuonStep:
-    """number_bytes: of a number in the compute dtype; in_a_node: whether the ranks of a copy lie on one node."""
+def muon_step(config: Config, shards: int, *, number_bytes: int, bytes_per_s: float) -> MuonStep:
+    """number_bytes: of a number in the compute dtype; bytes_per_s: between its ranks, of each."""
     matrices, flops, received, exchanges = 0, 0, 0, 0
     for (rows, columns), count in matrix_shapes(config).items():
         own, small = -(-count // shards), min(rows, columns)
@@ -66,6 +66,5 @@ def muon_step(config: Config, shards: int, *, number_bytes: int, in_a_node: bool
         received += own * rows * columns * number_bytes * (shards - 1) // shards
         exchanges += -(-own // max(1, BATCH_NUMBERS // (rows * columns)))
     own_rows = matrix_numbers(config) * number_bytes * (shards - 1) // shards**2
-    rate = NODE_BYTES_PER_S if in_a_node else NETWORK_BYTES_PER_S
-    travel = 2 * (received / rate + exchanges * (shards - 1) * MESSAGE_S)
+    travel = 2 * (received / bytes_per_s + exchanges * (shards - 1) * MESSAGE_S)
     return MuonStep(matrices, flops, own_rows + received, flops / PRODUCTS_PER_S + travel)

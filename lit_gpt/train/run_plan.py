@@ -19,7 +19,7 @@ from lit_gpt.train.memory_plan import (
     peak_bytes,
     step_memory,
 )
-from lit_gpt.train.muon_plan import MuonStep, muon_step
+from lit_gpt.train.muon_plan import NODE_BYTES_PER_S, MuonStep, muon_step
 from lit_gpt.train.resolve import resolve_for_plan
 from lit_gpt.train.run_length import Progress, RunLength, run_length
 from lit_gpt.train.settings import Settings
@@ -183,10 +183,10 @@ def _muon(plan: Plan) -> Iterator[str]:
     """What Muon computes and sends in a step, here and on other numbers of GPUs."""
     if plan.settings.optimizer != "muon" or plan.settings.precision == "32-true":
         return
-    devices = plan.settings.devices or 1
+    devices, port = plan.settings.devices or 1, plan.settings.plan_network_gb_per_s * 1e9
 
     def step(shards: int, node: int) -> MuonStep:
-        return muon_step(plan.config, shards, number_bytes=2, in_a_node=shards <= node)
+        return muon_step(plan.config, shards, number_bytes=2, bytes_per_s=NODE_BYTES_PER_S if shards <= node else port)
 
     here = step(plan.shards, devices)
     yield (

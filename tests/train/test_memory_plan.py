@@ -135,13 +135,13 @@ def test_muon_by_hand() -> None:
     assert shared.optimizer == 2 * 1_787_008 - numbers
     assert shared.compute_weights - 8 * 1_048_704 == 2 * 2 * 3 * 352 * 128  # two of eight on a rank
     one = 5 * (4 * 128**3 + 2 * 128**3), 5 * (4 * 64**2 * 128 + 2 * 64**3), 5 * (4 * 128**2 * 352 + 2 * 128**3)
-    alone = muon_step(config, 1, number_bytes=2, in_a_node=True)
+    alone = muon_step(config, 1, number_bytes=2, bytes_per_s=300e9)
     assert (alone.matrices, alone.sent_bytes) == (28, 0)
     assert alone.flops == 8 * one[0] + 8 * one[1] + 12 * one[2]
-    four = muon_step(config, 4, number_bytes=2, in_a_node=True)  # which own 2, 2, 2 and 1 of the shapes
+    four = muon_step(config, 4, number_bytes=2, bytes_per_s=300e9)  # which own 2, 2, 2 and 1 of the shapes
     assert (four.matrices, four.flops * 4) == (7, alone.flops)
     assert four.sent_bytes == 2 * (2 * numbers // 4 * 3 // 4)  # rows to three others, and as many back
-    far = [muon_step(config, ranks, number_bytes=2, in_a_node=False) for ranks in (8, 64, 512)]
+    far = [muon_step(config, ranks, number_bytes=2, bytes_per_s=50e9) for ranks in (8, 64, 512)]
     assert [step.matrices for step in far] == [4, 4, 4]
     assert far[0].seconds < far[1].seconds < far[2].seconds < 10e-3
     planned = "\n".join(lines(plan(Settings(model_name="LLaMmlein_1B", optimizer="muon", devices=4, plan=True))))
