@@ -26,7 +26,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
@@ -38,6 +37,7 @@ from lit_gpt.checkpoint.together import LEAST_TIMEOUT, first_failure
 from lit_gpt.checkpoint.torch_file import MalformedState
 from lit_gpt.cli import BadInput
 from lit_gpt.files import discard
+from lit_gpt.launch.tally import tally
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,5 @@ def _is_zero() -> bool:
 
 def _extremes(number: int) -> tuple[int, int]:
     """The smallest and the largest `number` of all ranks. A collective."""
-    both = torch.tensor([number, -number])
-    if dist.is_initialized():
-        dist.all_reduce(both, op=dist.ReduceOp.MIN)
-    return int(both[0]), -int(both[1])
+    smallest, largest = tally([number, -number], "min")
+    return smallest, -largest

@@ -44,6 +44,7 @@ from lit_gpt.checkpoint.together import LEAST_TIMEOUT, each_or_raise, no_room
 from lit_gpt.checkpoint.waiting import SaveProgress
 from lit_gpt.cli import BadInput
 from lit_gpt.files import discard
+from lit_gpt.launch.tally import tally
 
 log = logging.getLogger(__name__)
 
@@ -200,10 +201,7 @@ class CheckpointSaver:
         """Whether all ranks' weights are finite, judged by the largest absolute value, which is NaN if any is."""
         local = [shard for p in self._model.parameters() if (shard := _local(p.detach())).numel()]
         largest = torch.nn.utils.get_total_norm(local, torch.inf) if local else torch.zeros(())
-        bad = torch.tensor([not torch.isfinite(largest)], dtype=torch.int64)
-        if self._group is not None:
-            dist.all_reduce(bad, group=self._group)
-        return not bad.item()
+        return tally([not torch.isfinite(largest)], group=self._group) == [0]
 
     def _gathers(self, place: _Place) -> bool:
         """Whether rank 0 collects the whole state, instead of a copy of its own part on each rank."""

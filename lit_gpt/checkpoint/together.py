@@ -7,11 +7,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_gpt.cli import NO_ROOM
+from lit_gpt.launch.tally import tally
 
 LEAST_TIMEOUT = timedelta(hours=2)
 """How long a rank waits at least for another's part of a save, which may be written beside many steps; a rank that dies
@@ -34,9 +34,7 @@ def first_failure(error: Exception | None, group: dist.ProcessGroup | None = Non
     if not dist.is_initialized():
         return None if error is None else Failure(0, number_of(error), str(error))
     rank, size = dist.get_rank(), dist.get_world_size()
-    lowest = torch.tensor(size if error is None else rank)
-    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
-    first = int(lowest)
+    (first,) = tally([size if error is None else rank], "min", group)
     if first == size:
         return None
     told = [None if error is None else Failure(rank, number_of(error), str(error))]

@@ -96,6 +96,8 @@ class Failures:
 
     def _look(self, store: Store) -> None:
         while not self._closed.wait(_LOOK_S):
+            if self._line.has_lost_one:  # rank 0 may have left, at which PyTorch would write 15 lines on each rank
+                return
             try:
                 found = store.get(_FAILED) if store.check([_FAILED]) else None
             except RuntimeError:  # rank 0 has left; the main thread learns it from the group

@@ -111,6 +111,11 @@ class Line:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=2 * BEAT_S)
 
+    @property
+    def has_lost_one(self) -> bool:
+        """Whether a rank is lost, so that this process is ending."""
+        return self._found.is_set()
+
     def own_cause(self, how: str, code: int) -> Cause:
         """This rank as the cause of the end."""
         self._me.step, self._me.place = self.where()

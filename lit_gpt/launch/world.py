@@ -36,6 +36,7 @@ from lit_gpt.launch.lifeline import Line
 from lit_gpt.launch.meeting import MeetingStrategy, NotMet, StoppedBeforeMeeting
 from lit_gpt.launch.settings import LaunchSettings, WatchdogSettings
 from lit_gpt.launch.signals import StopFlag
+from lit_gpt.launch.tally import tally
 
 log = logging.getLogger(__name__)
 
@@ -332,7 +333,4 @@ def rank_name(rank: int, device: torch.device) -> str:
 
 def any_rank(condition: bool) -> bool:
     """Whether `condition` is true on some rank. A collective: every rank calls it."""
-    count = torch.tensor(int(condition))
-    if dist.is_initialized():
-        dist.all_reduce(count)
-    return count.item() > 0
+    return tally([condition])[0] > 0

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import xxhash
 
 from lit_gpt.cli import EXIT_BAD_INPUT, KnownBadInput
 from lit_gpt.launch.job import host
+from lit_gpt.launch.tally import tally
 
 NODE_FOLDERS = ("train_data_dir", "val_data_dir", "tokenizer_path", "cache_dir")
 
@@ -31,9 +31,8 @@ def require_equal_ranks(values: Mapping[str, Any]) -> None:
         return
     ours = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
     digest = xxhash.xxh3_64_intdigest(json.dumps(ours, sort_keys=True).encode()) >> 1  # fits int64
-    extremes = torch.tensor([digest, -digest])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    if extremes[0] == -extremes[1]:
+    largest, smallest = tally([digest, -digest], "max")
+    if largest == -smallest:
         return
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (host(), ours))

@@ -1,7 +1,7 @@
 """What a run does between two steps that is longer than a step: a validation, texts from the model.
 
 Invariant: a pause can be left at any batch or token. When the ranks have agreed to stop, they leave it and save.
-Costs: one all-reduce of two integers on the host for each batch of a validation and each token of the texts.
+Costs: one sum of two integers over the hosts for each batch of a validation and each token of the texts.
 """
 
 from __future__ import annotations

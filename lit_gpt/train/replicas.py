@@ -34,9 +34,11 @@ def require_equal_copies(optimizer: torch.optim.Optimizer, copies: int, name: st
     if copies == 1:
         return
     own = hash_of(state_tensors(optimizer)).cpu()
-    hashes = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(hashes, own)
-    odd = odd_ranks([int(value) for value in hashes], copies)
+    hashes = [torch.zeros_like(own) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(own, hashes)
+    found = [odd_ranks([int(value) for value in hashes or ()], copies)]
+    dist.broadcast_object_list(found)
+    (odd,) = found
     if not odd:
         return
     names: list[str] = [""] * dist.get_world_size()

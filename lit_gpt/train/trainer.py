@@ -4,7 +4,7 @@ The state of a run is its step and its slot (run_state.py). All else is a functi
 resumed run repeats an uninterrupted one. A rollback after a spike (rollback.py) leaves the loop over steps and enters
 it again, as a resume does.
 
-Once a step, before the forward pass, the ranks agree by one all-reduce of integers on the host (agreement.py). A stop
+Once a step, before the forward pass, the ranks agree by one sum of integers on the host (agreement.py). A stop
 saves before anything else: no further step is done, and a validation or samples that it meets are left. The host waits
 for the GPU at logs and saves.
 """

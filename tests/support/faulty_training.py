@@ -59,6 +59,8 @@ def hurt(kind: str | None) -> None:
     """A fault of the whole process."""
     if kind in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    if kind == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if kind == "wait":
         time.sleep(3600)
     if kind == "bad_input":
