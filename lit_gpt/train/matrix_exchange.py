@@ -45,8 +45,6 @@ class MatrixExchange:
         """Numbers for each rank."""
         self._received = [[self._numbers(m, rank) for m in self._own] for rank in range(self._ranks)]
         """Numbers from each rank, of each own matrix."""
-        self.own_numbers = sum(self._sent)
-        """In this rank's rows of all the matrices."""
 
     @classmethod
     def rounds(cls, matrices: Sequence[Matrix], most_numbers: int) -> list[MatrixExchange]:

@@ -80,6 +80,8 @@ class Muon(AdamW):
         if compiled:
             self._momentum_step = torch.compile(momentum_step, fullgraph=True, dynamic=False)
             self._weight_step = torch.compile(weight_step, fullgraph=True, dynamic=False)
+        for weight in self.param_groups[0]["params"]:
+            self._start(weight)  # which numbers the weights: alike on any number of ranks
         self._rounds = [
             (exchange, [self._part(matrix, exchange) for matrix in exchange.matrices])
             for same in _by_shape(matrices).values()
