@@ -33,6 +33,8 @@ STAGE = "decontaminate"
 LEAST = 8
 """Words of the shortest text that is looked for."""
 _TASK_FILES = (".yaml", ".yml")
+_TASK_CODE = ("", ".md", ".py", ".pyc")
+"""Of other files in the folder of a task."""
 _NAME = "evaluations.npz"
 
 
@@ -140,7 +142,8 @@ class _Words(Batch):
 def _files(paths: Sequence[str]) -> Iterator[Path]:
     for given in map(Path, paths):
         if given.is_dir():
-            yield from sorted(path for path in given.rglob("*") if path.is_file() and not path.name.startswith("."))
+            found = sorted(path for path in given.rglob("*") if path.is_file() and not path.name.startswith("."))
+            yield from (path for path in found if path.suffix not in _TASK_CODE)
         elif given.is_file():
             yield given
         else:
@@ -159,19 +162,28 @@ def _texts_of(path: Path) -> Iterator[EvaluationText]:
 
 
 def _task_texts(path: Path) -> Iterator[EvaluationText]:
-    """The texts of the files that an lm-eval task names, from its folder."""
-    text = path.read_text(encoding="utf-8").replace("!function", "")
-    try:
-        task = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--evaluation_texts {path}: this is not YAML: {' '.join(str(error).split())}") from None
-    named = [path.parent / value for _, value in _strings(task) if len(value) < 500 and given_file(Path(value))]
+    """The texts of the files that an lm-eval task names as its data, from its folder."""
+    data = _task(path).get("dataset_kwargs")
+    named = [path.parent / name for _, name in _strings(data.get("data_files") if isinstance(data, dict) else None)]
     for file in named:
         if not file.is_file():
             raise BadInput(f"--evaluation_texts {path} names {file}, which is not there")
         yield from _texts_of(file)
     if not named:
-        raise BadInput(f"--evaluation_texts {path} names no file of texts")
+        raise BadInput(
+            f"--evaluation_texts {path} names no file of texts (dataset_kwargs: data_files): give the files themselves"
+        )
+
+
+def _task(path: Path, *, includes: int = 8) -> dict[str, Any]:
+    """What an lm-eval task says, and the file that it includes."""
+    try:
+        task = yaml.safe_load(path.read_text(encoding="utf-8").replace("!function", ""))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"--evaluation_texts {path}: this is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(task, dict) or not includes or not isinstance(task.get("include"), str):
+        return task if isinstance(task, dict) else {}
+    return {**_task(path.parent / task["include"], includes=includes - 1), **task}
 
 
 def _records(source: SourceFile) -> Iterator[Any]:

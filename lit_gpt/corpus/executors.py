@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from copy import deepcopy
 
+import pyarrow as pa
 from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger
 
@@ -44,6 +45,7 @@ class _RankWork:
         for step in executor.pipeline:
             data = step(data, rank, executor.world_size)
         deque(data or (), maxlen=0)
+        pa.default_memory_pool().release_unused()  # or what tasks leave in pieces adds up over a pass
         executor.mark_rank_as_completed(rank)  # and no log of its own: to set that up takes longer than a small task
 
     def finish(self) -> None:

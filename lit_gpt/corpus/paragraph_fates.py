@@ -32,6 +32,8 @@ RATIO, FRACTION, WORDS, REPEATED, LEFT_OVER = range(1, 6)
 _SPOT = np.uint64(SPOT_BITS)
 _PARAGRAPH = np.uint64((1 << SPOT_BITS) - 1)
 
+TRIED = 2
+"""Documents that one after the other keep a text, and are removed by a later stage, before several try at a time."""
 MOST = 20
 """Paragraphs of the report's list of those with most copies."""
 
@@ -124,13 +126,15 @@ class _Rounds:
         self._outside = np.zeros(self._offsets[-1], bool)  # removed by another stage: holds no first occurrence
         if ratio is not None:
             self._outside[:] = np.concatenate(ratio.dropped)
-        self._outside |= np.concatenate(read_later(layout, sizes))
+        self._later = np.concatenate(read_later(layout, sizes))
+        self._outside |= self._later
         self._dead = self._outside.copy()
-        self._vanished = self._rounds = 0
+        self._vanished = self._rounds = self._kept_again = 0
 
     def settle(self) -> None:
         while True:
             self._rounds += 1
+            self._kept_again = 0
             for partition in range(self._partitions):
                 self._write_repeats(partition)
             dead = np.concatenate([self._decided(part).fates != KEPT for part in range(self._parts)])
@@ -167,7 +171,9 @@ class _Rounds:
             changes = np.append(True, (documents[1:] != documents[:-1]) | (group[1:] != group[:-1]))
             own_first = np.maximum.accumulate(np.where(changes, position, 0))
             earliest = np.minimum(first[group], own_first)
-            later = np.flatnonzero(position > earliest)
+            again = self._holds_again(group, first, documents, bounds) & (position == own_first) & (position > earliest)
+            self._kept_again += int(np.count_nonzero(again))
+            later = np.flatnonzero((position > earliest) & ~again)
             found = np.zeros(len(later), _REPEAT)
             of = earliest[later]
             found["part"], found["spot"] = members[:, later]
@@ -176,6 +182,20 @@ class _Rounds:
             found = found[np.lexsort((found["spot"], found["part"]))]
         with publishing(self._layout.of_dedup("repeats.npy", partition)) as partial, open(partial, "wb") as file:
             np.save(file, found)
+
+    def _holds_again(self, group: Any, first: Any, documents: Any, bounds: Any) -> npt.NDArray[np.bool_]:
+        """Which members keep a text beside the first that stays: where later stages removed more than TRIED documents
+        that had it first, twice as many as these are beyond that. Else each round would try one more of all that have
+        an evaluation's text, say; so they grow."""
+        before = self._later[documents] & (np.arange(len(group)) < first[group])
+        further = np.maximum(np.add.reduceat(before.astype(np.int64), bounds[:-1]) - TRIED, 0) * 2
+        if not further.any():
+            return np.zeros(len(group), bool)
+        alive = ~self._dead[documents]
+        number = np.cumsum(alive)
+        number -= (number - alive)[bounds[:-1]][group]  # of the group's members whose documents stay, from 1
+        held: npt.NDArray[np.bool_] = alive & (number <= 1 + further[group])
+        return held
 
     def _count_vanished(self, partition: int, dead: Any) -> int:
         """How many texts of a partition no document has any more."""
@@ -243,7 +263,8 @@ class _Rounds:
         return sorted(found, key=lambda one: (-one[0], one[1:]))[:MOST]
 
     def facts(self) -> dict[str, Any]:
-        return {"rounds": self._rounds, "vanished_texts": self._vanished, "partitions": self._partitions}
+        said = {"rounds": self._rounds, "vanished_texts": self._vanished, "kept_again": self._kept_again}
+        return {**said, "partitions": self._partitions}
 
 
 _REPEAT = np.dtype([("part", "<i4"), ("spot", "<u8"), ("first_part", "<i4"), ("first_spot", "<u8"), ("copies", "<u4")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ SHORT = "sieben Wörter sind zu wenig zum Suchen"
 
 
 def evaluation(folder: Path) -> Path:
-    """An lm-eval task: YAML that names a file of records."""
+    """An lm-eval task: YAML that names a file of records in what it includes, and another file elsewhere."""
     folder.mkdir()
     (folder / "task.yaml").write_text(
-        "task: karte\ndataset_path: json\ndataset_kwargs:\n  data_files: {test: test.jsonl}\n"
-        "doc_to_text: !function utils.text\n"
+        "task: karte\ninclude: _template\ndoc_to_text: !function utils.text\nmetadata: {source: raw.jsonl.gz}\n"
     )
+    (folder / "_template").write_text("dataset_path: json\ndataset_kwargs:\n  data_files: {test: test.jsonl}\n")
+    (folder / "utils.py").write_text("text = str\n")
     (folder / "test.jsonl").write_text(json.dumps({"frage": QUESTION, "wahl": [ANSWER, SHORT]}) + "\n")
     return folder / "task.yaml"
 
@@ -45,6 +47,8 @@ def test_documents_with_an_ngram_of_an_evaluation_go(build_corpus: Build, tmp_pa
     source = write_documents(tmp_path / "in.jsonl", [{"id": id, "text": text} for id, text in texts.items()])
     task = evaluation(tmp_path / "task")
     build_corpus(source, tmp_path / "out", stages=["decontaminate"], evaluation_texts=[str(task)])
+    build_corpus(source, tmp_path / "same", stages=["decontaminate"], evaluation_texts=[str(task.parent)])
+    assert documents_of(Corpus(tmp_path / "same")) == documents_of(Corpus(tmp_path / "out"))
     corpus = Corpus(tmp_path / "out")
     assert [id for id, _ in documents_of(corpus)] == ["twelve", "none", "short"]
     (found,) = explain(corpus, "thirteen")
@@ -117,6 +121,25 @@ def test_a_document_that_fell_as_a_copy_stays_if_a_later_stage_removes_the_other
         stages=["paragraph_dedup", "decontaminate"], evaluation_texts=[str(evaluation(tmp_path / "task"))],
     )  # fmt: skip
     assert documents_of(Corpus(tmp_path / "out")) == [("copy", text)]
+
+
+@pytest.mark.slow
+def test_rounds_are_few_where_all_documents_have_an_evaluations_text(
+    build_corpus: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 100 documents one more would keep the text in each round, and be removed; each round tries more of them."""
+    documents = [
+        {"id": f"d{number}", "text": f"{QUESTION}\nein eigener Absatz {number} mit eigenen Worten {number * number}"}
+        for number in range(100)
+    ]
+    with caplog.at_level(logging.INFO):
+        build_corpus(
+            write_documents(tmp_path / "in.jsonl", [*documents, {"id": "clean", "text": "und einer ohne jede Frage"}]),
+            tmp_path / "out", stages=["paragraph_dedup", "decontaminate"], min_kept_words=0,
+            evaluation_texts=[str(evaluation(tmp_path / "task"))],
+        )  # fmt: skip
+    assert [id for id, _ in documents_of(Corpus(tmp_path / "out"))] == ["clean"]
+    assert sum("another round" in line for line in caplog.messages) <= 8
 
 
 @pytest.mark.slow
