@@ -2,8 +2,8 @@
 
 They are checkpoints as any other (checkpoint.py), but for two things. Each node has one of its own, with the parts of
 its ranks, whatever --state_dict_type is; nothing is copied between nodes. And only the newest is kept, beside the one
-that is being written. A process that is killed, or a job step that ends, leaves them there; the end of the job, a node
-that is replaced, and another arrangement of the ranks do not.
+that is being written. A process that is killed, or a job step that ends, leaves them there; the end of the job, and a
+node that is replaced, do not. Another number of ranks finds its parts where one node holds the whole state.
 
     DIR/<run folder's name>-<hash of its path>/<node>/iter-XXXXXXXX-ckpt.pth
 

@@ -70,7 +70,7 @@ def read_into(state: dict[str, Any], folder: Path, *, part: bool = False) -> Non
 
 
 def missing_part(weights: Mapping[str, Tensor], folder: Path, prefix: str) -> str | None:
-    """The name of a weight whose part, as this rank holds it, is not one part in the files; None if all are.
+    """The name of a weight that is not whole in the files, and of which this rank's part is none of theirs; else None.
 
     weights: by name, without the prefix that the files' names have. Raises MalformedState.
     """
@@ -81,6 +81,8 @@ def missing_part(weights: Mapping[str, Tensor], folder: Path, prefix: str) -> st
             own = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
         entry = entries.get(prefix + name)
         chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else []
+        if chunks and sum(math.prod(chunk.sizes) for chunk in chunks) == weight.numel():
+            continue
         if math.prod(own[0]) and own not in [(tuple(chunk.sizes), tuple(chunk.offsets)) for chunk in chunks]:
             return name
     return None

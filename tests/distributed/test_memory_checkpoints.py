@@ -20,7 +20,7 @@ from lit_gpt.checkpoint.memory import make_folder
 from lit_gpt.checkpoint.record import DamagedCheckpoint
 from lit_gpt.cli import BadInput
 from lit_gpt.train.settings import Settings
-from tests.support.programs import run_ranks
+from tests.support.programs import environment, run_program, run_ranks
 from tests.support.training import command, metrics, seen_rows
 from tests.train.test_step_guard import FAULTY
 
@@ -110,6 +110,26 @@ def test_where_memory_is_not_whole_the_disk_is_taken(killed: Killed, fault: str,
     assert told in line
     assert re.findall(r"resumed from (.*): step", done.stderr) == [str(killed.out / "iter-00000004-ckpt.pth")]
     assert_unbroken(killed)
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_fewer_ranks_go_on_from_memory_on_one_node(store: Path, tmp_path: Path, nodes: int) -> None:
+    """As after a lost GPU. After a lost node the single rank finds half of the state, and says so."""
+    out, memory = tmp_path / "run", tmp_path / "memory"
+    settings = dict(
+        memory_checkpoint_dir=memory, memory_checkpoint_steps=2, resume="auto", save_interval_steps=4, max_steps=7,
+        micro_batch_size=4, eval_interval_steps=12,
+    )  # fmt: skip
+    two = command(store, out, program=FAULTY, **settings, num_nodes=nodes, devices=2 // nodes)
+    assert run_ranks(two, 2, nodes=nodes, FAULTS="7:1:kill").returncode != 0
+    if nodes == 1:
+        (folder,) = memory.glob("run-*/*")
+        folder.rename(folder.with_name("n0"))
+    done = run_program(command(store, out, **settings), env=environment(SLURMD_NODENAME="n0"))
+    assert done.returncode == 0, done.stderr
+    (resumed,) = re.findall(r"resumed from (.*): step", done.stderr)
+    assert Path(resumed).is_relative_to(memory if nodes == 1 else out)
+    assert done.stderr.count("the ranks are on other nodes now") == nodes - 1
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
