@@ -114,7 +114,7 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     """In fp32 to fp32's rounding the iteration in fp64; in bf16 near the orthogonal matrix itself."""
     x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 6, 5).view(5, 1, 1)
     exact = np.stack([polar_express(matrix) for matrix in in_fp64(x)])
-    np.testing.assert_allclose(in_fp64(orthogonalized(x.clone())), exact, atol=3e-5)
+    np.testing.assert_allclose(in_fp64(orthogonalized(x.clone())), exact, atol=1e-4)
     u, _, v = np.linalg.svd(in_fp64(x), full_matrices=False)
     found = in_fp64(orthogonalized(x.bfloat16()))
     if shape != (48, 48):  # whose smallest singular values are below a thousandth
