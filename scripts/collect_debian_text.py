@@ -18,15 +18,18 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--workers", type=int, default=usable_cores(), help="processes (%(default)s)")
     arguments = parser.parse_args(argv)
     require_at_least(arguments, 1, "workers")
+    if unknown := [language for language in arguments.languages if not re.fullmatch("[a-z]{2}", language)]:
+        raise BadInput(f"--languages {unknown[0]}: give two letters, such as de")
     try:
         collect(arguments.source, arguments.destination_path, arguments.languages, arguments.workers)
     except OSError as error:
@@ -94,13 +99,17 @@ def collect(sources: Sequence[str], destination: Path, languages: Sequence[str],
         if record.stem not in wanted:  # of an earlier call with other packages
             (destination / f"documents/{record.stem}.jsonl.gz").unlink(missing_ok=True)
             record.unlink()
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a fork would copy locks of other threads
         jobs = [pool.submit(collect_package, archive, destination, made_by) for archive in archives]
-        packages = [job.result() for job in jobs]
+        packages = []
+        for job in jobs:
+            packages.append(entry := job.result())
+            found = [f"{n['documents']:,} {language}" for language, n in entry["languages"].items()]
+            log.info("%s: %s", entry["package"], ", ".join(found) or "no page in these languages")
     write_json(destination / "MANIFEST.json", {**made_by, "packages": packages})
     for language in made_by["languages"]:
-        found = [package["languages"].get(language, {}) for package in packages]
-        pages, characters = (sum(part.get(key, 0) for part in found) for key in ("documents", "characters"))
+        parts = [package["languages"].get(language, {}) for package in packages]
+        pages, characters = (sum(part.get(key, 0) for part in parts) for key in ("documents", "characters"))
         print(f"{language}: {pages:,} documents, {characters:,} characters")
 
 
@@ -143,13 +152,13 @@ def read_control(path: Path) -> Archive:
     return Archive(path, package, version)
 
 
-def run(*command: str, folder: Path | None = None, stdin: bytes = b"") -> bytes:
-    """What a tool of Debian prints. Raises BadInput with its last line of complaint."""
+def run(*command: str, folder: Path | None = None, stdin: bytes = b"", works: Collection[int] = (0,)) -> bytes:
+    """What a tool of Debian prints; works: exit codes. Raises BadInput with its last line of complaint."""
     try:
         done = subprocess.run(command, cwd=folder, input=stdin, capture_output=True, check=False)
     except FileNotFoundError:
         raise BadInput(f"{command[0]} is not on this machine: Debian's packages apt, dpkg, mandoc are needed") from None
-    if done.returncode != 0:
+    if done.returncode not in works:
         complaints = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         hint = " (apt-get update renews apt's list of packages)" if command[0].startswith("apt-") else ""
         raise BadInput(f"{' '.join(command[:2])}: {complaints[-1]}{hint}")
@@ -183,8 +192,6 @@ def collect_package(archive: Archive, destination: Path, made_by: dict[str, Any]
     }
     publish(file, [content])
     write_json(record, {"made_by": made_by, "entry": entry})
-    found = [f"{n['documents']:,} {language}" for language, n in counts.items()]
-    log.info("%s: %s", archive.package, ", ".join(found) or "no page in these languages")
     return entry
 
 
@@ -214,11 +221,15 @@ def documents(archive: Archive, languages: Sequence[str]) -> tuple[bytes, dict[s
 def pages(root: Path) -> Iterator[tuple[str, str]]:
     """Path and text of each page below `root`, in the order of the paths; links to files are left out."""
     for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
+        name = os.fsencode(path.relative_to(root)).decode(errors="replace")
         is_manual_page = MANUAL_PAGE.search(name) is not None
         if path.is_symlink() or not path.is_file() or not (is_manual_page or PAGE.search(name)):
             continue
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            log.warning("%s is left out: %s", name, error)
+            continue
         if is_manual_page and content.startswith(b".so "):  # another name of a page
             continue
         yield name, manual_text(content) if is_manual_page else page_text(content)
@@ -233,7 +244,8 @@ def page_text(content: bytes) -> str:
 
 
 def manual_text(content: bytes) -> str:
-    return plain_text(run("mandoc", "-T", "html", stdin=content).decode(), main_content=False)
+    html = run("mandoc", "-T", "html", stdin=content, works=range(5))  # 1 to 4: what it found odd, which it still shows
+    return plain_text(html.decode(), main_content=False)
 
 
 def plain_text(html: str, main_content: bool) -> str:

@@ -12,8 +12,8 @@
 #   MODEL_NAME      with OUT_DIR: model of the registry that the checkpoint must be; without: names the run folder
 #   ITERATION_NUM   step of the checkpoint instead of the newest
 #   TOKENIZER_PATH  tokenizer folder (default: the run's own)
-#   FINAL_MODEL     folder to write (default: <run folder>/huggingface/step-XXXXXXXX); with --all, the folder of the
-#                   all exports (default: <run folder>/huggingface)
+#   FINAL_MODEL     folder to write (default: <run folder>/huggingface/step-XXXXXXXX, for an average average-XXXXXXXX);
+#                   with --all, the folder of all exports (default: <run folder>/huggingface)
 #   CONTAINER_PATH  Apptainer image to run in
 #   PYTHON          interpreter (default: the project's .venv if there is one; python in the container)
 # Every other argument goes to convert_lit_checkpoint.py: --dtype fp32, --vocabulary cut, ...
@@ -124,8 +124,8 @@ else
     require_checkpoint "$source"
     [[ ! -f $source/settings.yaml ]] || fail "$source is a run folder: OUT_DIR=$source exports its newest checkpoint"
     source=$(cd "$(dirname "$source")" && pwd)/$(basename "$source")
-    step=$(basename "$source" | sed -n 's/^iter-\([0-9]*\)-ckpt\.pth$/\1/p')
-    final_model=${positional[1]:-${FINAL_MODEL:-$(dirname "$source")/huggingface/step-${step:-unknown}}}
+    name=$(basename "$source" | sed -n 's/^iter-\([0-9]*\)-ckpt\.pth$/step-\1/p; s/^average-/&/p')
+    final_model=${positional[1]:-${FINAL_MODEL:-$(dirname "$source")/huggingface/${name:-step-unknown}}}
     arguments=(--checkpoint "$source" --destination_path "$final_model")
 fi
 [[ -z ${TOKENIZER_PATH:-} ]] || arguments+=(--tokenizer_path "$TOKENIZER_PATH")

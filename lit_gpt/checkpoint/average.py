@@ -114,9 +114,12 @@ def _mean(found: Sequence[Checkpoint], weights: Sequence[float]) -> dict[str, Te
     total = 0.0
     for checkpoint, weight in zip(found, weights, strict=True):
         total += weight
-        for name, tensor in model_tensors(checkpoint):
-            if name in mean:
-                mean[name].lerp_(tensor.float(), weight / total)
-            else:
-                mean[name] = tensor.float().contiguous()
+        try:
+            for name, tensor in model_tensors(checkpoint):
+                if name in mean:
+                    mean[name].lerp_(tensor.float(), weight / total)
+                else:
+                    mean[name] = tensor.float().contiguous()
+        except OSError as error:  # a run that goes on may remove it
+            raise BadInput(f"{checkpoint.path} cannot be read: {error.strerror}") from None
     return {name: mean[name] for name in order}

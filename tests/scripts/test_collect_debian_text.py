@@ -60,6 +60,7 @@ def test_pages_become_documents_with_versions_and_digests(tmp_path: Path, capsys
         "usr/share/doc/c.html.fr": PAGE.format("utf-8", FRENCH).encode(),
         "usr/share/doc/short.html": PAGE.format("utf-8", "Kurz.").encode(),
         "usr/share/doc/README.gz": gzip.compress(GERMAN.encode()),
+        "usr/share/doc/cut.html.gz": gzip.compress(GERMAN.encode())[:40],
     })  # fmt: skip
     second = package(tmp_path, "eins", {"d.htm": PAGE.format("utf-8", GERMAN).encode()}, version="7")
     found = collected(tmp_path / "raw", first, second)
@@ -114,6 +115,8 @@ def test_a_package_that_is_none_is_one_line(tmp_path: Path) -> None:
         collected(tmp_path / "raw", tmp_path / "a.deb")
     with pytest.raises(BadInput, match=r"--source .*b\.deb: there is no such file"):
         collected(tmp_path / "raw", tmp_path / "b.deb")
+    with pytest.raises(BadInput, match="--languages deutsch: give two letters"):
+        collect_debian_text.main(["--destination_path", str(tmp_path / "raw"), "--languages", "deutsch"])
     same = package(tmp_path, "eins", {})
     with pytest.raises(BadInput, match="named twice: eins"):
         collected(tmp_path / "raw", same, same)
