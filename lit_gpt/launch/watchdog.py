@@ -214,27 +214,28 @@ class Watchdog:
 
     def _blame(self) -> None:
         """Name the rank at fault in the log's last line. The lowest rank alive does it, after the others exited."""
-        beats = read_heartbeats(self._folder, self._world_size, self._rank)
         silent_after_s = max(8 * self._poll_s, self._settings.watchdog_floor_s / 2)
-        alive = [beat.rank for beat in beats if beat.silent_s <= silent_after_s]
-        if self._rank == min([*alive, self._rank]):
-            time.sleep(min(1.0, self._poll_s))
-            log.error("watchdog: %s", find_fault(beats, silent_after_s))
+        lower = read_heartbeats(self._folder, self._rank, self._rank)
+        if any(beat.silent_s <= silent_after_s for beat in lower):  # mostly rank 0, and no more files are read
+            return
+        beats = [*read_heartbeats(self._folder, self._world_size, self._rank)]
+        time.sleep(min(1.0, self._poll_s))
+        log.error("watchdog: %s", find_fault(beats, silent_after_s))
 
 
-def read_heartbeats(folder: Path, world_size: int, reader: int) -> list[Heartbeat]:
-    """Every rank's last heartbeat; silent_s is its age against the file of rank `reader`, which was just written."""
+def read_heartbeats(folder: Path, ranks: int, reader: int) -> Iterator[Heartbeat]:
+    """The last heartbeats of the first `ranks` ranks, each read when it is asked for; silent_s is its age against the
+    file of rank `reader`, which was just written."""
     now = (folder / f"rank-{reader:05d}.json").stat().st_mtime
-    beats = []
-    for rank in range(world_size):
+    for rank in range(ranks):
         path = folder / f"rank-{rank:05d}.json"
         try:
             silent_s = max(0.0, now - path.stat().st_mtime)
             said = json.loads(path.read_text())
-            beats.append(Heartbeat(said["rank"], said["who"], said["step"], said["place"], silent_s))
+            beat = Heartbeat(said["rank"], said["who"], said["step"], said["place"], silent_s)
         except (FileNotFoundError, json.JSONDecodeError):  # never written, or damaged by a disk
-            beats.append(Heartbeat(rank, f"rank {rank}", -1, "unknown", float("inf")))
-    return beats
+            beat = Heartbeat(rank, f"rank {rank}", -1, "unknown", float("inf"))
+        yield beat
 
 
 def find_fault(beats: list[Heartbeat], silent_after_s: float) -> str:

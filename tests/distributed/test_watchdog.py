@@ -150,7 +150,7 @@ for allowed in range(3):
     watchdog = Watchdog(folder, "rank 0 on here", 0, 1, WatchdogSettings(watchdog_factor=0))
     watchdog._beat(warn=True)
     child = os.fork() or beat(allowed)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *read_heartbeats(folder, 1, 0)[0][1:3])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *next(read_heartbeats(folder, 1, 0))[1:3])
 """
     run = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=200)
