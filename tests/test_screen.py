@@ -171,6 +171,7 @@ def test_one_process_speaks_before_the_ranks_know_each_other(
 
 LOADS_TORCH = [
     ("pretrain/tinyllama_fabric.py --model_name debug --train_data_dir .", "model debug: loading PyTorch"),
+    ("scripts/average.py --run_dir r", "r: loading PyTorch"),
     ("scripts/benchmark_attention.py", "attention: loading PyTorch"),
     ("scripts/benchmark_checkpoint.py --model_name debug", "model debug: loading PyTorch"),
     ("scripts/benchmark_data.py", "data path: loading PyTorch"),
