@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lit_gpt.cli import EXIT_NOT_SAVED, EXIT_OK
 from lit_gpt.data.token_store import write_store
 from tests.support.programs import ROOT, run_program, run_ranks
 
@@ -108,10 +109,11 @@ def assert_no_secret(folder: Path, *logs: str) -> None:
 def train(store: Path, out_dir: Path, *, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run the training program to its end, and check its exit code.
 
-    Several processes that end well are started at once, as by torchrun; else the first starts the others.
+    Several processes that end in order are started at once, as by torchrun; else the first starts the others.
     """
     flags, ranks = command(store, out_dir, **settings), int(str(settings.get("devices", 1)))
-    done = run_ranks(flags, ranks) if ranks > 1 and expect == 0 else run_program(flags, fresh=ranks > 1)
+    together = ranks > 1 and expect in (EXIT_OK, EXIT_NOT_SAVED)
+    done = run_ranks(flags, ranks) if together else run_program(flags, fresh=ranks > 1)
     assert done.returncode == expect, done.stderr
     return done
 
