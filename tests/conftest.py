@@ -14,6 +14,8 @@ from tests.support.german_run import make_german_run
 from tests.support.training import make_store
 
 ROOT = Path(__file__).resolve().parents[1]
+SCARCE = ("tests/gpu/", "tests/cluster/")
+"""Folders whose tests share the one GPU, or mostly wait (Slurm, containers): the cores are for others meanwhile."""
 BYTES_A_WORKER = 5 << 30
 """Memory for a worker and for the four ranks that a test may start."""
 
@@ -27,13 +29,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """One worker runs all tests of a file, so that its fixtures are built once, and all tests of the one GPU."""
+    """One worker runs all tests of a file, so that its fixtures are built once, and all of a folder of SCARCE."""
     from xdist.scheduler import LoadFileScheduling  # not needed where pytest runs in one process
 
     class FileScheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "gpu" if file.startswith("tests/gpu/") else file
+            return next((folder for folder in SCARCE if file.startswith(folder)), file)
 
     return FileScheduling(config, log)
 
