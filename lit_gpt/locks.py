@@ -167,6 +167,7 @@ class _OwnerFile:
 
     def __init__(self, path: Path, wait: bool, *, locked: bool) -> None:
         self._path, self._locked, self._told = path, locked, False
+        self._claim = path.with_name(f".{path.name}.claim")
         self._name = f"{host_name()} {os.getpid()} {secrets.token_hex(4)}"
         self._closed = threading.Event()
         try:
@@ -196,19 +197,31 @@ class _OwnerFile:
         return True
 
     def _is_taken_from_dead(self) -> bool:
-        """Remove the file if its owner is dead; whether it is gone."""
-        aside = temporary_path(self._path)
+        """Remove the file if its owner is dead; whether it is gone.
+
+        One process at a time does that, the one that has made the claim: nobody else removes the file of a dead owner,
+        so what this one has found dead is what it removes.
+        """
         try:
             seen = _look(self._path)
-            if not self._is_dead(seen) or _look(self._path).owner != seen.owner:
+            if not self._is_dead(seen):
                 return False
-            os.rename(self._path, aside)
         except FileNotFoundError:
             return True
-        if _look(aside).owner != seen.owner:  # another process was quicker: this file is its own
-            os.rename(aside, self._path)
+        try:
+            self._claim.touch(exist_ok=False)
+        except FileExistsError:  # another process's, or of one that was killed over it
+            if is_left_behind(self._claim, None, None, STALE_S):
+                self._claim.unlink(missing_ok=True)
             return False
-        aside.unlink()
+        try:
+            if _look(self._path) != seen:  # another process was quicker: this file is its own
+                return False
+            self._path.unlink()
+        except FileNotFoundError:
+            return True
+        finally:
+            self._claim.unlink(missing_ok=True)
         if seen.host != host_name():
             log.warning("%s was left behind by process %s of %s: taken over", self._path, seen.pid, seen.host)
         return True

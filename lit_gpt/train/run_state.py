@@ -30,6 +30,7 @@ from lit_gpt.datapoints.log import FOLDER, DatapointLog
 from lit_gpt.launch.ranks import Ranks
 from lit_gpt.train.data_start import DataStart, data_start, told
 from lit_gpt.train.equal_ranks import NODE_FOLDERS, require_equal_ranks
+from lit_gpt.train.optimizer import require_same_optimizer
 from lit_gpt.train.resolve import log_differences
 from lit_gpt.train.rollback import Rollback, Rollbacks, last_good, logged_left_out
 from lit_gpt.train.run_inputs import RunInputs, open_datapoint_log, slot_facts
@@ -141,6 +142,7 @@ class RunState:
         if found is None:
             return None, []
         checkpoint.require_model(found, self._inputs.config)
+        require_same_optimizer(found, self._asked)
         data = self._data_start(found)
         saved = [] if data.anew else found.facts.get("left_out", [])
         return found, [*saved, *logged_left_out(self._inputs.run_dir, self._slot_facts, data.from_step)]

@@ -19,12 +19,13 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
 from lit_gpt.cli import BadInput
+from lit_gpt.launch import failures
 from lit_gpt.launch.lifeline import Line
 from lit_gpt.launch.signals import StopFlag
 from lit_gpt.launch.watchdog import limit_s
@@ -123,6 +124,7 @@ def main(root: Path, ports: list[int], names: list[str]) -> None:
     spies, wandb = Spies(), FakeWandb()
     spies.install()
     sys.modules["wandb"] = wandb  # type: ignore[assignment]
+    failures.end_at_once = end_in_order
     for name, port in zip(names, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         spies.clear()
@@ -139,6 +141,12 @@ def main(root: Path, ports: list[int], names: list[str]) -> None:
         }  # fmt: skip
         found = {"outcome": outcome, "log": log.lines, "probe": probe}
         (root / f"{name}.{rank}.json").write_text(json.dumps(found, default=str))
+
+
+def end_in_order(exit_code: int, then: Callable[[], None]) -> NoReturn:
+    """In place of the end of this process, in which the next case is to come."""
+    then()
+    raise SystemExit(exit_code)
 
 
 def outcome_of(name: str, root: Path, rank: int) -> int | str:
