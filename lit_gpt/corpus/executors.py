@@ -35,6 +35,7 @@ class LocalExecutor(LocalPipelineExecutor):
 class _RankWork:
     def __init__(self, executor: LocalExecutor) -> None:
         logger.disable("datatrove")  # it says on the screen what the job's folder says too
+        pa.set_memory_pool(pa.system_memory_pool())  # the usual one keeps what tasks free: it would add up over a pass
         self._executor = executor
 
     def __call__(self, rank: int) -> None:
@@ -45,7 +46,6 @@ class _RankWork:
         for step in executor.pipeline:
             data = step(data, rank, executor.world_size)
         deque(data or (), maxlen=0)
-        pa.default_memory_pool().release_unused()  # or what tasks leave in pieces adds up over a pass
         executor.mark_rank_as_completed(rank)  # and no log of its own: to set that up takes longer than a small task
 
     def finish(self) -> None:
