@@ -34,6 +34,8 @@ MAX_JSON_BYTES = 16 << 20
 OWN_JSON_BYTES = 256 << 20
 """Of what our programs write, which grows with a run's starts and a data set's files: two million of them."""
 _HASH_CHUNK_BYTES = 1 << 20
+_CUT_ARRAY = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says, without an errno, of an array for which there was no room."""
 _TEMPORARY = re.compile(r"\.?(?P<name>.+?)(\.(?P<host>[^.]+)-(?P<pid>\d+))?\.partial")
 """Our temporary names; earlier versions left out host and pid."""
 
@@ -65,9 +67,10 @@ def publishing(path: Path, *, folder: bool = False, size: int | None = None) -> 
     except BaseException as error:  # Ctrl-C too
         written = _size(partial)
         discard(partial)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        number = errno.ENOSPC if _CUT_ARRAY.fullmatch(str(error)) else getattr(error, "errno", None)
+        if isinstance(error, OSError) and number in NO_ROOM:
             said = f"{written:,} bytes" if size is None else f"{written:,} of {size:,} bytes"
-            raise OSError(error.errno, f"{os.strerror(error.errno)}; {said} were written", str(path)) from error
+            raise OSError(number, f"{os.strerror(number)}; {said} were written", str(path)) from error
         raise
 
 

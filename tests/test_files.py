@@ -378,3 +378,17 @@ def test_json(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="has 16,777,225 bytes; at most 16,777,216 are read"):
         read_json(path)
     assert len(read_json(path, OWN_JSON_BYTES)["a"]) == 16 << 20
+
+
+def cut_array(path: Path) -> None:
+    with files.publishing(path) as partial:
+        partial.write_bytes(b"abc")
+        raise OSError("100001 requested and 64496 written")
+
+
+def test_an_array_for_which_there_was_no_room(tmp_path: Path) -> None:
+    """numpy says so without an errno."""
+    with pytest.raises(OSError, match="No space left on device; 3 bytes were written") as told:
+        cut_array(tmp_path / "a.npy")
+    assert told.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ class Corpus:
         wanted = np.uint64(id_hash(id))
         found: list[tuple[int, int]] = []
         for part in self.parts:
-            hashes, places = np.load(self.layout.ids(part.number), mmap_mode="r")
+            with _told(self.layout.ids(part.number)) as path:
+                hashes, places = np.load(path, mmap_mode="r")
             begin, end = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, side="right")
             found += [(place >> LINE_BITS, place & (1 << LINE_BITS) - 1) for place in places[begin:end].tolist()]
         return found
@@ -50,7 +53,7 @@ class Corpus:
     def rows(self, file: int, line: int) -> list[dict[str, Any]]:
         """The ledger's rows of a document, in their order."""
         name = self.sources[file].name
-        with open(self.layout.removed(self.part_of(file).number), "rb") as raw:
+        with _told(self.layout.removed(self.part_of(file).number)) as path, open(path, "rb") as raw:
             ledger = pq.ParquetFile(raw)
             columns = {ledger.schema_arrow.names[at]: at for at in range(len(ledger.schema_arrow.names))}
             groups = [
@@ -64,6 +67,18 @@ class Corpus:
             at = np.flatnonzero(np.from_dlpack(batch["line"]) == line)  # other ways import pandas, which takes 0.2 s
             rows += [row for number in at.tolist() for row in batch.slice(number, 1).to_pylist()]
         return [row for row in rows if row["source_file"] == name]
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[Path]:
+    """Raise BadInput if the file turns out to be damaged, or gone."""
+    try:
+        yield path
+    except (OSError, ValueError, EOFError) as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise BadInput(
+            f"{path} cannot be read ({said}): `scripts/build_corpus.py verify` says what else is damaged"
+        ) from None
 
 
 def _may_hold(group: Any, columns: dict[str, int], name: str, line: int) -> bool:

@@ -156,10 +156,18 @@ def used_ngrams(settings: CorpusSettings) -> Ngrams | None:
 
 
 def claim(layout: Layout, request: dict[str, Any], passes: int) -> Lock:
-    """Make or find the folders of a build. Raises as claim_folder does."""
+    """Make or find the folders of a build. Raises as claim_folder does, and BadInput before a new build if there is a
+    document or a piece of a ledger: the corpus would hold it, too."""
     folders = [layout.work / "progress", layout.work / "dedup"]
     folders += [layout.work / f"pass-{number}" for number in range(passes)]
-    folders += [layout.root / name for name in ("documents", "removed", "ids")]
+    results = [layout.root / name for name in ("documents", "removed", "ids")]
+    folders += results
+    found = next((path for folder in results for path in sorted(folder.glob("[!.]*"))), None)
+    if found is not None and not (layout.work / "request.json").exists():
+        raise BadInput(
+            f"--destination_path {layout.root} holds {found.relative_to(layout.root)}, which is not of this build: "
+            f"choose another folder, or delete {layout.root}"
+        )
     return claim_folder(layout.root, folders, (REJECTS, "stats.json", "report.html", MANIFEST), request)
 
 

@@ -72,6 +72,27 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["documents/zz.jsonl", "removed/00000.parquet", "ids/00000.npy"])
+def test_what_lay_there_before_is_not_of_the_corpus(tmp_path: Path, name: str) -> None:
+    stray = tmp_path / "out" / name
+    stray.parent.mkdir(parents=True)
+    stray.write_text('{"id": "foreign", "text": "Ein Text, den niemand geprüft hat."}')
+    with pytest.raises(BadInput, match=f"out holds {name}, which is not of this build: choose another folder"):
+        built(sources(tmp_path / "in", 1), tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out" / "build").exists()
+
+
+@pytest.mark.parametrize("name", ["removed/00000.parquet", "ids/00000.npy"])
+def test_why_tells_of_a_damaged_file(whole: Whole, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole.corpus, folder)
+    known, _ = documents_of(Corpus(folder))[0]
+    damaged = folder / name
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    with pytest.raises(BadInput, match=f"{name} cannot be read .*verify"):
+        explain(Corpus(folder), known)
+
+
 def test_the_program_writes_a_corpus_that_verify_and_why_read(tmp_path: Path) -> None:
     source, out = sources(tmp_path / "in"), tmp_path / "out"
     recipe = tmp_path / "recipe.yaml"

@@ -122,6 +122,7 @@ def test_a_lora_adapter_is_trained_and_merged(folder: Path, tmp_path: Path) -> N
     """The merged weight is W + B A alpha / r, by hand; the merged folder computes what model and adapter did."""
     peft = pytest.importorskip("peft")
     model, tokenizer = loaded(folder)
+    torch.manual_seed(1)  # of the adapter's weights
     name = "model.layers.1.self_attn.v_proj"
     before = model.get_submodule(name).weight.detach().clone()
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
