@@ -149,6 +149,23 @@ def test_an_owner_touches_its_file_and_says_when_it_lost_it(
     assert owner.read_text() == "elsewhere 7 0badc0de"  # it is not ours to remove
 
 
+def test_who_takes_over_from_the_dead_keeps_others_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its claim, which holds nobody off any more STALE_S after it was killed."""
+    without_locks(monkeypatch)
+    owner, claim = tmp_path / "lock.owner", tmp_path / ".lock.owner.claim"
+    owner.write_text(f"{locks.host_name()} {DEAD_PID} 0badc0de")
+    claim.touch()
+    with pytest.raises(LockHeld):
+        Lock(tmp_path / "lock")
+    assert owner.read_text() == f"{locks.host_name()} {DEAD_PID} 0badc0de"
+    past = time.time() - locks.STALE_S - 1
+    os.utime(claim, (past, past))
+    monkeypatch.setattr(locks, "_POLL_S", 0.01)
+    with Lock(tmp_path / "lock", wait=True):
+        assert owner.read_text().startswith(f"{locks.host_name()} {os.getpid()} ")
+    assert names(tmp_path) == ["lock"]
+
+
 @pytest.mark.slow
 def test_one_winner_among_many_that_find_a_dead_owner(tmp_path: Path) -> None:
     """Without locks, with a dead owner, and six processes at once: only one at a time holds it."""

@@ -38,15 +38,16 @@ class MaskStep(PipelineStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Draft]:
         for draft in data:
             if "@" in draft.text:
-                self._mask(draft, "email", self._email, self._settings.email_replacement)
+                self._mask(draft, "email", _addresses(self._email, draft.text), self._settings.email_replacement)
             if _DOTTED.search(draft.text):
-                self._mask(draft, "ip_address", self._ip, self._settings.ip_replacement)
+                found = (match for match in self._ip.finditer(draft.text) if public_ip_validator(match[0]))
+                self._mask(draft, "ip_address", found, self._settings.ip_replacement)
             yield draft
 
-    def _mask(self, draft: Draft, rule: str, pattern: re.Pattern[str], replacement: str) -> None:
+    def _mask(self, draft: Draft, rule: str, found: Iterator[re.Match[str]], replacement: str) -> None:
         masks: dict[int, list[Mask]] = {}
-        for match in _addresses(pattern, draft.text) if rule == "email" else pattern.finditer(draft.text):
-            if match[0] == replacement or (rule == "ip_address" and not public_ip_validator(match[0])):
+        for match in found:
+            if match[0] == replacement:
                 continue
             paragraph, mask = draft.source_mask(match.start(), match.end(), replacement)
             masks.setdefault(paragraph, []).append(mask)

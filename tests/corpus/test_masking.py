@@ -26,7 +26,7 @@ def test_what_is_found_is_what_the_pattern_finds() -> None:
 
 @pytest.mark.timeout(60)
 def test_a_line_of_letters_and_dots_without_end() -> None:
-    """The pattern alone takes hours."""
+    """The pattern alone takes the square of its length: more than 25 s for 80 kB."""
     text = "a.b-" * 250_000 + "@ und an " + "x." * 100 + "y@example.org"
     assert [match[0][-13:] for match in _addresses(PATTERN, text)] == ["y@example.org"]
     assert list(_addresses(PATTERN, "a@" * 200_000 + "-" * 100_000)) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,13 +12,6 @@ from lit_gpt.train.optimizer import gradient_norm, make_optimizer
 from tests.train.test_muon import MUON, make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Whatever synchronises the host with the device raises, until `torch.cuda.set_sync_debug_mode(0)`."""
-    yield
-    torch.cuda.set_sync_debug_mode(0)
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,13 +10,6 @@ from lit_gpt.train.settings import StepSettings
 from lit_gpt.train.step_guard import StepGuard, Verdict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Whatever synchronises the host with the device raises, until `torch.cuda.set_sync_debug_mode(0)`."""
-    yield
-    torch.cuda.set_sync_debug_mode(0)
 
 
 @pytest.mark.usefixtures("no_waiting")
