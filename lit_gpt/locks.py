@@ -182,38 +182,43 @@ class _OwnerFile:
             raise
 
     def _is_made(self) -> bool:
+        if self._is_written(self._path):
+            return True
+        if self._path.is_symlink():
+            raise _is_link(self._path)
+        return False
+
+    def _is_written(self, path: Path) -> bool:
+        """Make the file, which says whose it is; False if it exists."""
         try:
-            file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed below
+            file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed below
         except FileExistsError:
-            if self._path.is_symlink():
-                raise _is_link(self._path) from None
             return False
         try:
             with file:
                 file.write(self._name.encode())
         except OSError:  # no room: a file of nobody would keep the next start waiting
-            self._path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
         return True
 
     def _is_taken_from_dead(self) -> bool:
         """Remove the file if its owner is dead; whether it is gone.
 
-        One process at a time does that, the one that has made the claim: nobody else removes the file of a dead owner,
-        so what this one has found dead is what it removes.
+        One process at a time does that: the one with the flock, or, where the owner is on another host or there are no
+        locks, the one that has made the claim. So what it has found dead is what it removes.
         """
         try:
             seen = _look(self._path)
             if not self._is_dead(seen):
                 return False
+            if self._locked and seen.host == host_name():
+                self._path.unlink()
+                return True
+            if not self._is_claimed():
+                return False
         except FileNotFoundError:
             return True
-        try:
-            self._claim.touch(exist_ok=False)
-        except FileExistsError:  # another process's, or of one that was killed over it
-            if is_left_behind(self._claim, None, None, STALE_S):
-                self._claim.unlink(missing_ok=True)
-            return False
         try:
             if _look(self._path) != seen:  # another process was quicker: this file is its own
                 return False
@@ -225,6 +230,16 @@ class _OwnerFile:
         if seen.host != host_name():
             log.warning("%s was left behind by process %s of %s: taken over", self._path, seen.pid, seen.host)
         return True
+
+    def _is_claimed(self) -> bool:
+        """Make the claim, in place of one whose maker was killed over it; False if another process has it."""
+        with suppress(FileNotFoundError):
+            other = _look(self._claim)
+            if not is_left_behind(self._claim, other.host, other.pid, STALE_S):
+                return False
+            if _look(self._claim) == other:
+                self._claim.unlink()
+        return self._is_written(self._claim)
 
     def _is_dead(self, seen: _Seen) -> bool:
         if self._locked and seen.host == host_name():

@@ -150,20 +150,31 @@ def test_an_owner_touches_its_file_and_says_when_it_lost_it(
 
 
 def test_who_takes_over_from_the_dead_keeps_others_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its claim, which holds nobody off any more STALE_S after it was killed."""
+    """By its claim; one whose maker was killed over it holds off nobody."""
     without_locks(monkeypatch)
     owner, claim = tmp_path / "lock.owner", tmp_path / ".lock.owner.claim"
-    owner.write_text(f"{locks.host_name()} {DEAD_PID} 0badc0de")
-    claim.touch()
-    with pytest.raises(LockHeld):
-        Lock(tmp_path / "lock")
-    assert owner.read_text() == f"{locks.host_name()} {DEAD_PID} 0badc0de"
+    dead = f"{locks.host_name()} {DEAD_PID} 0badc0de"
+    for content in (f"{locks.host_name()} {os.getppid()} 0badc0de", "elsewhere 7 0badc0de", ""):
+        owner.write_text(dead)
+        claim.write_text(content)
+        with pytest.raises(LockHeld):
+            Lock(tmp_path / "lock")
+        assert (owner.read_text(), claim.read_text()) == (dead, content)
     past = time.time() - locks.STALE_S - 1
-    os.utime(claim, (past, past))
-    monkeypatch.setattr(locks, "_POLL_S", 0.01)
-    with Lock(tmp_path / "lock", wait=True):
-        assert owner.read_text().startswith(f"{locks.host_name()} {os.getpid()} ")
-    assert names(tmp_path) == ["lock"]
+    for content, mtime in ((dead, time.time()), ("elsewhere 7 0badc0de", past), ("", past)):
+        owner.write_text(dead)
+        claim.write_text(content)
+        os.utime(claim, (mtime, mtime))
+        with Lock(tmp_path / "lock"):
+            assert owner.read_text().startswith(f"{locks.host_name()} {os.getpid()} ")
+        assert names(tmp_path) == ["lock"]
+
+
+def test_with_the_flock_a_dead_owner_of_this_host_needs_no_claim(tmp_path: Path) -> None:
+    """So a start that was killed while it took over holds off nobody."""
+    (tmp_path / "lock.owner").write_text(f"{locks.host_name()} {DEAD_PID} 0badc0de")
+    (tmp_path / ".lock.owner.claim").touch()
+    Lock(tmp_path / "lock").close()
 
 
 @pytest.mark.slow
